@@ -1,0 +1,234 @@
+"""Plan an adapter (ranks and factors of every attachment point), then put it into a model once."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+
+from cntlora_core.attachment import AttachmentPoint, subtract_from_weight
+from cntlora_core.capture import CapturedMoments
+from cntlora_core.config import CNTLoRAConfig
+from cntlora_core.constraints import delta_spectrum
+from cntlora_core.factorization import Factors, factorize, plain_factors
+from cntlora_core.linalg import PrincipalSubspace, Spectrum, principal_subspace
+from cntlora_core.ranks import RankOffer, allocate_ranks
+
+
+@dataclass(frozen=True)
+class AdapterPlan:
+    """Ranks and starting factors of every attachment point, before any module is wrapped.
+
+    Attributes:
+        factors: By attachment point's name, in the model's order.
+        rewrites_base: Whether the frozen weight becomes ``W - scaling * B @ A``.
+    """
+
+    factors: dict[str, Factors]
+    rewrites_base: bool
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        return {name: factors.rank for name, factors in self.factors.items()}
+
+    @property
+    def filled(self) -> dict[str, int]:
+        """Directions that started as plain LoRA for want of data, where there are any."""
+        return {name: f.filled for name, f in self.factors.items() if f.filled}
+
+    def under(self, prefix: str) -> AdapterPlan:
+        """The part of the plan whose names start with ``prefix``, without it."""
+        return AdapterPlan(
+            {n[len(prefix) :]: f for n, f in self.factors.items() if n.startswith(prefix)},
+            self.rewrites_base,
+        )
+
+
+def plan_adapter(
+    points: Sequence[AttachmentPoint],
+    captured: CapturedMoments,
+    config: CNTLoRAConfig,
+    *,
+    rank: int,
+    scaling: float,
+) -> AdapterPlan:
+    """The closed-form start of every point, under one rank budget.
+
+    Args:
+        points: Attachment points of one or several models.
+        captured: Second moments of what they read.
+        config: The method's settings.
+        rank: Rank of a point; under a shared budget, the mean rank.
+        scaling: alpha / r, the same for every point.
+
+    Raises:
+        ValueError: if the rank is wider than the points are, or the budget too small.
+    """
+    _check_rank(points, rank, config)
+    ceiling = rank if config.rank_budget == "fixed" else max(rank, int(config.rho * rank))
+    spectra = _spectra(points, captured, config, ceiling)
+    if config.rank_budget == "fixed":
+        ranks = {point.name: rank for point in points}
+    else:
+        by_parameters = config.rank_budget == "parameters"
+        costs = {p.name: p.in_features + p.out_features if by_parameters else 1 for p in points}
+        ranks = allocate_ranks(
+            {p.name: RankOffer(spectra[p.name].values, costs[p.name], p.max_rank) for p in points},
+            budget=rank * sum(costs.values()),
+            min_rank=config.min_rank,
+            ceiling=ceiling,
+        )
+    generator = torch.Generator().manual_seed(config.seed)
+    factors = {
+        p.name: factorize(spectra.pop(p.name), ranks[p.name], scaling, config, generator)
+        for p in points
+    }
+    return AdapterPlan(factors, rewrites_base=config.preserve_output)
+
+
+def plan_plain_lora(
+    points: Sequence[AttachmentPoint], *, rank: int, scaling: float, seed: int = 0
+) -> AdapterPlan:
+    """Plain LoRA: Kaiming-uniform down, zero up, one rank for all (arXiv 2106.09685)."""
+    generator = torch.Generator().manual_seed(seed)
+    factors = {}
+    for point in points:
+        down, up = plain_factors(rank, point.in_features, point.out_features, generator)
+        factors[point.name] = Factors(down, up, scaling)
+    return AdapterPlan(factors, rewrites_base=False)
+
+
+def _spectra(
+    points: Sequence[AttachmentPoint],
+    captured: CapturedMoments,
+    config: CNTLoRAConfig,
+    ceiling: int,
+) -> dict[str, Spectrum]:
+    subspaces: dict[int, PrincipalSubspace] = {}
+    spectra = {}
+    for point in points:
+        index = captured.input_of[point.name]
+        if index not in subspaces:
+            k = None if config.subspace == "full" else ceiling
+            subspaces[index] = principal_subspace(captured.moments[index], k)
+        spectra[point.name] = delta_spectrum(point.weight(), subspaces[index], config)
+    return spectra
+
+
+def _check_rank(points: Sequence[AttachmentPoint], rank: int, config: CNTLoRAConfig) -> None:
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, got {rank}")
+    narrow = min(points, key=lambda p: p.max_rank)
+    wide = max(points, key=lambda p: p.max_rank)
+    if config.rank_budget == "fixed" and rank > narrow.max_rank:
+        raise ValueError(
+            f"rank {rank} is above the width of {narrow.name!r} "
+            f"({narrow.in_features} -> {narrow.out_features}): use a rank of at most "
+            f"{narrow.max_rank}, or rank_budget='ranks', which gives narrow layers fewer"
+        )
+    room = sum(point.max_rank for point in points)
+    if rank * len(points) > room:
+        raise ValueError(
+            f"rank {rank} at {len(points)} attachment points is more than their widths hold "
+            f"(the widest takes {wide.max_rank}): use a rank of at most {room // len(points)}"
+        )
+
+
+def inject_adapter(
+    model: nn.Module, lora_config: LoraConfig, plan: AdapterPlan, adapter_name: str = "default"
+) -> PeftModel:
+    """Wrap the planned points of a base model, once, and copy their factors in.
+
+    ``rank_pattern`` and ``alpha_pattern`` of the configuration are written from the plan, as
+    escaped and anchored patterns, so that the saved configuration rebuilds the same adapter.
+    Adapter weights are float32, whatever the base's dtype.
+
+    Raises:
+        ValueError: for a configuration that changes what an adapter computes (DoRA) under a plan
+            that rewrites the base weight.
+    """
+    if lora_config.use_dora and plan.rewrites_base:
+        raise ValueError(
+            "use_dora=True normalises by the frozen weight, which preserve_output=True rewrites: "
+            "use preserve_output=False"
+        )
+    lora_config = copy.deepcopy(lora_config)
+    lora_config.init_lora_weights = False  # the factors are copied in below
+    lora_config.target_modules = list(plan.factors)
+    lora_config.rank_pattern = {_anchored(n): f.rank for n, f in plan.factors.items()}
+    lora_config.alpha_pattern = {
+        _anchored(n): _alpha(f, lora_config.use_rslora) for n, f in plan.factors.items()
+    }
+    peft_model = get_peft_model(model, lora_config, adapter_name=adapter_name)
+    copy_factors(peft_model, plan, adapter_name)
+    return peft_model  # pyright: ignore[reportReturnType]  (a PeftModel: the config has no mixed mode)
+
+
+@torch.no_grad()
+def copy_factors(
+    peft_model: nn.Module, plan: AdapterPlan, adapter_name: str = "default"
+) -> dict[str, float]:
+    """Copy a plan's factors into the adapter of a wrapped model, rewriting the base if planned.
+
+    Returns:
+        For each point, what rounding the rewritten weight to its dtype lost, relative to the
+        weight's norm; zeros where the base stays.
+
+    Raises:
+        ValueError: if a point is not wrapped, or wrapped at another rank or scaling.
+    """
+    layers = adapter_layers(peft_model)
+    rounding = {}
+    for name, factors in plan.factors.items():
+        layer = layers.get(name)
+        if layer is None or adapter_name not in layer.lora_A:
+            raise ValueError(f"{name!r} carries no adapter {adapter_name!r}")
+        down, up = adapter_weights(layer, adapter_name)
+        if down.shape[0] != factors.rank:
+            raise ValueError(f"{name!r} has rank {down.shape[0]}, the plan has {factors.rank}")
+        if abs(layer.scaling[adapter_name] - factors.scaling) > 1e-6 * abs(factors.scaling):
+            raise ValueError(
+                f"{name!r} has scaling {layer.scaling[adapter_name]}, the plan {factors.scaling}"
+            )
+        down.copy_(factors.down)
+        up.copy_(factors.up)
+        rounding[name] = (
+            subtract_from_weight(layer.get_base_layer(), factors.delta())
+            if plan.rewrites_base
+            else 0.0
+        )
+    return rounding
+
+
+def adapter_weights(
+    layer: LoraLayer, adapter_name: str = "default"
+) -> tuple[nn.Parameter, nn.Parameter]:
+    """The down (r, d_in) and the up (d_out, r) matrix of an adapter."""
+    down = layer.lora_A.get_submodule(adapter_name).weight
+    up = layer.lora_B.get_submodule(adapter_name).weight
+    assert isinstance(down, nn.Parameter)
+    assert isinstance(up, nn.Parameter)
+    return down, up
+
+
+def adapter_layers(model: nn.Module) -> Mapping[str, LoraLayer]:
+    """peft's LoRA layers by the name that the module had before it was wrapped."""
+    return {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+
+
+def _anchored(name: str) -> str:
+    return f"^{re.escape(name)}"
+
+
+def _alpha(factors: Factors, use_rslora: bool) -> float:
+    return factors.scaling * (factors.rank**0.5 if use_rslora else factors.rank)

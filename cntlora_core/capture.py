@@ -1,0 +1,167 @@
+"""From a model and its batches to second moments, through forward hooks that are always undone."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cntlora_core.attachment import AttachmentPoint
+from cntlora_core.moments import Moment, SecondMoment
+
+
+@dataclass(frozen=True)
+class CapturedMoments:
+    """Second moments of the inputs of attachment points.
+
+    Attributes:
+        moments: One per distinct input.
+        input_of: For each attachment point's name, the index into ``moments``.
+    """
+
+    moments: tuple[Moment, ...]
+    input_of: dict[str, int]
+
+    def of(self, name: str) -> Moment:
+        return self.moments[self.input_of[name]]
+
+
+class SharedInputError(RuntimeError):
+    """Two attachment points that shared their input at first did not share it later."""
+
+
+class MomentCapture:
+    """Sums up what attachment points read; made by :func:`capture_moments`.
+
+    Points that read the very same tensor share one sum. Which do is seen in the first batch, by
+    comparing with tensors that are still alive: a bare ``data_ptr`` is reused after a free.
+    """
+
+    def __init__(self, points: Sequence[AttachmentPoint], share_inputs: bool = True) -> None:
+        self._points = {point.name: point for point in points}
+        self._share = share_inputs
+        self._sums: dict[str, SecondMoment] = {}
+        self._leader: dict[str, str] = {}
+        self._alive: list[tuple[weakref.ref[Tensor], int, str]] = []
+        self._calls: dict[str, int] = {}
+        self._batch = 0
+        self._mask: Tensor | None = None
+
+    def set_mask(self, mask: Tensor | None) -> None:
+        """Say which tokens of the coming forward pass count.
+
+        Args:
+            mask: (batch, tokens), true or 1 where a token is no padding; None counts all. It
+                applies to inputs whose leading dimensions are (batch, tokens).
+        """
+        self._mask = None if mask is None else mask.bool()
+
+    def end_batch(self) -> None:
+        """To be called after each forward pass.
+
+        Raises:
+            SharedInputError: if points that were taken to share an input do not.
+        """
+        for name, leader in self._leader.items():
+            if self._calls.get(name, 0) != self._calls.get(leader, 0):
+                raise SharedInputError(
+                    f"{name!r} and {leader!r} read the same input at first but are not called "
+                    "alike: capture with share_inputs=False"
+                )
+        self._alive.clear()
+        self._calls.clear()
+        self._batch += 1
+
+    def result(self) -> CapturedMoments:
+        """The moments so far, one for each distinct input; the sums start from nothing again."""
+        leaders = [name for name in self._points if self._leader.get(name, name) == name]
+        index = {name: i for i, name in enumerate(leaders)}
+        moments = tuple(
+            self._sums[name].result()
+            if name in self._sums
+            else SecondMoment(self._points[name].in_features).result()
+            for name in leaders
+        )
+        return CapturedMoments(
+            moments, {name: index[self._leader.get(name, name)] for name in self._points}
+        )
+
+    def see(self, name: str, x: Tensor) -> None:
+        """Take the input ``x`` of the attachment point ``name`` into account."""
+        self._calls[name] = self._calls.get(name, 0) + 1
+        leader = self._leader_of(name, x)
+        known = self._leader.get(name)
+        if known is None:
+            self._leader[name] = leader
+        elif known != leader:
+            raise SharedInputError(
+                f"{name!r} shared its input with {known!r} at first and with {leader!r} in batch "
+                f"{self._batch}: capture with share_inputs=False"
+            )
+        if leader != name:
+            return
+        point = self._points[name]
+        mask = self._mask
+        if mask is not None and x.ndim == 3 and x.shape[:2] == mask.shape:
+            x = x[mask.to(x.device)]
+        fitter = self._sums.setdefault(name, SecondMoment(point.in_features))
+        try:
+            fitter.update(point.input_rows(x))
+        except FloatingPointError as error:
+            raise FloatingPointError(
+                f"the input of {name!r} is not finite in batch {self._batch}: look for NaN or "
+                "infinite values in that batch, or run the model in float32 or bfloat16"
+            ) from error
+
+    def _leader_of(self, name: str, x: Tensor) -> str:
+        if not self._share:
+            return name
+        for reference, version, leader in self._alive:
+            other = reference()
+            if other is not None and version == x._version and _same_view(x, other):
+                return leader
+        self._alive.append((weakref.ref(x), x._version, name))
+        return name
+
+
+def _same_view(x: Tensor, other: Tensor) -> bool:
+    return x is other or (
+        x.data_ptr() == other.data_ptr()
+        and x.shape == other.shape
+        and x.stride() == other.stride()
+        and x.dtype == other.dtype
+    )
+
+
+@contextmanager
+def capture_moments(
+    points: Sequence[AttachmentPoint], *, share_inputs: bool = True
+) -> Iterator[MomentCapture]:
+    """Hook the points; forward passes inside the block are summed up, without gradients.
+
+    Example:
+        >>> with capture_moments(points) as capture:
+        ...     for batch in batches:
+        ...         model(**batch)
+        ...         capture.end_batch()
+        >>> moments = capture.result()
+    """
+    capture = MomentCapture(points, share_inputs)
+
+    def hook_of(name: str):
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            capture.see(name, args[0])
+
+        return hook
+
+    handles = [p.module.register_forward_pre_hook(hook_of(p.name)) for p in points]
+    try:
+        with torch.no_grad():
+            yield capture
+    finally:
+        for handle in handles:
+            handle.remove()

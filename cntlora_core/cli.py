@@ -1,0 +1,196 @@
+"""The ``cntlora`` command. Flags are made from the settings' dataclasses: a default stands once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+
+from cntlora_core.console import Cancelled, ConsoleReporter
+from cntlora_core.diffusion.settings import (
+    AdapterSettings,
+    JobSettings,
+    OutputSettings,
+    Precision,
+    PriorSettings,
+    SubjectSettings,
+    TrainingSettings,
+)
+
+EXPECTED_ERRORS = (ValueError, OSError, FloatingPointError, ImportError)
+
+
+@dataclass(frozen=True)
+class Train:
+    """Teach a Stable Diffusion 1.5 model a subject: photos in, a LoRA file out.
+
+    Attributes:
+        model: Stable Diffusion 1.5 as one .safetensors file, a diffusers folder or a hub id.
+        resume: Go on from the state that an interrupted run left in the output folder.
+        overwrite: Start anew even where the output folder holds a run.
+    """
+
+    model: str
+    subject: Annotated[SubjectSettings, tyro.conf.arg(name="")]
+    output: Annotated[OutputSettings, tyro.conf.arg(name="")]
+    prior: Annotated[PriorSettings, tyro.conf.arg(name="")] = field(default_factory=PriorSettings)
+    adapter: Annotated[AdapterSettings, tyro.conf.arg(name="")] = field(
+        default_factory=AdapterSettings
+    )
+    training: Annotated[TrainingSettings, tyro.conf.arg(name="")] = field(
+        default_factory=TrainingSettings
+    )
+    resume: bool = False
+    overwrite: bool = False
+
+    def run(self, reporter: ConsoleReporter) -> None:
+        from cntlora_core.diffusion.job import personalise
+
+        settings = JobSettings(
+            self.model, self.subject, self.output, self.prior, self.adapter, self.training
+        )
+        result = personalise(
+            settings, resume=self.resume, overwrite=self.overwrite, reporter=reporter
+        )
+        print(result.lora)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Draw pictures from a checkpoint and any number of LoRA files.
+
+    Attributes:
+        model: Stable Diffusion 1.5 as one .safetensors file, a diffusers folder or a hub id.
+        prompt: One or more prompts.
+        output: Folder for the pictures.
+        lora: LoRA files; a strength may follow each after a colon: dog.safetensors:0.8
+        per_prompt: Pictures for each prompt.
+        steps: Sampling steps.
+        guidance: Classifier-free guidance scale.
+        negative_prompt: What the pictures should not show.
+        resolution: Side in pixels; default: the model's own.
+        scheduler: pndm, ddim, dpm++ or euler_a; default: the model's own.
+        seed: Seed of the first picture; the next has the next seed.
+        batch_size: Pictures drawn at once.
+        precision: Data type of the model.
+        device: Where to draw; default: CUDA, then MPS, then the CPU.
+    """
+
+    model: str
+    prompt: tuple[str, ...]
+    output: Path
+    lora: tuple[str, ...] = ()
+    per_prompt: int = 1
+    steps: int = 30
+    guidance: float = 7.5
+    negative_prompt: str = ""
+    resolution: int | None = None
+    scheduler: str | None = None
+    seed: int = 0
+    batch_size: int = 4
+    precision: Precision = "float32"
+    device: str | None = None
+
+    def run(self, reporter: ConsoleReporter) -> None:
+        from cntlora_core.diffusion.sampler import (
+            LoRAUse,
+            SamplingSettings,
+            draw,
+            load_for_sampling,
+        )
+        from cntlora_core.files import require_writable_folder, safe_name
+        from cntlora_core.plots import save_image
+
+        if not self.prompt:
+            raise ValueError("give at least one --prompt")
+        if self.per_prompt < 1:
+            raise ValueError(f"per_prompt must be at least 1, got {self.per_prompt}")
+        settings = SamplingSettings(
+            steps=self.steps,
+            guidance=self.guidance,
+            negative_prompt=self.negative_prompt,
+            resolution=self.resolution,
+            scheduler=self.scheduler,
+            seed=self.seed,
+            batch_size=self.batch_size,
+        )
+        folder = require_writable_folder(self.output)
+        reporter("loading the model", 0, 1, {})
+        pipeline = load_for_sampling(
+            self.model,
+            [LoRAUse.parse(text) for text in self.lora],
+            precision=self.precision,
+            device=self.device,
+            scheduler=self.scheduler,
+        )
+        reporter("loading the model", 1, 1, {})
+        prompts = [prompt for prompt in self.prompt for _ in range(self.per_prompt)]
+        pictures = draw(pipeline, prompts, settings, reporter=reporter)
+        for i, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True)):
+            path = folder / f"{safe_name(prompt, max_length=60)}-{self.seed + i}.png"
+            save_image(picture, path)
+            print(path)
+
+
+@dataclass(frozen=True)
+class Demo:
+    """The main job on the embedded small model, in a few minutes on two CPU cores.
+
+    Attributes:
+        output: Folder for everything that the demo leaves.
+        subject: Which of the embedded subjects; default: the first.
+        method: How the adapter starts.
+        steps: Training steps.
+    """
+
+    output: Path = Path("demo_output")
+    subject: str | None = None
+    method: Annotated[str, tyro.conf.arg(metavar="{cross,self,shift,lora}")] = "cross"
+    steps: int = 1000
+
+    def run(self, reporter: ConsoleReporter) -> None:
+        from cntlora_core.demo import run_demo
+
+        sheet = run_demo(
+            self.output,
+            subject_name=self.subject,
+            method=self.method,
+            steps=self.steps,
+            reporter=reporter,
+        )
+        print(sheet)
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {"train": Train, "sample": Sample, "demo": Demo}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, 1 for an error in words, 130 after Ctrl-C."""
+    command = tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="cntlora", args=arguments)
+    console = Console(stderr=True)
+    reporter = ConsoleReporter(console)
+    try:
+        with reporter.running():
+            command.run(reporter)
+    except Cancelled:
+        console.print("stopped; a training run goes on with --resume")
+        return 130
+    except KeyboardInterrupt:
+        console.print("interrupted")
+        return 130
+    except EXPECTED_ERRORS as error:
+        if os.environ.get("CNTLORA_TRACEBACK"):
+            raise
+        console.print(f"error: {error}", style="red", markup=False, highlight=False)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

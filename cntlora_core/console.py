@@ -1,0 +1,83 @@
+"""What a terminal shows of long work: progress bars with time estimates, notes, warnings."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+
+class Cancelled(KeyboardInterrupt):
+    """The user pressed Ctrl-C; raised between two steps of the work."""
+
+
+class ConsoleReporter:
+    """A reporter that draws one progress bar for each stage.
+
+    Ctrl-C is taken note of and raised as :class:`Cancelled` at the next report, where nothing is
+    half done; pressed a second time it interrupts at once.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[info]}"),
+            console=self.console,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._losses: list[float] = []
+        self._cancelled = False
+
+    def __call__(self, stage: str, done: int, total: int, values: dict[str, Any]) -> None:
+        if self._cancelled:
+            raise Cancelled
+        if "note" in values:
+            self.console.print(f"• {values['note']}", markup=False, highlight=False)
+        if total <= 0:
+            return
+        if stage not in self._tasks:
+            self._tasks[stage] = self._progress.add_task(stage, total=total, info="")
+        self._progress.update(
+            self._tasks[stage], completed=done, total=total, info=self._info(values)
+        )
+
+    def _info(self, values: dict[str, Any]) -> str:
+        if "loss" not in values:
+            return ""
+        self._losses = [*self._losses[-49:], float(values["loss"])]
+        return f"loss {sum(self._losses) / len(self._losses):.4f}"
+
+    def _on_interrupt(self, _signal: int, _frame: FrameType | None) -> None:
+        if self._cancelled:
+            raise KeyboardInterrupt
+        self._cancelled = True
+        self.console.print("stopping after this step (Ctrl-C again: at once) …")
+
+    @contextmanager
+    def running(self) -> Iterator[ConsoleReporter]:
+        """Show progress and take Ctrl-C within the block; both are undone after it."""
+        before = signal.signal(signal.SIGINT, self._on_interrupt)
+        try:
+            with self._progress:
+                yield self
+        finally:
+            signal.signal(signal.SIGINT, before)

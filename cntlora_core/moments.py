@@ -1,0 +1,80 @@
+"""Streaming second moments of activations; knows no model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The second moment ``C = X.T @ X / N`` of N rows, not centred.
+
+    Attributes:
+        matrix: (d, d), float32 or wider, symmetric.
+        count: N, how many rows it was taken over.
+    """
+
+    matrix: Tensor
+    count: int
+
+    @property
+    def width(self) -> int:
+        return self.matrix.shape[0]
+
+
+class SecondMoment:
+    """Running sum of ``x x.T`` over rows; the rows themselves are never kept.
+
+    The sum is float32 whatever the rows' dtype (float64 rows are summed in float64).
+    """
+
+    def __init__(self, width: int, device: torch.device | str | None = None) -> None:
+        self.width = width
+        self.count = 0
+        self._device = device
+        self._sum: Tensor | None = None
+
+    @torch.no_grad()
+    def update(self, rows: Tensor) -> None:
+        """Add rows (n, width) to the sum.
+
+        Raises:
+            ValueError: if the width differs from that of earlier rows.
+            FloatingPointError: if a row is not finite.
+        """
+        if rows.ndim != 2 or rows.shape[1] != self.width:
+            raise ValueError(f"expected rows of shape (n, {self.width}), got {tuple(rows.shape)}")
+        if rows.shape[0] == 0:
+            return
+        rows = rows.detach().to(torch.float64 if rows.dtype == torch.float64 else torch.float32)
+        if self._sum is None:
+            self._sum = rows.new_zeros(self.width, self.width, device=self._device)
+        total = self._sum
+        rows = rows.to(total.device, total.dtype)
+        total.addmm_(rows.T, rows)
+        # One check of the diagonal finds any non-finite entry of any row: it is a sum of squares.
+        if not torch.isfinite(total.diagonal()).all():
+            raise FloatingPointError("non-finite activations")
+        self.count += rows.shape[0]
+
+    def merge(self, other: SecondMoment) -> None:
+        """Add what another fitter has seen."""
+        if other.width != self.width:
+            raise ValueError(f"widths differ: {self.width} and {other.width}")
+        if other._sum is not None:
+            self._sum = other._sum.clone() if self._sum is None else self._sum.add_(other._sum)
+        self.count += other.count
+
+    def result(self) -> Moment:
+        """The moment of all rows so far; all zeros where there were none.
+
+        Takes the running sum over instead of copying it: the fitter starts from nothing afterwards.
+        """
+        total, count = self._sum, self.count
+        self._sum, self.count = None, 0
+        if total is None:
+            return Moment(torch.zeros(self.width, self.width, device=self._device), 0)
+        return Moment(total.div_(count), count)

@@ -1,0 +1,156 @@
+"""Pictures of a run: its loss, its ranks, and what the model draws before and after."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from cntlora_core.files import atomic_write
+
+_PROJECTIONS = {
+    "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "out", "to_out": "out",
+    "q_proj": "q", "k_proj": "k", "v_proj": "v", "out_proj": "out",
+    "query": "q", "key": "k", "value": "v",
+}  # fmt: skip
+
+
+def plot_loss(history: Sequence[Mapping[str, float]], path: Path, title: str = "") -> None:
+    """Loss and gradient norm against steps, with a running mean."""
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    steps = np.arange(1, len(history) + 1)
+    for key, label, colour in (
+        ("instance_loss", "subject", "#2f6db5"),
+        ("prior_loss", "class", "#d98324"),
+    ):
+        values = np.array([record[key] for record in history])
+        if values.any():
+            left.plot(steps, values, color=colour, alpha=0.18, linewidth=0.8)
+            left.plot(steps, _running_mean(values), color=colour, label=label)
+    left.set(xlabel="step", ylabel="denoising loss", yscale="log", title=title or "loss")
+    left.legend(frameon=False)
+    norms = np.array([record["grad_norm"] for record in history])
+    right.plot(steps, norms, color="#666666", alpha=0.18, linewidth=0.8)
+    right.plot(steps, _running_mean(norms), color="#444444")
+    right.set(xlabel="step", ylabel="gradient norm", yscale="log", title="gradient norm")
+    _save(figure, path)
+
+
+def plot_ranks(ranks: Mapping[str, int], path: Path, title: str = "") -> None:
+    """Rank against depth: one line for each projection, one panel for each part of the model."""
+    panels = rank_lines(ranks)
+    figure = Figure(figsize=(4.2 * len(panels), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axis, (part, lines) in zip(axes, panels.items(), strict=True):
+        for projection, values in lines.items():
+            axis.plot(range(1, len(values) + 1), values, marker="o", markersize=3, label=projection)
+        axis.set(title=part, xlabel="depth")
+        axis.legend(frameon=False, fontsize=8)
+    axes[0].set(ylabel="rank")
+    if title:
+        figure.suptitle(title)
+    _save(figure, path)
+
+
+def rank_lines(ranks: Mapping[str, int]) -> dict[str, dict[str, list[int]]]:
+    """Ranks by part of the model and projection, each in order of depth."""
+    panels: dict[str, dict[str, list[int]]] = {}
+    for name in sorted(ranks, key=_depth):
+        projection = next(
+            (p for p in _PROJECTIONS if name.endswith("." + p)), name.rpartition(".")[2]
+        )
+        part = name[: -len(projection) - 1]
+        panels.setdefault(_part_title(part), {}).setdefault(
+            _PROJECTIONS.get(projection, projection), []
+        ).append(ranks[name])
+    return panels
+
+
+def _part_title(path: str) -> str:
+    if path.startswith("unet."):
+        return (
+            "UNet self-attention"
+            if path.endswith("attn1")
+            else ("UNet cross-attention" if path.endswith("attn2") else "UNet")
+        )
+    if path.startswith("text_encoder."):
+        return "text encoder"
+    return re.sub(r"\.?\b\d+\b", "", path)
+
+
+def _depth(name: str) -> list[tuple[int, int, str]]:
+    stage = 1 if "mid_block" in name else 2 if "up_blocks" in name else 0
+    pieces = [(int(p), "") if p.isdigit() else (-1, p) for p in name.split(".")]
+    return [(stage, 0, "")] + [(0, number, text) for number, text in pieces]
+
+
+def comparison_sheet(
+    photos: Sequence[Image.Image],
+    rows: Sequence[tuple[str, Sequence[Sequence[Image.Image]]]],
+    columns: Sequence[str],
+    *,
+    side: int = 160,
+) -> Image.Image:
+    """The subject's photos above, then for each prompt what each model draws.
+
+    Args:
+        photos: The subject.
+        rows: Prompt, and for each column the pictures drawn for it.
+        columns: A heading for each column.
+        side: Side of a picture in pixels.
+    """
+    gap, label_width, line = 6, 190, 16
+    font = ImageFont.load_default(13)
+    per_cell = max(len(cell) for _, cells in rows for cell in cells)
+    column_width = per_cell * (side + gap) + 2 * gap
+    width = max(label_width + len(columns) * column_width, label_width + len(photos) * (side + gap))
+    height = 2 * (line + gap) + (side + gap) + len(rows) * (side + gap) + gap
+    sheet = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(sheet)
+
+    def put(image: Image.Image, x: int, y: int) -> None:
+        resample = Image.Resampling.NEAREST if image.width < side else Image.Resampling.LANCZOS
+        sheet.paste(ImageOps.fit(image.convert("RGB"), (side, side), resample), (x, y))
+
+    y = gap
+    pen.text((gap, y + side // 2), "photos of the subject", fill="black", font=font)
+    for i, photo in enumerate(photos):
+        put(photo, label_width + i * (side + gap), y)
+    y += side + 2 * gap
+    for i, heading in enumerate(columns):
+        pen.text((label_width + i * column_width, y), heading, fill="black", font=font)
+    y += line + gap
+    for prompt, cells in rows:
+        text = "\n".join(textwrap.wrap(prompt, 26))
+        pen.multiline_text((gap, y + side // 3), text, fill="black", font=font)
+        for i, cell in enumerate(cells):
+            for j, image in enumerate(cell):
+                put(image, label_width + i * column_width + j * (side + gap), y)
+        y += side + gap
+    return sheet
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    """Write a picture whole or not at all; the format is that of the file's ending."""
+    with atomic_write(path) as temporary:
+        image.save(temporary, format=Image.registered_extensions()[path.suffix.lower()])
+
+
+def _running_mean(values: np.ndarray, window: int = 50) -> np.ndarray:
+    sums = np.cumsum(np.insert(values, 0, 0.0))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - window, 0)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    FigureCanvasAgg(figure)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
