@@ -1,0 +1,163 @@
+"""The data-driven start of a diffusion adapter: noised photos through text encoder and denoiser."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from cntlora_core.adapter import AdapterPlan, plan_adapter, plan_plain_lora
+from cntlora_core.attachment import AttachmentPoint, find_attachment_points
+from cntlora_core.data.captions import encode_prompts
+from cntlora_core.data.latents import LatentSet
+from cntlora_core.diffusion.settings import AdapterSettings
+from cntlora_core.initialize import InitReport, collect_moments, report_of
+from cntlora_core.progress import Reporter, silent, stage_progress
+
+UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+
+def unet_lora_config(settings: AdapterSettings) -> LoraConfig:
+    """peft's configuration for the denoiser's attention."""
+    return _lora_config(settings, UNET_TARGETS)
+
+
+def text_encoder_lora_config(settings: AdapterSettings) -> LoraConfig:
+    """peft's configuration for the text encoder's attention."""
+    return _lora_config(settings, TEXT_ENCODER_TARGETS)
+
+
+def _lora_config(settings: AdapterSettings, targets: Sequence[str]) -> LoraConfig:
+    return LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,  # pyright: ignore[reportArgumentType]
+        target_modules=list(targets),
+    )
+
+
+def diffusion_attachment_points(
+    unet: nn.Module, text_encoder: nn.Module, settings: AdapterSettings
+) -> list[AttachmentPoint]:
+    """Points of both models under the prefixes ``unet.`` and ``text_encoder.``."""
+    points = find_attachment_points(unet, unet_lora_config(settings), "unet.")
+    if settings.train_text_encoder:
+        points += find_attachment_points(
+            text_encoder, text_encoder_lora_config(settings), "text_encoder."
+        )
+    return points
+
+
+@dataclass(frozen=True)
+class NoisedBatch:
+    """One forward pass: latents (n, c, h, w), timesteps (n,) and prompt tokens (n, length)."""
+
+    latents: Tensor
+    timesteps: Tensor
+    tokens: Tensor
+
+
+class NoisedPhotos:
+    """The photos at stratified random timesteps, as an iterable that is the same each time.
+
+    The timesteps of the ``passes * n`` samples fall one into each of as many equal intervals, in
+    random order, so that few samples cover the whole range.
+    """
+
+    def __init__(
+        self,
+        latents: LatentSet,
+        tokens: Tensor,
+        noise_scheduler: Any,
+        *,
+        passes: int,
+        seed: int,
+    ) -> None:
+        self._latents, self._tokens, self._scheduler = latents, tokens, noise_scheduler
+        self._passes, self._seed = passes, seed
+
+    def __len__(self) -> int:
+        return self._passes * len(self._tokens)
+
+    def __iter__(self) -> Iterator[NoisedBatch]:
+        generator = torch.Generator().manual_seed(self._seed)
+        count = len(self)
+        strata = (
+            torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)
+        ) / count
+        horizon = self._scheduler.config["num_train_timesteps"]
+        for i, position in enumerate(strata):
+            timestep = (position * horizon).long().clamp(max=horizon - 1)[None]
+            photo = i % len(self._tokens)
+            latent = self._latents.sample(photo, generator)[None]
+            noise = torch.randn(latent.shape, generator=generator)
+            noised = self._scheduler.add_noise(latent, noise, timestep)
+            yield NoisedBatch(noised, timestep, self._tokens[photo][None])
+
+
+def initialize_adapter(
+    unet: nn.Module,
+    text_encoder: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    noise_scheduler: Any,
+    latents: LatentSet,
+    prompts: Sequence[str],
+    settings: AdapterSettings,
+    *,
+    seed: int = 0,
+    reporter: Reporter = silent,
+) -> tuple[AdapterPlan, InitReport | None]:
+    """Plan the adapter of both models under one rank budget, on the base models as they are.
+
+    Args:
+        unet: The denoiser, frozen.
+        text_encoder: The text encoder, frozen.
+        tokenizer: Its tokenizer.
+        noise_scheduler: The training noise schedule.
+        latents: The photos, encoded.
+        prompts: One for each photo.
+        settings: Method, rank and so on.
+        seed: Seed of timesteps and noise.
+
+    Returns:
+        The plan, and a report (None for the plain start, which reads no data).
+    """
+    points = diffusion_attachment_points(unet, text_encoder, settings)
+    if settings.method == "lora":
+        plan = plan_plain_lora(points, rank=settings.rank, scaling=settings.scaling, seed=seed)
+        return plan, None
+    tokens = encode_prompts(prompts, tokenizer).input_ids
+    batches = NoisedPhotos(latents, tokens, noise_scheduler, passes=settings.init_passes, seed=seed)
+    models = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
+    parameter = next(unet.parameters())
+
+    def forward(_models: nn.Module, batch: NoisedBatch) -> None:
+        states = text_encoder(batch.tokens.to(parameter.device))[0]
+        unet(
+            batch.latents.to(parameter.device, parameter.dtype),
+            batch.timesteps.to(parameter.device),
+            encoder_hidden_states=states,
+        )
+
+    start = time.perf_counter()
+    captured = collect_moments(
+        models,
+        points,
+        batches,
+        forward_fn=forward,
+        progress=stage_progress(reporter, "reading activations"),
+    )
+    middle = time.perf_counter()
+    reporter("solving for the start", 0, 1, {})
+    plan = plan_adapter(
+        points, captured, settings.cntlora, rank=settings.rank, scaling=settings.scaling
+    )
+    end = time.perf_counter()
+    reporter("solving for the start", 1, 1, {})
+    return plan, report_of(plan, captured, settings.cntlora, middle - start, end - middle)

@@ -1,0 +1,489 @@
+"""The main job: photos of a subject in, a LoRA file and the record of the run out."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+
+from cntlora_core import __version__
+from cntlora_core.data.captions import (
+    SubjectPrompts,
+    encode_prompts,
+    subject_prompts,
+    token_note,
+    training_prompts,
+)
+from cntlora_core.data.latents import encode_latents
+from cntlora_core.data.photos import PhotoSet, load_photos, upscale_warnings
+from cntlora_core.diffusion.export import ExportReport, export_lora
+from cntlora_core.diffusion.initialize import initialize_adapter
+from cntlora_core.diffusion.pipeline import StableDiffusionParts, load_stable_diffusion
+from cntlora_core.diffusion.prior import cache_folder, class_images
+from cntlora_core.diffusion.sampler import SamplingSettings, default_device, draw
+from cntlora_core.diffusion.settings import JobSettings, SubjectSettings
+from cntlora_core.diffusion.state import TrainingState
+from cntlora_core.diffusion.trainer import SubjectTrainer, TrainingData
+from cntlora_core.files import require_writable_folder, safe_name, write_json_atomic
+from cntlora_core.lora_file import modelspec_metadata
+from cntlora_core.plots import plot_loss, plot_ranks, save_image
+from cntlora_core.progress import Reporter, silent, stage_progress
+
+STATE_NAME = "state.safetensors"
+RECORD_NAME = "run.json"
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """What a run left behind.
+
+    Attributes:
+        lora: The LoRA file (a folder in peft's layout).
+        folder: The folder with everything.
+        export: What the file holds.
+        initialization: Report of the data-driven start; None for a plain one.
+        history: One record per step.
+        seconds: Time spent by stage.
+        notes: What a person should know: skipped files, cut prompts and the like.
+    """
+
+    lora: Path
+    folder: Path
+    export: ExportReport
+    initialization: dict[str, Any] | None
+    history: list[dict[str, float]]
+    seconds: dict[str, float]
+    notes: tuple[str, ...]
+
+
+@dataclass
+class _Run:
+    """Notes and timings of a run under way."""
+
+    reporter: Reporter
+    seconds: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def note(self, *texts: str) -> None:
+        for text in texts:
+            self.notes.append(text)
+            self.reporter("notes", 0, 0, {"note": text})
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+def personalise(
+    settings: JobSettings,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    reporter: Reporter = silent,
+) -> JobResult:
+    """Teach a Stable Diffusion 1.5 model a subject.
+
+    Args:
+        settings: All there is to decide.
+        resume: Go on from the state that an interrupted run left in the output folder.
+        overwrite: Start anew even where the output folder holds such a state or a finished run.
+        reporter: Told all along what is being done; what it raises ends the run cleanly.
+
+    Raises:
+        ValueError: for photos, prompts, a model or settings that cannot be used, in words.
+        FileExistsError: if the output folder holds a run and neither flag is given.
+        OSError: if the output folder cannot be written to.
+        NonFiniteLossError: if training blows up; the last good state is kept.
+    """
+    run = _Run(reporter)
+    folder = require_writable_folder(settings.output.output)
+    _check_folder(folder, resume, overwrite)
+    prompts = _prompts(settings.subject)
+    with run.timed("photos"):
+        photos = load_photos(settings.subject.images)
+    run.note(*photos.warnings, *(f"skipped {s.path.name}: {s.reason}" for s in photos.skipped))
+
+    training = settings.training
+    with run.timed("loading"):
+        reporter("loading the model", 0, 1, {})
+        parts = load_stable_diffusion(
+            settings.model, dtype=training.dtype, device=training.device or default_device()
+        )
+        reporter("loading the model", 1, 1, {})
+    model = _ModelFacts.of(parts)
+    texts = _photo_prompts(photos, prompts, parts, run)
+    data, identity = _training_data(parts, photos, prompts, texts, settings, run)
+
+    state_path = folder / STATE_NAME
+    if resume:
+        state = TrainingState.load(state_path)
+        _check_same_run(state, settings, identity)
+        plan, report = state.plan, None
+        initialization = state.settings.get("initialization")
+    else:
+        state = None
+        with run.timed("initialization"):
+            plan, report = initialize_adapter(
+                parts.unet,
+                parts.text_encoder,
+                parts.tokenizer,
+                parts.noise_scheduler,
+                data.photos,
+                texts,
+                settings.adapter,
+                seed=training.seed,
+                reporter=reporter,
+            )
+        if report is not None:
+            run.note(report.summary())
+        initialization = report.to_dict() if report is not None else None
+
+    trainer = SubjectTrainer(
+        parts.unet,
+        parts.text_encoder,
+        parts.noise_scheduler,
+        plan,
+        data,
+        adapter=settings.adapter,
+        training=training,
+        prior_weight=settings.prior.prior_weight,
+        settings={
+            "job": settings.to_dict(),
+            "identity": identity,
+            "initialization": initialization,
+        },
+    )
+    if state is not None:
+        trainer.restore(state)
+        run.note(f"going on after step {state.step} of {training.steps}")
+    preview = parts.pipeline() if training.sample_every else None
+    del parts  # and with it the VAE, unless samples are drawn
+    with run.timed("training"):
+        trainer.run(
+            reporter=reporter,
+            state_path=state_path,
+            after_step=_previewer(preview, settings, folder, reporter),
+        )
+    return _finish(trainer, settings, prompts, photos, model, initialization, run, folder, identity)
+
+
+def _finish(
+    trainer: SubjectTrainer,
+    settings: JobSettings,
+    prompts: SubjectPrompts,
+    photos: PhotoSet,
+    model: _ModelFacts,
+    initialization: dict[str, Any] | None,
+    run: _Run,
+    folder: Path,
+    identity: dict[str, Any],
+) -> JobResult:
+    name = settings.output.name or "-".join(
+        filter(None, [prompts.token, prompts.class_name, settings.adapter.method])
+    )
+    stem = safe_name(name or prompts.instance_prompt)
+    target = folder / (stem if settings.output.layout == "peft" else f"{stem}.safetensors")
+    with run.timed("export"):
+        export = export_lora(
+            trainer.unet,
+            trainer.text_encoder,
+            trainer.plan,
+            target,
+            settings.output,
+            _metadata(stem, settings, prompts, photos, model, trainer),
+        )
+    if export.relative_error:
+        run.note(
+            "the file was truncated to the trained rank: relative error "
+            f"{export.relative_error:.2e}"
+        )
+    plot_loss(trainer.history, folder / "loss.png", f"{settings.adapter.method}: {stem}")
+    plot_ranks(trainer.plan.ranks, folder / "ranks.png", f"{settings.adapter.method}: ranks")
+    result = JobResult(
+        lora=export.path,
+        folder=folder,
+        export=export,
+        initialization=initialization,
+        history=trainer.history,
+        seconds=run.seconds,
+        notes=tuple(run.notes),
+    )
+    write_json_atomic(folder / RECORD_NAME, _record(result, settings, prompts, model, identity))
+    (folder / STATE_NAME).unlink(missing_ok=True)
+    return result
+
+
+@dataclass(frozen=True)
+class _ModelFacts:
+    source: str
+    fingerprint: str
+    resolution: int
+
+    @classmethod
+    def of(cls, parts: StableDiffusionParts) -> _ModelFacts:
+        return cls(parts.source, parts.fingerprint, parts.default_resolution)
+
+
+def _prompts(subject: SubjectSettings) -> SubjectPrompts:
+    return subject_prompts(
+        subject.token, subject.class_name, subject.instance_prompt, subject.class_prompt
+    )
+
+
+def _photo_prompts(
+    photos: PhotoSet, prompts: SubjectPrompts, parts: StableDiffusionParts, run: _Run
+) -> tuple[str, ...]:
+    names = [p.path.name if p.path else f"image {i}" for i, p in enumerate(photos.photos, 1)]
+    chosen = training_prompts([photo.caption for photo in photos.photos], prompts, names)
+    note = token_note(prompts.token, parts.tokenizer) if prompts.token else None
+    run.note(*chosen.warnings, *([note] if note else []))
+    return chosen.prompts
+
+
+def _training_data(
+    parts: StableDiffusionParts,
+    photos: PhotoSet,
+    prompts: SubjectPrompts,
+    texts: tuple[str, ...],
+    settings: JobSettings,
+    run: _Run,
+) -> tuple[TrainingData, dict[str, Any]]:
+    """Encode photos and class images, drawing the latter if need be."""
+    subject, prior = settings.subject, settings.prior
+    resolution = subject.resolution or parts.default_resolution
+    tokens = encode_prompts(texts, parts.tokenizer)
+    run.note(*tokens.messages, *upscale_warnings(photos.photos, resolution))
+    latents = {"cache_dir": cache_folder(prior) / "latents", "vae_fingerprint": parts.fingerprint}
+    with run.timed("encoding"):
+        encoded = encode_latents(
+            photos.photos,
+            parts.vae,
+            resolution=resolution,
+            flip=subject.flip,
+            progress=stage_progress(run.reporter, "encoding photos"),
+            **latents,
+        )
+    identity: dict[str, Any] = {
+        "model": parts.fingerprint,
+        "photos": [photo.digest for photo in photos.photos],
+        "prompts": list(texts),
+    }
+    if prior.prior_weight == 0:
+        return TrainingData(encoded, tokens.input_ids), identity
+    with run.timed("class images"):
+        others = class_images(
+            parts,
+            prompts.class_prompt,
+            prior,
+            resolution=resolution,
+            seed=settings.training.seed,
+            reporter=run.reporter,
+        )
+    run.note(*(f"skipped {s.path.name}: {s.reason}" for s in others.skipped))
+    with run.timed("encoding"):
+        encoded_others = encode_latents(
+            others.photos,
+            parts.vae,
+            resolution=resolution,
+            flip=False,
+            progress=stage_progress(run.reporter, "encoding class images"),
+            **latents,
+        )
+    class_tokens = encode_prompts([prompts.class_prompt], parts.tokenizer)
+    run.note(*encoded.notes, *encoded_others.notes, *class_tokens.messages)
+    identity["class_images"] = [photo.digest for photo in others.photos]
+    data = TrainingData(encoded, tokens.input_ids, encoded_others, class_tokens.input_ids)
+    return data, identity
+
+
+def _previewer(
+    pipeline: StableDiffusionPipeline | None,
+    settings: JobSettings,
+    folder: Path,
+    reporter: Reporter,
+):
+    training = settings.training
+    if pipeline is None:
+        return None
+
+    def after_step(step: int) -> None:
+        if step % training.sample_every and step != training.steps:
+            return
+        modules = (pipeline.unet, pipeline.text_encoder)
+        modes = [module.training for module in modules]
+        for module in modules:
+            module.eval()
+        pictures = draw(
+            pipeline,
+            training.sample_prompts,
+            SamplingSettings(resolution=settings.subject.resolution, seed=training.seed),
+            reporter=reporter,
+            stage="drawing samples",
+        )
+        for module, mode in zip(modules, modes, strict=True):
+            module.train(mode)
+        samples = require_writable_folder(folder / "samples")
+        for prompt, picture in zip(training.sample_prompts, pictures, strict=True):
+            save_image(picture, samples / f"{step:06d}-{safe_name(prompt)}.png")
+
+    return after_step
+
+
+def _check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
+    if resume or overwrite:
+        return
+    if (folder / STATE_NAME).exists():
+        raise FileExistsError(
+            f"{folder} holds the state of an interrupted run: go on with --resume, or start anew "
+            "with --overwrite"
+        )
+    if (folder / RECORD_NAME).exists():
+        raise FileExistsError(
+            f"{folder} holds a finished run: choose another output folder, or --overwrite"
+        )
+
+
+_MAY_CHANGE = {
+    ("output",),
+    ("prior", "cache"),
+    ("subject", "images"),
+    ("model",),
+    ("training", "save_every"),
+    ("training", "sample_prompts"),
+    ("training", "sample_every"),
+    ("training", "device"),
+}
+
+
+def _check_same_run(state: TrainingState, settings: JobSettings, identity: dict[str, Any]) -> None:
+    """A resumed run is the same run: whatever shapes its result must not have changed."""
+    ours = {"job": settings.to_dict(), "identity": identity}
+    may_change = set(_MAY_CHANGE)
+    if settings.training.lr_schedule.startswith("constant"):
+        may_change.add(("training", "steps"))
+    differing = [
+        ".".join(path)
+        for path, old, new in _differences(
+            {k: state.settings.get(k, {}) for k in ours}, _plain(ours)
+        )
+        if not any(path[1 : 1 + len(free)] == free for free in may_change)
+    ]
+    if differing:
+        raise ValueError(
+            f"the state was left by another run; these differ: {', '.join(differing)}. Resume with "
+            "the settings and photos of that run, or start anew with --overwrite"
+        )
+
+
+def _differences(
+    old: Any, new: Any, path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted({*old, *new}):
+            yield from _differences(old.get(key), new.get(key), (*path, key))
+    elif old != new:
+        yield path, old, new
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, as they come back from JSON."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _metadata(
+    title: str,
+    settings: JobSettings,
+    prompts: SubjectPrompts,
+    photos: PhotoSet,
+    model: _ModelFacts,
+    trainer: SubjectTrainer,
+) -> dict[str, str]:
+    training = settings.training
+    classes = trainer.data.class_images
+    return modelspec_metadata(
+        title=title,
+        resolution=settings.subject.resolution or model.resolution,
+        method=settings.adapter.method,
+        settings=_shareable(settings),
+        training={
+            "learning_rate": training.learning_rate,
+            "num_train_images": len(photos.photos),
+            "num_reg_images": 0 if classes is None else len(classes.digests),
+            "max_train_steps": training.steps,
+            "steps": trainer.step,
+            "seed": training.seed,
+            "output_name": title,
+            "sd_model_name": Path(model.source).name,
+            "prior_loss_weight": settings.prior.prior_weight,
+            "min_snr_gamma": training.min_snr_gamma,
+            "optimizer": "torch.optim.AdamW",
+            "lr_scheduler": training.lr_schedule,
+            "gradient_accumulation_steps": training.gradient_accumulation,
+            "gradient_checkpointing": training.gradient_checkpointing,
+        },
+        trigger_phrase=prompts.token or prompts.instance_prompt,
+    )
+
+
+def _shareable(settings: JobSettings) -> dict[str, Any]:
+    """The settings without the folders of whoever trained: files travel."""
+    values = settings.to_dict()
+    values["model"] = Path(settings.model).name
+    values["subject"].pop("images")
+    values["output"].pop("output")
+    values["prior"].pop("cache")
+    if settings.prior.class_images is not None:
+        values["prior"]["class_images"] = Path(settings.prior.class_images).name
+    values["training"].pop("device")
+    return values
+
+
+def _record(
+    result: JobResult,
+    settings: JobSettings,
+    prompts: SubjectPrompts,
+    model: _ModelFacts,
+    identity: dict[str, Any],
+) -> dict[str, Any]:
+    packages = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy")
+    return {
+        "settings": settings.to_dict(),
+        "prompts": dataclasses.asdict(prompts),
+        "model": dataclasses.asdict(model),
+        "identity": identity,
+        "seconds": result.seconds,
+        "initialization": result.initialization,
+        "export": {
+            "file": result.lora.name,
+            "ranks": result.export.ranks,
+            "trained_ranks": result.export.trained_ranks,
+            "relative_error": result.export.relative_error,
+        },
+        "notes": list(result.notes),
+        "versions": {
+            "python": platform.python_version(),
+            "cntlora": __version__,
+            **{package: version(package) for package in packages},
+        },
+        "machine": {
+            "system": platform.system(),
+            "processor": platform.machine(),
+            "threads": torch.get_num_threads(),
+        },
+        "history": result.history,
+    }

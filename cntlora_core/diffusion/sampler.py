@@ -1,0 +1,197 @@
+"""Drawing pictures with a checkpoint and any number of LoRA files, through the stock pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from cntlora_core.data.captions import encode_prompts
+from cntlora_core.diffusion.pipeline import StableDiffusionParts, load_stable_diffusion
+from cntlora_core.diffusion.settings import Precision, torch_dtype
+from cntlora_core.progress import Reporter, silent
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How a picture is drawn.
+
+    Attributes:
+        steps: Sampling steps.
+        guidance: Classifier-free guidance scale.
+        negative_prompt: What the picture should not show.
+        resolution: Side in pixels; default: the model's own.
+        scheduler: pndm, ddim, dpm++ or euler_a; default: the model's own.
+        seed: Seed of the first picture; the next has the next seed.
+        batch_size: Pictures drawn at once.
+    """
+
+    steps: int = 30
+    guidance: float = 7.5
+    negative_prompt: str = ""
+    resolution: int | None = None
+    scheduler: str | None = None
+    seed: int = 0
+    batch_size: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class LoRAUse:
+    """A LoRA file and how strongly it acts.
+
+    Attributes:
+        path: The file, in kohya or diffusers layout.
+        strength: 1 as trained; less is weaker, 0 is off, negative is the opposite.
+    """
+
+    path: Path
+    strength: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str) -> LoRAUse:
+        """``file.safetensors`` or ``file.safetensors:0.8``.
+
+        Raises:
+            ValueError: if what follows the colon is no number.
+        """
+        head, colon, tail = text.rpartition(":")
+        if colon and head.endswith(".safetensors"):
+            try:
+                return cls(Path(head).expanduser(), float(tail))
+            except ValueError:
+                raise ValueError(
+                    f"{text!r}: the strength after the colon must be a number, got {tail!r}"
+                ) from None
+        return cls(Path(text).expanduser())
+
+
+def default_device() -> torch.device:
+    """CUDA, then MPS, then the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def load_for_sampling(
+    model: str | Path,
+    loras: Sequence[LoRAUse] = (),
+    *,
+    precision: Precision = "float32",
+    device: str | torch.device | None = None,
+    scheduler: str | None = None,
+) -> StableDiffusionPipeline:
+    """A stock diffusers pipeline with LoRA files loaded and weighted.
+
+    Raises:
+        FileNotFoundError: for a LoRA file that is not there.
+        ValueError: for one that does not fit the model, with the keys that did not.
+    """
+    for lora in loras:
+        if not lora.path.is_file():
+            raise FileNotFoundError(f"there is no LoRA file {lora.path}")
+    parts = load_stable_diffusion(
+        model, dtype=torch_dtype(precision), device=device or default_device()
+    )
+    pipeline = parts.pipeline(scheduler)  # pyright: ignore[reportArgumentType]
+    apply_lora_files(pipeline, loras)
+    return pipeline
+
+
+def apply_lora_files(pipeline: StableDiffusionPipeline, loras: Sequence[LoRAUse]) -> None:
+    """Load LoRA files into a pipeline side by side, each with its strength."""
+    names = [f"lora_{i}" for i in range(len(loras))]
+    for name, lora in zip(names, loras, strict=True):
+        try:
+            pipeline.load_lora_weights(
+                str(lora.path.parent), weight_name=lora.path.name, adapter_name=name
+            )
+        except (RuntimeError, KeyError) as error:
+            raise ValueError(
+                f"{lora.path} does not fit this model: {error}. A LoRA of SD1.5 and its "
+                "fine-tunes is needed"
+            ) from error
+    if loras:
+        pipeline.set_adapters(names, [lora.strength for lora in loras])
+
+
+def draw(
+    pipeline: StableDiffusionPipeline,
+    prompts: Sequence[str],
+    settings: SamplingSettings | None = None,
+    *,
+    seeds: Sequence[int] | None = None,
+    reporter: Reporter = silent,
+    stage: str = "drawing",
+) -> list[Image.Image]:
+    """Draw one picture for each prompt.
+
+    Each picture has a seed of its own, so that it does not depend on the others of its batch.
+
+    Args:
+        pipeline: From :func:`load_for_sampling`, or any Stable Diffusion 1.5 pipeline.
+        prompts: One for each picture.
+        settings: How to draw.
+        seeds: One for each picture; default: counting up from the settings' seed.
+        reporter: Told the number of pictures done; notes say what was cut off a long prompt.
+    """
+    settings = settings or SamplingSettings()
+    seeds = list(range(settings.seed, settings.seed + len(prompts))) if seeds is None else seeds
+    for message in encode_prompts(prompts, pipeline.tokenizer).messages:
+        reporter(stage, 0, len(prompts), {"note": message})
+    pictures: list[Image.Image] = []
+    total = len(prompts)
+    for start in range(0, total, settings.batch_size):
+        chosen = slice(start, start + settings.batch_size)
+        fraction_before = len(pictures)
+
+        def on_step(
+            _pipe: object,
+            step: int,
+            _timestep: Any,
+            values: dict[str, Any],
+            done: int = fraction_before,
+        ) -> dict[str, Any]:
+            reporter(stage, done, total, {"sampling_step": step + 1})
+            return values
+
+        pictures += pipeline(
+            prompt=list(prompts[chosen]),
+            negative_prompt=[settings.negative_prompt] * len(prompts[chosen]),
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance,
+            height=settings.resolution,
+            width=settings.resolution,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds[chosen]],
+            callback_on_step_end=on_step,  # pyright: ignore[reportArgumentType]
+        ).images  # pyright: ignore[reportAttributeAccessIssue]
+        reporter(stage, len(pictures), total, {"image": pictures[-1]})
+    return pictures
+
+
+def sample(
+    model: str | Path | StableDiffusionParts,
+    prompts: Sequence[str],
+    loras: Sequence[LoRAUse | str | Path] = (),
+    settings: SamplingSettings | None = None,
+    **loading: Any,
+) -> list[Image.Image]:
+    """Load, apply LoRA files and draw, in one call; see :func:`load_for_sampling` and
+    :func:`draw`."""
+    settings = settings or SamplingSettings()
+    uses = [use if isinstance(use, LoRAUse) else LoRAUse.parse(str(use)) for use in loras]
+    if isinstance(model, StableDiffusionParts):
+        pipeline = model.pipeline(settings.scheduler)  # pyright: ignore[reportArgumentType]
+        apply_lora_files(pipeline, uses)
+    else:
+        pipeline = load_for_sampling(model, uses, scheduler=settings.scheduler, **loading)
+    return draw(pipeline, prompts, settings)

@@ -1,0 +1,288 @@
+"""Every setting of a personalisation run, once: flags and widgets are made from these classes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from cntlora_core.config import CNTLoRAConfig
+
+if TYPE_CHECKING:
+    import torch
+
+Method = Literal["cross", "self", "shift", "lora"]
+Precision = Literal["float32", "bfloat16", "float16"]
+Layout = Literal["kohya", "diffusers", "peft"]
+Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine"]
+
+
+def torch_dtype(precision: str) -> torch.dtype:
+    """The torch data type of a precision's name; torch is not imported before it is asked for."""
+    import torch
+
+    return getattr(torch, precision)
+
+
+@dataclass(frozen=True)
+class SubjectSettings:
+    """What is taught.
+
+    Attributes:
+        images: Folder of 1 or more photos of the subject, ideally 4 to 6.
+        token: The rare word that will stand for the subject.
+        class_name: What kind of thing it is, such as "dog"; with the token it makes the prompts
+            "a photo of sks dog" and "a photo of a dog".
+        instance_prompt: A whole prompt in place of token and class name.
+        class_prompt: The prompt of the class images, with instance_prompt.
+        resolution: Side of the square training images in pixels; default: the model's own.
+        flip: Also train on mirrored photos.
+    """
+
+    images: str
+    token: str | None = None
+    class_name: str | None = None
+    instance_prompt: str | None = None
+    class_prompt: str | None = None
+    resolution: int | None = None
+    flip: bool = False
+
+    def __post_init__(self) -> None:
+        if self.resolution is not None:
+            _at_least("resolution", self.resolution, 8)
+
+
+@dataclass(frozen=True)
+class PriorSettings:
+    """Class images: what the model already knew and should keep (prior preservation).
+
+    Attributes:
+        class_images: Folder of images of the class; default: generated, cached and reused.
+        num_class_images: How many are generated where no folder is given.
+        prior_weight: Weight of the class images' loss; 0 trains without them.
+        class_steps: Sampling steps of a generated class image.
+        class_guidance: Classifier-free guidance scale of a generated class image.
+        cache: Folder for generated class images and encoded photos; default: the user's cache.
+    """
+
+    class_images: str | None = None
+    num_class_images: int = 100
+    prior_weight: float = 0.1
+    class_steps: int = 30
+    class_guidance: float = 7.5
+    cache: str | None = None
+
+    def __post_init__(self) -> None:
+        _at_least("num_class_images", self.num_class_images, 1)
+        _at_least("class_steps", self.class_steps, 1)
+        _finite("prior_weight", self.prior_weight, 0)
+        _finite("class_guidance", self.class_guidance, 0)
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """The adapter and its start.
+
+    Attributes:
+        method: How the adapter starts: cross, self and shift are CNTLoRA's; lora is the plain one.
+        rank: Rank of each attachment point (their mean where ranks vary).
+        alpha: LoRA alpha; the scaling is alpha / rank.
+        train_text_encoder: Adapt the text encoder's attention too.
+        init_passes: At how many timesteps each photo is read to take the second moments.
+        cntlora: Further settings of the data-driven start.
+    """
+
+    method: Method = "cross"
+    rank: int = 128
+    alpha: float = 256.0
+    train_text_encoder: bool = True
+    init_passes: int = 4
+    cntlora: CNTLoRAConfig = field(default_factory=CNTLoRAConfig)
+
+    def __post_init__(self) -> None:
+        _choice("method", self.method, Method)
+        _at_least("rank", self.rank, 1)
+        _at_least("init_passes", self.init_passes, 1)
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise ValueError(f"alpha must be a positive number, got {self.alpha}")
+        if self.method != "lora" and self.cntlora.constraint != self.method:
+            if self.cntlora.constraint != CNTLoRAConfig.constraint:
+                raise ValueError(
+                    f"method={self.method!r} and cntlora.constraint={self.cntlora.constraint!r} "
+                    "disagree: give the method alone"
+                )
+            object.__setattr__(
+                self, "cntlora", dataclasses.replace(self.cntlora, constraint=self.method)
+            )
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """The training loop.
+
+    Attributes:
+        steps: Optimizer steps.
+        learning_rate: Peak learning rate of AdamW.
+        batch_size: Photos per step; as many class images go with them.
+        gradient_accumulation: Batches whose gradients are averaged in one step.
+        weight_decay: AdamW's decoupled weight decay.
+        max_grad_norm: Gradients are clipped to this norm; 0 leaves them.
+        lr_schedule: Course of the learning rate.
+        lr_warmup: Steps of linear warm-up.
+        min_snr_gamma: Min-SNR loss weighting (5 is usual); default: off.
+        precision: Data type of the frozen base; adapters stay float32.
+        gradient_checkpointing: Less memory for a slower step.
+        device: Where to train; default: CUDA, then MPS, then the CPU.
+        seed: Seed of everything random.
+        save_every: Steps between states from which an interrupted run can go on.
+        sample_prompts: Prompts drawn while training.
+        sample_every: Steps between those samples; 0 draws none.
+    """
+
+    steps: int = 1000
+    learning_rate: float = 1e-4
+    batch_size: int = 1
+    gradient_accumulation: int = 1
+    weight_decay: float = 1e-2
+    max_grad_norm: float = 1.0
+    lr_schedule: Schedule = "constant"
+    lr_warmup: int = 0
+    min_snr_gamma: float | None = None
+    precision: Precision = "float32"
+    gradient_checkpointing: bool = False
+    device: str | None = None
+    seed: int = 0
+    save_every: int = 100
+    sample_prompts: tuple[str, ...] = ()
+    sample_every: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "gradient_accumulation", "save_every"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("lr_warmup", "sample_every"):
+            _at_least(name, getattr(self, name), 0)
+        for name in ("learning_rate", "weight_decay", "max_grad_norm"):
+            _finite(name, getattr(self, name), 0)
+        _choice("lr_schedule", self.lr_schedule, Schedule)
+        _choice("precision", self.precision, Precision)
+        if self.min_snr_gamma is not None:
+            _finite("min_snr_gamma", self.min_snr_gamma, 0)
+        if self.lr_warmup and self.lr_schedule == "constant":
+            raise ValueError(
+                f"lr_warmup={self.lr_warmup} has no effect with lr_schedule='constant': "
+                "use lr_schedule='constant_with_warmup'"
+            )
+        if self.sample_every and not self.sample_prompts:
+            raise ValueError(
+                f"sample_every={self.sample_every} needs sample_prompts: give at least one prompt"
+            )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch_dtype(self.precision)
+
+
+@dataclass(frozen=True)
+class OutputSettings:
+    """What is left behind.
+
+    Attributes:
+        output: Folder for the LoRA file, plots and the record of the run.
+        name: File name of the LoRA, without ending; default: made from token and class.
+        layout: Key layout of the file: kohya (ComfyUI, WebUIs), diffusers or peft.
+        file_precision: Data type of the tensors in the file.
+        compress: Truncate the exported LoRA to the trained rank. Where the base weight was
+            rewritten an exact file has twice that rank; the error is reported.
+    """
+
+    output: str
+    name: str | None = None
+    layout: Layout = "kohya"
+    file_precision: Precision = "float32"
+    compress: bool = False
+
+    def __post_init__(self) -> None:
+        _choice("layout", self.layout, Layout)
+        _choice("file_precision", self.file_precision, Precision)
+
+
+@dataclass(frozen=True)
+class JobSettings:
+    """A whole run: a model, a subject, and how to teach it. Defaults are the paper's.
+
+    Attributes:
+        model: Stable Diffusion 1.5 as one .safetensors file, a diffusers folder or a hub id.
+    """
+
+    model: str
+    subject: SubjectSettings
+    output: OutputSettings
+    prior: PriorSettings = field(default_factory=PriorSettings)
+    adapter: AdapterSettings = field(default_factory=AdapterSettings)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> JobSettings:
+        """Inverse of :meth:`to_dict`; unknown keys are refused.
+
+        Raises:
+            ValueError: for an unknown or missing key, or a value that makes no sense.
+        """
+        return _build(cls, values)
+
+
+_NESTED: dict[str, type] = {
+    "subject": SubjectSettings,
+    "output": OutputSettings,
+    "prior": PriorSettings,
+    "adapter": AdapterSettings,
+    "training": TrainingSettings,
+    "cntlora": CNTLoRAConfig,
+}
+
+
+def _build(cls: Any, values: Mapping[str, Any]) -> Any:
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ValueError(f"unknown settings {unknown} in {cls.__name__}; known: {sorted(known)}")
+    arguments = {}
+    for name, value in values.items():
+        if name in _NESTED and isinstance(value, Mapping):
+            value = _build(_NESTED[name], value)
+        arguments[name] = tuple(value) if isinstance(value, list) else value
+    missing = [
+        name
+        for name, f in known.items()
+        if name not in arguments
+        and f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ValueError(f"{cls.__name__} lacks {missing}")
+    return cls(**arguments)
+
+
+def _choice(name: str, value: object, kind: Any) -> None:
+    if value not in get_args(kind):
+        raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}; got {value!r}")
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def _finite(name: str, value: float, least: float) -> None:
+    if not (math.isfinite(value) and value >= least):
+        raise ValueError(f"{name} must be a finite number of at least {least}, got {value}")

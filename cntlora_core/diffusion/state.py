@@ -1,0 +1,111 @@
+"""The state of an interrupted run: one safetensors file, replaced as a whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from cntlora_core.adapter import AdapterPlan
+from cntlora_core.factorization import Factors
+from cntlora_core.files import save_safetensors_atomic
+
+FORMAT = "cntlora-training-state-1"
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """All that a run needs to go on as if it had not stopped.
+
+    Attributes:
+        step: Optimizer steps done.
+        plan: The start of every adapter (also what an export subtracts).
+        parameters: By ``<point>.down`` and ``<point>.up``, float32.
+        moments: AdamW's ``exp_avg`` and ``exp_avg_sq`` by ``<kind>.<point>.down`` and ``.up``.
+        history: One record per step: loss, prior loss, gradient norm, learning rate.
+        settings: The settings of the run as JSON values, to compare with those of a resumed one.
+        extra: Anything small that must survive, such as the loss scale.
+    """
+
+    step: int
+    plan: AdapterPlan
+    parameters: dict[str, Tensor]
+    moments: dict[str, Tensor]
+    history: list[dict[str, float]]
+    settings: dict[str, Any]
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        """Write the state; at any moment the file is the old one or the new one."""
+        tensors = {f"parameter.{n}": t for n, t in self.parameters.items()}
+        tensors |= {f"moment.{n}": t for n, t in self.moments.items()}
+        for name, factors in self.plan.factors.items():
+            tensors[f"initial.{name}.down"] = factors.down
+            tensors[f"initial.{name}.up"] = factors.up
+        header = {
+            "step": self.step,
+            "history": self.history,
+            "settings": self.settings,
+            "extra": self.extra,
+            "rewrites_base": self.plan.rewrites_base,
+            "points": {n: [f.scaling, f.filled] for n, f in self.plan.factors.items()},
+        }
+        metadata = {"format": FORMAT, "header": json.dumps(header)}
+        save_safetensors_atomic(tensors, path, metadata)
+
+    @classmethod
+    def load(cls, path: Path) -> TrainingState:
+        """Read a state back.
+
+        Raises:
+            FileNotFoundError: if there is none.
+            ValueError: if the file is no state of this library.
+        """
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"there is nothing to resume: {path} does not exist; start without --resume"
+            )
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise ValueError(
+                        f"{path} is no training state of this version "
+                        f"(its format is {metadata.get('format')!r}, not {FORMAT!r})"
+                    )
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{path} cannot be read as a training state: {error}") from error
+        header = json.loads(metadata["header"])
+        plan = AdapterPlan(
+            {
+                name: Factors(
+                    tensors[f"initial.{name}.down"], tensors[f"initial.{name}.up"], scaling, filled
+                )
+                for name, (scaling, filled) in header["points"].items()
+            },
+            header["rewrites_base"],
+        )
+        return cls(
+            step=header["step"],
+            plan=plan,
+            parameters=_under(tensors, "parameter."),
+            moments=_under(tensors, "moment."),
+            history=header["history"],
+            settings=header["settings"],
+            extra=header["extra"],
+        )
+
+
+def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k[len(prefix) :]: t for k, t in tensors.items() if k.startswith(prefix)}
+
+
+def all_finite(tensors: Mapping[str, Tensor]) -> bool:
+    return all(bool(torch.isfinite(t).all()) for t in tensors.values())

@@ -1,0 +1,348 @@
+"""The DreamBooth training loop: a planned adapter in, a trained one out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.optimization import get_scheduler
+from torch import Tensor, nn
+
+from cntlora_core.adapter import AdapterPlan, adapter_layers, adapter_weights, inject_adapter
+from cntlora_core.data.latents import LatentSet
+from cntlora_core.diffusion.initialize import text_encoder_lora_config, unet_lora_config
+from cntlora_core.diffusion.objective import dreambooth_loss, min_snr_weights, training_target
+from cntlora_core.diffusion.settings import AdapterSettings, TrainingSettings
+from cntlora_core.diffusion.state import TrainingState, all_finite
+from cntlora_core.progress import Reporter, silent
+
+
+class NonFiniteLossError(FloatingPointError):
+    """The loss or its gradient stopped being a finite number."""
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a run trains on; photos and class images are encoded already.
+
+    Attributes:
+        photos: The subject's latents, n of them.
+        photo_tokens: (n, length) prompt tokens, one row for each photo.
+        class_images: The class images' latents, or None.
+        class_tokens: (1, length) tokens of the class prompt, or None.
+    """
+
+    photos: LatentSet
+    photo_tokens: Tensor
+    class_images: LatentSet | None = None
+    class_tokens: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Batch:
+    latents: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    tokens: Tensor
+    instances: int
+
+
+class SubjectTrainer:
+    """Trains the adapter of a denoiser and, if planned, of its text encoder.
+
+    All randomness comes from ``seed`` and the number of the step, so a run that goes on from a
+    saved state is the run that was never interrupted.
+
+    Args:
+        unet: The frozen denoiser; it gets the adapter, and its weights are rewritten if planned.
+        text_encoder: The frozen text encoder, likewise.
+        noise_scheduler: The training noise schedule.
+        plan: Where adapters go and how they start.
+        data: Encoded photos and class images.
+        adapter: Adapter settings.
+        training: Settings of the loop.
+        prior_weight: Weight of the class images' loss.
+        settings: Whatever identifies the run; stored in its state.
+    """
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        text_encoder: nn.Module,
+        noise_scheduler: Any,
+        plan: AdapterPlan,
+        data: TrainingData,
+        *,
+        adapter: AdapterSettings,
+        training: TrainingSettings,
+        prior_weight: float,
+        settings: dict[str, Any] | None = None,
+    ) -> None:
+        self.unet, self.text_encoder = unet, text_encoder
+        self.plan, self.data, self.training = plan, data, training
+        self.prior_weight = prior_weight if data.class_images is not None else 0.0
+        self.step = 0
+        self.history: list[dict[str, float]] = []
+        self._scheduler = noise_scheduler
+        self._settings = settings or {}
+        self._device = next(unet.parameters()).device
+        self._dtype = next(unet.parameters()).dtype
+        inject_adapter(unet, unet_lora_config(adapter), plan.under("unet."))
+        self._trains_text = adapter.train_text_encoder
+        if self._trains_text:
+            inject_adapter(
+                text_encoder, text_encoder_lora_config(adapter), plan.under("text_encoder.")
+            )
+        if training.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()  # pyright: ignore[reportCallIssue]
+            text_encoder.gradient_checkpointing_enable()  # pyright: ignore[reportCallIssue]
+        self.parameters = dict(self._named_parameters())
+        self.optimizer = torch.optim.AdamW(
+            list(self.parameters.values()),
+            lr=training.learning_rate,
+            weight_decay=training.weight_decay,
+            fused=self._device.type in ("cpu", "cuda"),
+        )
+        self._lr_schedule = get_scheduler(
+            training.lr_schedule,
+            self.optimizer,
+            num_warmup_steps=training.lr_warmup,
+            num_training_steps=training.steps,
+        )
+        self._scaler = torch.amp.GradScaler(  # pyright: ignore[reportPrivateImportUsage]
+            self._device.type, enabled=self._dtype == torch.float16
+        )
+        self._between_steps = True
+        self._fixed_states: dict[tuple[int, ...], Tensor] = {}
+
+    def _named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for prefix, model in (("unet.", self.unet), ("text_encoder.", self.text_encoder)):
+            for name, layer in adapter_layers(model).items():
+                down, up = adapter_weights(layer)
+                yield f"{prefix}{name}.down", down
+                yield f"{prefix}{name}.up", up
+
+    def run(
+        self,
+        *,
+        reporter: Reporter = silent,
+        state_path: Path | None = None,
+        after_step: Callable[[int], None] | None = None,
+    ) -> None:
+        """Train to the last step.
+
+        Args:
+            reporter: Told after each step; what it raises ends the run between two steps.
+            state_path: Where states go, every ``save_every`` steps and when the run is ended early.
+            after_step: Called with the number of steps done, for samples and the like.
+
+        Raises:
+            NonFiniteLossError: naming the step; the last good state has been kept.
+        """
+        self.unet.train()
+        self.text_encoder.train(self._trains_text)
+        total = self.training.steps
+        saved_at = self.step if state_path is not None and state_path.is_file() else -1
+        try:
+            while self.step < total:
+                record = self._one_step()
+                self.history.append(record)
+                if after_step is not None:
+                    after_step(self.step)
+                if state_path is not None and self.step % self.training.save_every == 0:
+                    self.state().save(state_path)
+                    saved_at = self.step
+                reporter("training", self.step, total, record)
+        except BaseException as error:
+            good = self._between_steps and self.step != saved_at and all_finite(self.parameters)
+            if state_path is not None and good:
+                self.state().save(state_path)
+                saved_at = self.step
+            if isinstance(error, NonFiniteLossError) and saved_at >= 0:
+                raise NonFiniteLossError(
+                    f"{error}; the state after step {saved_at} is kept in {state_path}"
+                ) from error
+            raise
+        finally:
+            self.unet.eval()
+            self.text_encoder.eval()
+
+    def _one_step(self) -> dict[str, float]:
+        started = time.perf_counter()
+        accumulation = self.training.gradient_accumulation
+        sums = torch.zeros(3)
+        for micro in range(accumulation):
+            loss, *parts = self._loss(self._batch(self.step, micro))
+            values = torch.stack([loss.detach(), *(p.detach() for p in parts)]).cpu()
+            if not torch.isfinite(values).all():
+                self.optimizer.zero_grad()
+                raise NonFiniteLossError(
+                    f"the loss of step {self.step + 1} is {values[0].item()}: use a lower learning "
+                    "rate, or float32 or bfloat16 in place of float16"
+                )
+            sums += values / accumulation
+            self._scaler.scale(loss / accumulation).backward()
+        self._scaler.unscale_(self.optimizer)
+        parameters = list(self.parameters.values())
+        limit = self.training.max_grad_norm
+        norm = float(nn.utils.clip_grad_norm_(parameters, limit if limit > 0 else float("inf")))
+        if norm != norm or norm == float("inf"):
+            self._forgive_or_raise(norm)
+        self._between_steps = False
+        rate = self.optimizer.param_groups[0]["lr"]
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        self.optimizer.zero_grad()
+        self._lr_schedule.step()
+        self.step += 1
+        self._between_steps = True
+        total, instance, prior = sums.tolist()
+        return {
+            "loss": total,
+            "instance_loss": instance,
+            "prior_loss": prior,
+            "grad_norm": norm,
+            "learning_rate": rate,
+            "seconds": time.perf_counter() - started,
+        }
+
+    def _forgive_or_raise(self, norm: float) -> None:
+        # A float16 base overflows now and then; the scaler then skips the step and halves its
+        # scale. A scale that has shrunk to nothing means that the gradient itself is bad.
+        if self._scaler.is_enabled() and self._scaler.get_scale() > 1.0:
+            return
+        self.optimizer.zero_grad()
+        raise NonFiniteLossError(
+            f"the gradient of step {self.step + 1} has norm {norm}: use a lower learning rate, or "
+            "float32 or bfloat16 in place of float16"
+        )
+
+    def _batch(self, step: int, micro: int) -> _Batch:
+        """The samples of one batch: a function of seed, step and micro-batch alone."""
+        size, data = self.training.batch_size, self.data
+        drawn = (step * self.training.gradient_accumulation + micro) * size
+        generator = _generator(self.training.seed, 1, step, micro)
+        photos = _draw(len(data.photos), drawn, size, self.training.seed, 2)
+        latents = [data.photos.sample(i, generator) for i in photos]
+        tokens = [data.photo_tokens[data.photos.photo_index[i]] for i in photos]
+        if data.class_images is not None and self.prior_weight > 0:
+            assert data.class_tokens is not None
+            others = _draw(len(data.class_images), drawn, size, self.training.seed, 3)
+            latents += [data.class_images.sample(i, generator) for i in others]
+            tokens += [data.class_tokens[0]] * size
+        stacked = torch.stack(latents)
+        horizon = self._scheduler.config["num_train_timesteps"]
+        return _Batch(
+            stacked.to(self._device),
+            torch.randn(stacked.shape, generator=generator).to(self._device),
+            torch.randint(horizon, (len(latents),), generator=generator).to(self._device),
+            torch.stack(tokens),
+            size,
+        )
+
+    def _loss(self, batch: _Batch) -> tuple[Tensor, Tensor, Tensor]:
+        noised = self._scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
+        target = training_target(self._scheduler, batch.latents, batch.noise, batch.timesteps)
+        prediction = self.unet(
+            noised.to(self._dtype),
+            batch.timesteps,
+            encoder_hidden_states=self._text_states(batch.tokens),
+        ).sample
+        gamma = self.training.min_snr_gamma
+        weights = (
+            None if gamma is None else min_snr_weights(self._scheduler, batch.timesteps, gamma)
+        )
+        return dreambooth_loss(
+            prediction,
+            target,
+            instances=batch.instances,
+            prior_weight=self.prior_weight,
+            weights=weights,
+        )
+
+    def _text_states(self, tokens: Tensor) -> Tensor:
+        """(n, length, width): each different prompt is read once."""
+        unique, inverse = tokens.unique(dim=0, return_inverse=True)
+        if self._trains_text:
+            states = self.text_encoder(unique.to(self._device))[0]
+        else:
+            states = torch.cat([self._fixed_state(row) for row in unique])
+        return states[inverse.to(self._device)]
+
+    @torch.no_grad()
+    def _fixed_state(self, row: Tensor) -> Tensor:
+        key = tuple(row.tolist())
+        if key not in self._fixed_states:
+            self._fixed_states[key] = self.text_encoder(row[None].to(self._device))[0]
+        return self._fixed_states[key]
+
+    def state(self) -> TrainingState:
+        """What it takes to go on from here."""
+        moments = {}
+        for name, parameter in self.parameters.items():
+            for kind in ("exp_avg", "exp_avg_sq"):
+                if parameter in self.optimizer.state:
+                    moments[f"{kind}.{name}"] = self.optimizer.state[parameter][kind]
+        return TrainingState(
+            step=self.step,
+            plan=self.plan,
+            parameters={n: p.detach() for n, p in self.parameters.items()},
+            moments=moments,
+            history=self.history,
+            settings=self._settings,
+            extra={
+                "scaler": self._scaler.state_dict(),
+                "updates": self._updates(),
+                "lr_schedule": self._lr_schedule.state_dict(),
+            },
+        )
+
+    def _updates(self) -> int:
+        """AdamW's own count of steps; smaller than ours where a float16 step was skipped."""
+        counts = [int(values["step"]) for values in self.optimizer.state.values()]
+        return max(counts, default=0)
+
+    @torch.no_grad()
+    def restore(self, state: TrainingState) -> None:
+        """Go back to a saved state of the same run."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(state.parameters[name])
+            if f"exp_avg.{name}" in state.moments:
+                self.optimizer.state[parameter] = {
+                    "step": torch.tensor(float(state.extra["updates"])),
+                    **{
+                        kind: state.moments[f"{kind}.{name}"].to(parameter).clone()
+                        for kind in ("exp_avg", "exp_avg_sq")
+                    },
+                }
+        if self._scaler.is_enabled() and state.extra.get("scaler"):
+            self._scaler.load_state_dict(state.extra["scaler"])
+        self.step, self.history = state.step, list(state.history)
+        self._lr_schedule.load_state_dict(state.extra["lr_schedule"])
+        for group, rate in zip(
+            self.optimizer.param_groups, self._lr_schedule.get_last_lr(), strict=True
+        ):
+            group["lr"] = rate
+
+
+def _draw(count: int, start: int, size: int, seed: int, stream: int) -> Sequence[int]:
+    """Items ``start`` to ``start + size`` of an endless sequence of shuffled passes over all."""
+    items = []
+    for position in range(start, start + size):
+        epoch, within = divmod(position, count)
+        order = torch.randperm(count, generator=_generator(seed, stream, epoch))
+        items.append(int(order[within]))
+    return items
+
+
+def _generator(*numbers: int) -> torch.Generator:
+    """A generator that is a function of the numbers (splitmix-like mixing into 63 bits)."""
+    value = 0
+    for number in numbers:
+        value = (value ^ (number & 0xFFFFFFFF)) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+        value ^= value >> 29
+    return torch.Generator().manual_seed(value >> 1)

@@ -1,0 +1,146 @@
+"""The model in memory after training against stock pipelines that load the file."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from cntlora_core.config import CNTLoRAConfig
+from cntlora_core.diffusion import job
+from cntlora_core.diffusion.sampler import LoRAUse, SamplingSettings, sample
+from cntlora_core.diffusion.settings import (
+    AdapterSettings,
+    JobSettings,
+    OutputSettings,
+    PriorSettings,
+    SubjectSettings,
+    TrainingSettings,
+)
+from cntlora_core.lora_file import read_lora_file
+
+
+def prediction(unet, text_encoder) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, 4, 16, 16, generator=generator)
+    tokens = torch.randint(5, 200, (2, 77), generator=generator)
+    with torch.no_grad():
+        states = text_encoder(tokens)[0]
+        return unet(latents, torch.tensor([30, 700]), encoder_hidden_states=states).sample
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.fixture
+def trained(tiny_model: Path, photo_folder: Path, tmp_path: Path, monkeypatch):
+    """Train with given settings; returns the job's result and the prediction in memory."""
+    kept = {}
+    finish = job._finish
+
+    def keep(trainer, *rest):
+        kept["prediction"] = prediction(trainer.unet, trainer.text_encoder)
+        return finish(trainer, *rest)
+
+    monkeypatch.setattr(job, "_finish", keep)
+
+    def train(adapter: AdapterSettings, **output):
+        settings = JobSettings(
+            model=str(tiny_model),
+            subject=SubjectSettings(images=str(photo_folder), token="sks", class_name="dog"),
+            output=OutputSettings(output=str(tmp_path / "out"), **output),
+            prior=PriorSettings(prior_weight=0.0, cache=str(tmp_path / "cache")),
+            adapter=adapter,
+            training=TrainingSettings(steps=5, learning_rate=3e-3, device="cpu"),
+        )
+        return job.personalise(settings), kept["prediction"]
+
+    return train
+
+
+ADAPTERS = {
+    "cross": AdapterSettings(rank=4, alpha=8),
+    "cross-fixed-qr": AdapterSettings(
+        rank=4, alpha=2, cntlora=CNTLoRAConfig(rank_budget="fixed", factorization="qr")
+    ),
+    "self-stays": AdapterSettings(
+        method="self", rank=4, alpha=8, cntlora=CNTLoRAConfig(preserve_output=False)
+    ),
+    "lora": AdapterSettings(method="lora", rank=4, alpha=8),
+    "unet-only": AdapterSettings(rank=4, alpha=8, train_text_encoder=False),
+}
+
+
+@pytest.mark.parametrize("layout", ["kohya", "diffusers"])
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_stock_pipeline_with_the_file_equals_the_trained_model(trained, tiny_model, name, layout):
+    result, in_memory = trained(ADAPTERS[name], layout=layout)
+    pipeline = StableDiffusionPipeline.from_pretrained(str(tiny_model), safety_checker=None)
+    before = prediction(pipeline.unet, pipeline.text_encoder)
+    pipeline.load_lora_weights(str(result.lora))
+    after = prediction(pipeline.unet, pipeline.text_encoder)
+    assert relative(after, in_memory) < 1e-4
+    assert relative(after, before) > 1e-2
+    points = {n.split(".")[0] for n in result.export.ranks}
+    assert points == ({"unet"} if name == "unet-only" else {"unet", "text_encoder"})
+
+
+def test_truncating_the_file_reports_its_error_and_halves_the_rank(trained, tiny_model):
+    exact, in_memory = trained(ADAPTERS["cross"])
+    exact_layers = read_lora_file(exact.lora).layers
+    (exact.folder / "run.json").unlink()
+    short, _ = trained(ADAPTERS["cross"], compress=True)
+    short_layers = read_lora_file(short.lora).layers
+    assert short.export.ranks == short.export.trained_ranks
+    lost = sum(
+        (exact_layers[n].delta() - short_layers[n].delta()).norm() ** 2 for n in short_layers
+    )
+    size = sum(layer.delta().norm() ** 2 for layer in exact_layers.values())
+    assert short.export.relative_error == pytest.approx(float(lost / size) ** 0.5, rel=1e-3)
+    assert 0 < short.export.relative_error < 1
+    assert any("relative error" in note for note in short.notes)
+    pipeline = StableDiffusionPipeline.from_pretrained(str(tiny_model), safety_checker=None)
+    before = prediction(pipeline.unet, pipeline.text_encoder)
+    pipeline.load_lora_weights(str(short.lora))
+    after = prediction(pipeline.unet, pipeline.text_encoder)
+    assert relative(after, in_memory) < relative(before, in_memory)
+
+
+def test_metadata_tells_the_method_and_no_folder_of_the_trainer(trained, tmp_path, photo_folder):
+    result, _ = trained(ADAPTERS["cross"])
+    metadata = read_lora_file(result.lora).metadata
+    assert metadata["modelspec.architecture"] == "stable-diffusion-v1/lora"
+    assert metadata["ss_base_model_version"] == "sd_v1"
+    text = repr(metadata)
+    assert "cross" in text
+    assert str(tmp_path) not in text
+    assert str(photo_folder) not in text
+
+
+def test_sampling_with_files_strengths_and_seeds(trained, tiny_model):
+    result, _ = trained(ADAPTERS["cross"])
+    settings = SamplingSettings(steps=3, resolution=32, seed=4)
+
+    def drawn(*loras):
+        return [p.tobytes() for p in sample(tiny_model, ["a dog", "sks dog"], loras, settings)]
+
+    base = drawn()
+    assert drawn(LoRAUse(result.lora, 0.0)) == base
+    assert drawn(str(result.lora)) != base
+    assert drawn(f"{result.lora}:0.5") != drawn(result.lora)
+    # Each picture has its own seed: drawn alone it is the same.
+    single = dataclasses.replace(settings, seed=5, batch_size=1)
+    alone = sample(tiny_model, ["sks dog"], (), single)
+    difference = [abs(a - b) for a, b in zip(alone[0].tobytes(), base[1], strict=True)]
+    assert max(difference) <= 1
+
+
+def test_sampling_with_a_missing_or_foreign_file_is_refused(tiny_model, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.safetensors"):
+        sample(tiny_model, ["a dog"], [tmp_path / "nothing.safetensors"])
+    with pytest.raises(ValueError, match="must be a number"):
+        LoRAUse.parse("dog.safetensors:strong")
