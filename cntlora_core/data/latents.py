@@ -1,0 +1,277 @@
+"""Photos encoded once: the VAE's posterior of each, in memory and in a cache on disk.
+
+Kept are the parameters of the posterior, mean and standard deviation, not a sample of it: training
+draws from it anew at each step, as if the VAE were still there. After `encode_latents` the VAE is
+not needed and its memory can be freed.
+
+A cached entry is found by a key over everything its content depends on (pixels, VAE and its dtype,
+resolution, crop, flip, format version), so an edited photo or another VAE is never confused with
+an old entry, and by its own checksum, so a damaged file is made again.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from cntlora_core.data.photos import Photo, PhotoSet, to_model_tensor
+from cntlora_core.files import require_writable_folder, save_safetensors_atomic
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+Crop = Literal["center", "random"]
+FORMAT_VERSION = 1
+"""To be raised when `to_model_tensor` or the meaning of an entry changes."""
+
+
+@dataclass(frozen=True, eq=False)
+class LatentSet:
+    """Posteriors of n encoded pictures, on the CPU. With flips, n is twice the number of photos:
+    first all photos as they are, then all of them mirrored.
+
+    Attributes:
+        mean: float32 (n, c, h, w), not scaled.
+        std: float32 (n, c, h, w), not scaled.
+        digests: of the photo behind each entry.
+        photo_index: of the photo behind each entry, to find its prompt.
+        flipped: whether the entry is the mirrored photo.
+        scaling_factor: of the VAE (0.18215 for SD1.5); `sample` applies it.
+        from_cache: how many entries were read from the disk.
+        notes: what a user should know.
+    """
+
+    mean: Tensor
+    std: Tensor
+    digests: tuple[str, ...]
+    photo_index: tuple[int, ...]
+    flipped: tuple[bool, ...]
+    scaling_factor: float
+    from_cache: int
+    notes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.digests)
+
+    def sample(self, index: int, generator: torch.Generator) -> Tensor:
+        """A latent (c, h, w), float32, as the UNet wants it: scaling_factor * (mean + std * noise).
+
+        The noise is drawn on the generator's device and the result is there too.
+        """
+        device = generator.device
+        mean, std = self.mean[index].to(device), self.std[index].to(device)
+        noise = torch.randn(mean.shape, generator=generator, device=device)
+        return self.scaling_factor * (mean + std * noise)
+
+
+def encode_latents(
+    photos: PhotoSet | Sequence[Photo],
+    vae: AutoencoderKL,
+    *,
+    resolution: int,
+    crop: Crop = "center",
+    flip: bool = False,
+    cache_dir: str | Path | None = None,
+    vae_fingerprint: str = "",
+    progress: Callable[[int, int], None] | None = None,
+) -> LatentSet:
+    """Encodes each photo once, one at a time, on the VAE's device and in its dtype.
+
+    A picture whose posterior is not finite in half precision (SD1.5's VAE overflows float16 on
+    some) is encoded again in float32, with a note.
+
+    Args:
+        photos: what to encode.
+        vae: the autoencoder; its mode and dtype are left as they were.
+        resolution: side of the square pictures, a multiple of the VAE's factor (8 for SD1.5).
+        crop: "center", or "random": one place for each photo, drawn from its digest, hence the
+            same in every run and epoch; it varies over photos, not over steps.
+        flip: encodes the mirrored photos too.
+        cache_dir: folder for the entries; None: no cache on disk.
+        vae_fingerprint: names the VAE's weights (a hash of them); needed for a cache.
+        progress: called as (done, total) before the first entry and after each; an exception that
+            it raises ends the work, and what is cached by then is used next time.
+
+    Raises:
+        ValueError: no photos, a resolution that does not fit, a cache without a fingerprint, or a
+            picture that is not finite in float32 either.
+        OSError: the cache folder cannot be written to.
+    """
+    pictures = photos.photos if isinstance(photos, PhotoSet) else tuple(photos)
+    entries = [(i, mirrored) for mirrored in ((False, True) if flip else (False,))
+               for i in range(len(pictures))]  # fmt: skip
+    _check(pictures, vae, resolution, crop)
+    folder = _cache_folder(cache_dir, vae_fingerprint, vae, resolution, len(entries))
+    dtype = next(vae.parameters()).dtype
+    done: dict[str, tuple[Tensor, Tensor]] = {}
+    keys: list[str] = []
+    notes: list[str] = []
+    from_cache = 0
+    encoder = _Encoder(vae)
+    # Outside inference mode: what is encoded here is an input of training.
+    with torch.inference_mode(False), torch.no_grad(), _evaluating(vae):
+        for count, (index, mirrored) in enumerate(entries):
+            if progress is not None and count == 0:
+                progress(0, len(entries))
+            photo = pictures[index]
+            key = cache_key(photo.digest, vae_fingerprint, dtype, resolution, crop, mirrored)
+            keys.append(key)
+            path = folder / f"{key}.safetensors" if folder is not None else None
+            if key not in done and path is not None and (cached := _read_entry(path, key)):
+                done[key] = cached
+                from_cache += 1
+            if key not in done:
+                pixels = _pixels(photo, resolution, crop, mirrored)
+                name = photo.path.name if photo.path else f"image {index + 1}"
+                done[key], note = encoder.encode(pixels, name)
+                notes += [note] if note else []
+                if path is not None:
+                    _write_entry(path, key, *done[key])
+            if progress is not None:
+                progress(count + 1, len(entries))
+        mean = torch.stack([done[key][0] for key in keys])
+        std = torch.stack([done[key][1] for key in keys])
+    return LatentSet(
+        mean=mean,
+        std=std,
+        digests=tuple(pictures[i].digest for i, _ in entries),
+        photo_index=tuple(i for i, _ in entries),
+        flipped=tuple(mirrored for _, mirrored in entries),
+        scaling_factor=float(vae.config["scaling_factor"]),
+        from_cache=from_cache,
+        notes=tuple(notes),
+    )
+
+
+def cache_key(
+    digest: str,
+    vae_fingerprint: str,
+    dtype: torch.dtype,
+    resolution: int,
+    crop: Crop,
+    flipped: bool,
+) -> str:
+    """SHA-256 (hex) over everything that an entry's content depends on."""
+    parts = (digest, vae_fingerprint, dtype, resolution, crop, flipped, FORMAT_VERSION)
+    return hashlib.sha256(repr(tuple(map(str, parts))).encode()).hexdigest()
+
+
+def _check(pictures: Sequence[Photo], vae: AutoencoderKL, resolution: int, crop: str) -> None:
+    if not pictures:
+        raise ValueError("there are no photos to encode")
+    factor = _downscaling(vae)
+    if resolution < factor or resolution % factor:
+        nearest = max(1, round(resolution / factor)) * factor
+        raise ValueError(
+            f"resolution must be a multiple of {factor} for this VAE, got {resolution}: "
+            f"{nearest} is the nearest"
+        )
+    if crop not in ("center", "random"):
+        raise ValueError(f"crop must be 'center' or 'random', got {crop!r}")
+
+
+def _downscaling(vae: AutoencoderKL) -> int:
+    return 2 ** (len(vae.config["block_out_channels"]) - 1)
+
+
+def _cache_folder(
+    cache_dir: str | Path | None, fingerprint: str, vae: AutoencoderKL, resolution: int, n: int
+) -> Path | None:
+    if cache_dir is None:
+        return None
+    if not fingerprint:
+        raise ValueError(
+            "a latent cache needs vae_fingerprint (a hash of the VAE's weights): without it, "
+            "latents of another VAE would be taken for this one's"
+        )
+    numbers = 2 * vae.config["latent_channels"] * (resolution // _downscaling(vae)) ** 2
+    return require_writable_folder(cache_dir, n * (4 * numbers + 1024))
+
+
+@contextmanager
+def _evaluating(vae: AutoencoderKL) -> Iterator[None]:
+    was_training = vae.training
+    vae.eval()
+    try:
+        yield
+    finally:
+        vae.train(was_training)
+
+
+def _pixels(photo: Photo, resolution: int, crop: Crop, flipped: bool) -> Tensor:
+    """(3, resolution, resolution); a random crop is the same for a photo and its mirror image."""
+    generator = torch.Generator().manual_seed(int(photo.digest[:15], 16))
+    return to_model_tensor(photo.image, resolution, crop=crop, generator=generator, flip=flipped)
+
+
+class _Encoder:
+    """The VAE, and a float32 copy of it from the first picture on that overflows half precision."""
+
+    def __init__(self, vae: Any) -> None:
+        self.vae = vae
+        self.float32: Any = None
+
+    def encode(self, pixels: Tensor, name: str) -> tuple[tuple[Tensor, Tensor], str | None]:
+        """Mean and standard deviation (c, h, w), and a note if half precision did not do."""
+        dtype = next(self.vae.parameters()).dtype
+        posterior = _posterior(pixels, self.vae)
+        if posterior is not None:
+            return posterior, None
+        if dtype != torch.float32:
+            if self.float32 is None:
+                self.float32 = copy.deepcopy(self.vae).to(dtype=torch.float32)
+            posterior = _posterior(pixels, self.float32)
+            if posterior is not None:
+                kind = str(dtype).removeprefix("torch.")
+                return posterior, f"{name} overflows the VAE in {kind}: encoded in float32 instead"
+        raise ValueError(
+            f"the VAE's latents of {name} are not finite, in float32 neither: its weights are "
+            "damaged or no VAE of this model. Use another VAE."
+        )
+
+
+def _posterior(pixels: Tensor, vae: Any) -> tuple[Tensor, Tensor] | None:
+    """Mean and standard deviation (c, h, w), float32, CPU; None if they are not finite."""
+    weight = next(vae.parameters())
+    distribution = vae.encode(pixels[None].to(weight.device, weight.dtype)).latent_dist
+    if not bool(torch.isfinite(distribution.parameters).all()):  # unclamped: shows an infinity
+        return None
+    mean = distribution.mean[0].float().cpu()
+    std = torch.exp(0.5 * distribution.logvar[0].float()).cpu()
+    return mean, std
+
+
+def _checksum(mean: Tensor, std: Tensor) -> str:
+    digest = hashlib.sha256()
+    for tensor in (mean, std):
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _write_entry(path: Path, key: str, mean: Tensor, std: Tensor) -> None:
+    metadata = {"key": key, "checksum": _checksum(mean, std)}
+    save_safetensors_atomic({"mean": mean, "std": std}, path, metadata)
+
+
+def _read_entry(path: Path, key: str) -> tuple[Tensor, Tensor] | None:
+    """None if there is no such entry or it is not as it was written."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            # Copies, since these are views of the file, which Windows cannot replace while mapped.
+            mean, std = file.get_tensor("mean").clone(), file.get_tensor("std").clone()
+    except (OSError, SafetensorError):
+        return None
+    if metadata.get("key") != key or metadata.get("checksum") != _checksum(mean, std):
+        return None
+    return mean, std

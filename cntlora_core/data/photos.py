@@ -1,0 +1,253 @@
+"""A subject's photos, or a class's images, from a folder or from memory.
+
+A file that does not work is named with the reason, and the rest is used; each picture is made
+upright RGB by `pictures`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from cntlora_core.data.captions import CAPTION_SUFFIXES, read_caption
+from cntlora_core.data.pictures import (
+    picture_from_array,
+    pixel_digest,
+    read_picture,
+    shrunk,
+    to_model_tensor,
+    upright_rgb,
+    why_unreadable,
+)
+
+__all__ = [
+    "Photo",
+    "PhotoSet",
+    "SkippedFile",
+    "load_photos",
+    "photos_from_images",
+    "pixel_digest",
+    "to_model_tensor",
+    "upscale_warnings",
+]
+
+# fmt: off
+IMAGE_SUFFIXES = frozenset((
+    ".apng", ".avif", ".avifs", ".bmp", ".dib", ".gif", ".heic", ".heif", ".j2k", ".jfif", ".jp2",
+    ".jpe", ".jpeg", ".jpg", ".jpx", ".mpo", ".png", ".tif", ".tiff", ".webp",
+))
+_BESIDE_PHOTOS = frozenset((
+    ".txt", ".caption", ".json", ".md", ".csv", ".yaml", ".yml", ".ini", ".db", ".xmp", ".aae",
+))
+# fmt: on
+
+
+@dataclass(frozen=True, eq=False)
+class Photo:
+    """One picture.
+
+    Attributes:
+        path: where it came from; None if it was handed over in memory.
+        image: mode RGB, upright, sRGB.
+        caption: its own caption, placeholders not yet filled in; None: the instance prompt.
+        digest: SHA-256 (hex) of the size and the pixels of `image`.
+    """
+
+    path: Path | None
+    image: Image.Image
+    caption: str | None
+    digest: str
+
+
+@dataclass(frozen=True)
+class SkippedFile:
+    """A file that could not be used, and why."""
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True)
+class PhotoSet:
+    """Photos in the natural order of their names, what was left out, what a user should know."""
+
+    photos: tuple[Photo, ...]
+    skipped: tuple[SkippedFile, ...]
+    warnings: tuple[str, ...]
+
+
+def load_photos(
+    folder: str | Path,
+    *,
+    read_captions: bool = True,
+    resolution: int | None = None,
+    shrink: bool = False,
+) -> PhotoSet:
+    """Loads the pictures of a folder, not of its subfolders; hidden files are ignored.
+
+    Rotation tags and colour profiles are applied, transparency is laid on white, and of an
+    animation the first frame is taken, see `pictures.upright_rgb`.
+
+    Args:
+        folder: the folder.
+        read_captions: takes the caption file beside each picture, see `captions.read_caption`.
+        resolution: side of the training pictures in pixels; smaller photos are warned about.
+        shrink: reduces larger photos to `resolution` (shortest side) at once, so that a folder of
+            a thousand class images fits in memory.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: no such folder.
+        ValueError: no usable picture in it (says what there is instead).
+    """
+    if shrink and resolution is None:
+        raise ValueError("shrink=True needs a resolution to reduce the photos to")
+    folder = _checked_folder(folder)
+    entries = sorted(
+        (path for path in folder.iterdir() if not path.name.startswith(".")), key=natural_key
+    )
+    files = [path for path in entries if not path.is_dir()]
+    photos: list[Photo] = []
+    skipped: list[SkippedFile] = []
+    notes: list[str] = []
+    for path in files:
+        suffix = path.suffix.lower()
+        if suffix not in IMAGE_SUFFIXES:
+            if suffix not in _BESIDE_PHOTOS:
+                skipped.append(SkippedFile(path, "not a known kind of picture"))
+            continue
+        try:
+            image, said = read_picture(path)
+        except Exception as error:  # Pillow's decoders raise anything on a damaged file
+            skipped.append(SkippedFile(path, why_unreadable(path, error)))
+            continue
+        notes += (f"{path.name}: {note}" for note in said)
+        if resolution is not None:
+            notes += _upscale_notes([(path.name, image)], resolution)
+            image = shrunk(image, resolution) if shrink else image
+        caption = read_caption(path) if read_captions else None
+        if caption is not None and caption.problem:
+            notes.append(caption.problem)
+        photos.append(Photo(path, image, caption.text if caption else None, pixel_digest(image)))
+    if not photos:
+        raise ValueError(_nothing_in(folder, entries, skipped))
+    if read_captions:
+        notes += _orphan_captions(files)
+    return PhotoSet(tuple(photos), tuple(skipped), (*notes, *_set_notes(photos)))
+
+
+def photos_from_images(
+    images: Sequence[Image.Image | np.ndarray], captions: Sequence[str | None] | None = None
+) -> PhotoSet:
+    """Photos from pictures in memory, treated as `load_photos` treats files.
+
+    Args:
+        images: Pillow images, or arrays (h, w), (h, w, 1), (h, w, 3) or (h, w, 4) with uint8
+            values or floats in 0..1 (a little beyond is clipped: upscalers overshoot).
+        captions: one for each image, or None.
+
+    Raises:
+        TypeError, ValueError: an image of another kind or shape (says which one), no image at all,
+            or a number of captions that does not fit.
+    """
+    if isinstance(images, (Image.Image, np.ndarray)):
+        raise TypeError("images must be a sequence of pictures, got a single one: put it in a list")
+    if captions is not None and len(captions) != len(images):
+        raise ValueError(f"{len(images)} images but {len(captions)} captions: give one for each")
+    if len(images) == 0:
+        raise ValueError("no images were given: 4 to 6 photos of the subject are needed")
+    photos: list[Photo] = []
+    notes: list[str] = []
+    for number, given in enumerate(images, start=1):
+        label = f"image {number}"
+        if isinstance(given, np.ndarray):
+            given = picture_from_array(given, label)
+        elif not isinstance(given, Image.Image):
+            raise TypeError(
+                f"{label} must be a PIL image or a numpy array, got {type(given).__name__}"
+            )
+        try:
+            image, said = upright_rgb(given)
+        except Exception as error:  # as in load_photos: a lazily opened file is decoded here
+            raise ValueError(f"{label} cannot be read: {error}") from error
+        notes += (f"{label}: {note}" for note in said)
+        caption = captions[number - 1] if captions is not None else None
+        photos.append(Photo(None, image, caption, pixel_digest(image)))
+    return PhotoSet(tuple(photos), (), (*notes, *_set_notes(photos)))
+
+
+def upscale_warnings(photos: Sequence[Photo], resolution: int) -> tuple[str, ...]:
+    """A sentence for each photo whose shortest side is below `resolution` pixels."""
+    labels = [p.path.name if p.path else f"image {i}" for i, p in enumerate(photos, start=1)]
+    named = [(label, photo.image) for label, photo in zip(labels, photos, strict=True)]
+    return tuple(_upscale_notes(named, resolution))
+
+
+def natural_key(path: Path) -> tuple[list[tuple[int, int, str]], str]:
+    """Sorts 2.jpg before 10.jpg, without regard to case."""
+    parts = re.split(r"([0-9]+)", path.name.casefold())
+    return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in parts if p], path.name
+
+
+def _checked_folder(given: str | Path) -> Path:
+    if not str(given).strip():
+        raise ValueError("the photos' folder is empty: give the folder with 4 to 6 photos")
+    folder = Path(given).expanduser()
+    if folder.is_file():
+        raise NotADirectoryError(f"{folder} is a file: give the folder it is in, {folder.parent}")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}: give the folder with the photos")
+    return folder
+
+
+def _upscale_notes(named: Sequence[tuple[str, Image.Image]], resolution: int) -> list[str]:
+    return [
+        f"{name} has {image.width} x {image.height} pixels and is enlarged to {resolution}: it "
+        "teaches the blur too. A larger original is better."
+        for name, image in named
+        if min(image.size) < resolution
+    ]
+
+
+def _set_notes(photos: Sequence[Photo]) -> list[str]:
+    """What there is to say about the photos as a set."""
+    notes = []
+    if len(photos) == 1:
+        notes.append("only one photo: its pose and background are learnt too; 4 to 6 are better")
+    first: dict[str, str] = {}
+    for number, photo in enumerate(photos, start=1):
+        name = photo.path.name if photo.path else f"image {number}"
+        if photo.digest in first:
+            notes.append(f"{name} is the same picture as {first[photo.digest]}: it counts twice")
+        first.setdefault(photo.digest, name)
+    return notes
+
+
+def _orphan_captions(files: Sequence[Path]) -> list[str]:
+    stems = {path.stem for path in files if path.suffix.lower() in IMAGE_SUFFIXES}
+    return [
+        f"{path.name} is not used: no picture has this name"
+        for path in files
+        if path.suffix.lower() in CAPTION_SUFFIXES and path.stem not in stems
+    ]
+
+
+def _nothing_in(folder: Path, entries: Sequence[Path], skipped: Sequence[SkippedFile]) -> str:
+    text = f"no usable picture in {folder}: "
+    if skipped:
+        text += "; ".join(f"{s.path.name}: {s.reason}" for s in skipped[:5])
+        return text + (f"; and {len(skipped) - 5} more" if len(skipped) > 5 else "")
+    subfolders = [path.name + os.sep for path in entries if path.is_dir()]
+    others = [path.name for path in entries if not path.is_dir()]
+    if subfolders:
+        text += f"there are only subfolders ({', '.join(subfolders[:5])}): give one of them. "
+    elif others:
+        text += f"there are only other files ({', '.join(others[:5])}). "
+    else:
+        text += "the folder is empty. "
+    return text + "Put 4 to 6 photos of the subject there (JPEG, PNG, WebP, ...)."
