@@ -1,0 +1,48 @@
+"""The README's Python examples, run as they stand but for the model and the size of the adapter."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parent.parent / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_examples_run(number, tiny_model, photo_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    shutil.copytree(photo_folder, tmp_path / "my_dog")
+    code = BLOCKS[number]
+    # The example's checkpoint and settings are of full size; the tiny model takes their place.
+    code = code.replace('"v1-5-pruned-emaonly.safetensors"', repr(str(tiny_model)))
+    code = code.replace("rank=128, alpha=256", "rank=4, alpha=8")
+    code = code.replace(
+        "result = personalise(settings)",
+        "import dataclasses\n"
+        "from cntlora_core.diffusion import PriorSettings, TrainingSettings\n"
+        "settings = dataclasses.replace(settings, training=TrainingSettings(steps=2), "
+        "prior=PriorSettings(num_class_images=2, class_steps=2))\n"
+        "result = personalise(settings)",
+    )
+    exec(compile(code, f"README.md, example {number + 1}", "exec"), {})
+    if "personalise" in code:
+        assert (tmp_path / "dog_in_the_snow.png").stat().st_size > 100
+        assert (tmp_path / "runs/dog/sks-dog-cross.safetensors").is_file()
+
+
+def test_files_and_flags_that_the_readme_names_exist():
+    from cntlora_core.cli import main
+
+    text = README.read_text("utf-8")
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", text):
+        assert (README.parent / target).exists(), target
+    for name in ("train", "sample"):
+        assert f"cntlora {name}" in text
+        with pytest.raises(SystemExit):
+            main([name, "--help"])
+    assert len(BLOCKS) == 2
