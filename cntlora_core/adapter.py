@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,8 @@ from cntlora_core.capture import CapturedMoments
 from cntlora_core.config import CNTLoRAConfig
 from cntlora_core.constraints import delta_spectrum
 from cntlora_core.factorization import Factors, factorize, plain_factors
-from cntlora_core.linalg import PrincipalSubspace, Spectrum, principal_subspace
+from cntlora_core.linalg import Spectrum, principal_subspace
+from cntlora_core.parallel import map_in_threads
 from cntlora_core.ranks import RankOffer, allocate_ranks
 
 
@@ -57,6 +58,7 @@ def plan_adapter(
     *,
     rank: int,
     scaling: float,
+    progress: Callable[[int, int], None] | None = None,
 ) -> AdapterPlan:
     """The closed-form start of every point, under one rank budget.
 
@@ -66,13 +68,14 @@ def plan_adapter(
         config: The method's settings.
         rank: Rank of a point; under a shared budget, the mean rank.
         scaling: alpha / r, the same for every point.
+        progress: Called with (eigenproblems solved, total).
 
     Raises:
         ValueError: if the rank is wider than the points are, or the budget too small.
     """
     _check_rank(points, rank, config)
     ceiling = rank if config.rank_budget == "fixed" else max(rank, int(config.rho * rank))
-    spectra = _spectra(points, captured, config, ceiling)
+    spectra = _spectra(points, captured, config, ceiling, progress)
     if config.rank_budget == "fixed":
         ranks = {point.name: rank for point in points}
     else:
@@ -109,16 +112,22 @@ def _spectra(
     captured: CapturedMoments,
     config: CNTLoRAConfig,
     ceiling: int,
+    progress: Callable[[int, int], None] | None,
 ) -> dict[str, Spectrum]:
-    subspaces: dict[int, PrincipalSubspace] = {}
-    spectra = {}
+    """Of each point; points that share an input share its eigenproblem."""
+    groups: dict[int, list[AttachmentPoint]] = {}
     for point in points:
-        index = captured.input_of[point.name]
-        if index not in subspaces:
-            k = None if config.subspace == "full" else ceiling
-            subspaces[index] = principal_subspace(captured.moments[index], k)
-        spectra[point.name] = delta_spectrum(point.weight(), subspaces[index], config)
-    return spectra
+        groups.setdefault(captured.input_of[point.name], []).append(point)
+
+    def solve(index: int) -> dict[str, Spectrum]:
+        k = None if config.subspace == "full" else ceiling
+        subspace = principal_subspace(captured.moments[index], k)
+        return {p.name: delta_spectrum(p.weight(), subspace, config) for p in groups[index]}
+
+    # The widest first: they take longest, and none should be left for the end.
+    order = sorted(groups, key=lambda index: -groups[index][0].in_features)
+    solved = map_in_threads(solve, order, progress)
+    return {name: spectrum for spectra in solved for name, spectrum in spectra.items()}
 
 
 def _check_rank(points: Sequence[AttachmentPoint], rank: int, config: CNTLoRAConfig) -> None:

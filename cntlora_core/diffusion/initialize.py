@@ -154,10 +154,13 @@ def initialize_adapter(
         progress=stage_progress(reporter, "reading activations"),
     )
     middle = time.perf_counter()
-    reporter("solving for the start", 0, 1, {})
     plan = plan_adapter(
-        points, captured, settings.cntlora, rank=settings.rank, scaling=settings.scaling
+        points,
+        captured,
+        settings.cntlora,
+        rank=settings.rank,
+        scaling=settings.scaling,
+        progress=stage_progress(reporter, "solving for the start"),
     )
     end = time.perf_counter()
-    reporter("solving for the start", 1, 1, {})
     return plan, report_of(plan, captured, settings.cntlora, middle - start, end - middle)

@@ -1,0 +1,396 @@
+"""The parts of a Stable Diffusion 1.5 model, from a single file, a diffusers folder or the hub.
+
+Weights are read tensor by tensor into memory of their own, in the wanted dtype: the peak is the
+model plus one tensor. (Mapping the file, as the stock loaders do, holds up to two models, and the
+weights change with the file when somebody overwrites it.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, get_args
+
+import diffusers
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from cntlora_core.diffusion.checkpoint import (
+    PARTS,
+    CheckpointError,
+    TensorEntry,
+    folder_weights,
+    read_header,
+    read_json,
+    require_sd15,
+)
+from cntlora_core.diffusion.original_layout import original_key
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+SD15_CONFIGS = Path(__file__).parent / "sd15"
+
+SchedulerName = Literal[
+    "pndm", "ddim", "ddpm", "dpm++", "dpm++_karras", "euler", "euler_a", "heun", "unipc"
+]
+_SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "dpm++_karras": (
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "dpmsolver++", "use_karras_sigmas": True},
+    ),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+}
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+# Names of the VAE's attention layers in folders written before diffusers 0.17.
+_OLD_VAE_ATTENTION = {
+    ".to_q.": ".query.",
+    ".to_k.": ".key.",
+    ".to_v.": ".value.",
+    ".to_out.0.": ".proj_attn.",
+}
+_SAMPLE_BYTES = 256
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_FILE_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".bin")
+
+
+@dataclass(frozen=True)
+class StableDiffusionParts:
+    """A Stable Diffusion model, frozen and in eval mode.
+
+    Attributes:
+        unet: predicts noise from latents (n, in_channels, h, w), timesteps (n,) and text states
+            (n, tokens, cross_attention_dim).
+        vae: images (n, 3, H, W) in [-1, 1] to latents (n, in_channels, H / latent_scale,
+            W / latent_scale), and back.
+        text_encoder: token ids (n, tokens) to text states.
+        tokenizer: prompts to token ids.
+        noise_scheduler: the noise schedule for training, made from ``scheduler_config``.
+        scheduler_config: the model's own sampler settings; every scheduler made here honours its
+            noise schedule and prediction type.
+        source: what was given to ``load_stable_diffusion``.
+        fingerprint: 16 hex digits that identify the weights, a key for caches; see
+            ``fingerprint_files``.
+    """
+
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    noise_scheduler: DDPMScheduler
+    scheduler_config: dict[str, Any]
+    source: str
+    fingerprint: str
+
+    @property
+    def latent_scale(self) -> int:
+        """Image pixels for each latent pixel: 8 for SD1.5."""
+        return 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+
+    @property
+    def default_resolution(self) -> int:
+        """Side of the image in pixels that the model was trained for: 512 for SD1.5."""
+        return self.unet.config["sample_size"] * self.latent_scale
+
+    def pipeline(self, scheduler: SchedulerName | None = None) -> StableDiffusionPipeline:
+        """A stock pipeline for sampling that shares these modules, with a scheduler of its own.
+
+        Args:
+            scheduler: a sampler's name; None for the model's own.
+
+        Raises:
+            ValueError: there is no sampler of that name.
+        """
+        from diffusers import StableDiffusionPipeline  # slow to import, and chatty
+
+        if scheduler is None:
+            name, settings = self.scheduler_config["_class_name"], {}
+        elif scheduler in _SCHEDULERS:
+            name, settings = _SCHEDULERS[scheduler]
+        else:
+            raise ValueError(
+                f"scheduler {scheduler!r} is not one of {', '.join(get_args(SchedulerName))}"
+            )
+        pipeline = StableDiffusionPipeline(
+            vae=self.vae,
+            text_encoder=self.text_encoder,
+            tokenizer=self.tokenizer,
+            unet=self.unet,
+            scheduler=_scheduler(name, self.scheduler_config, settings),
+            safety_checker=None,  # pyright: ignore[reportArgumentType]
+            feature_extractor=None,  # pyright: ignore[reportArgumentType]
+            requires_safety_checker=False,
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+
+def load_stable_diffusion(
+    model: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    local_files_only: bool | None = None,
+) -> StableDiffusionParts:
+    """Loads a model of SD1.5's make, frozen and in eval mode.
+
+    Args:
+        model: a ``.safetensors`` file in the original layout, a diffusers folder (full precision or
+            fp16 files), or a hub id (``owner/name``). What exists on disk is never looked up on the
+            hub, and loading it touches no network.
+        dtype: of all three parts.
+        device: of all three parts.
+        local_files_only: for a hub id, use what is in the hub's cache and no network; by default
+            ``HF_HUB_OFFLINE`` decides.
+
+    Raises:
+        CheckpointError: what was given is not a model of SD1.5's make; the message says what it is.
+    """
+    path = _locate(model, local_files_only)
+    require_sd15(path)
+    configs = path if path.is_dir() else SD15_CONFIGS
+    return load_parts(path, configs, source=str(model), dtype=dtype, device=device)
+
+
+def load_parts(
+    path: Path,
+    configs: Path,
+    *,
+    source: str,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> StableDiffusionParts:
+    """Loads the weights in ``path`` into the models that the folder ``configs`` describes.
+
+    For a single file of another width than SD1.5's, ``configs`` is a folder of that width.
+
+    Raises:
+        CheckpointError: weights are missing or have other shapes.
+    """
+    models, used = {}, set()
+    for part in PARTS:
+        files = folder_weights(path, part) if path.is_dir() else [path]
+        with init_empty_weights():
+            models[part] = build_model(part, configs)
+        _fill(models[part], files, _names_in(path, part, models[part].config), dtype, device)
+        used.update(files)
+    if path.is_dir():
+        used.update(path / part / "config.json" for part in PARTS)
+    return assemble(
+        **models, configs=configs, source=source, fingerprint=fingerprint_files(sorted(used))
+    )
+
+
+def assemble(
+    unet: UNet2DConditionModel,
+    vae: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    configs: Path,
+    *,
+    source: str,
+    fingerprint: str,
+) -> StableDiffusionParts:
+    """Freezes the models and adds the tokenizer and the noise schedule of the folder ``configs``.
+
+    Raises:
+        CheckpointError: the parts do not fit together, or a file is missing.
+    """
+    wants, gives = unet.config["cross_attention_dim"], text_encoder.config.hidden_size
+    if wants != gives:
+        raise CheckpointError(
+            source, f"the UNet reads text states of width {wants}, the text encoder makes {gives}."
+        )
+    wants, gives = unet.config["in_channels"], vae.config["latent_channels"]
+    if wants != gives:
+        raise CheckpointError(
+            source, f"the UNet reads {wants} latent channels, the VAE makes {gives}."
+        )
+    words = configs / "tokenizer"
+    if not (words / "tokenizer.json").is_file() and not (
+        (words / "vocab.json").is_file() and (words / "merges.txt").is_file()
+    ):
+        raise CheckpointError(
+            configs, "tokenizer/ has neither vocab.json and merges.txt nor tokenizer.json."
+        )
+    scheduler_config = read_json(configs / "scheduler" / "scheduler_config.json")
+    for model in (unet, vae, text_encoder):
+        model.requires_grad_(False).eval()
+    return StableDiffusionParts(
+        unet=unet,
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=CLIPTokenizer.from_pretrained(str(words), local_files_only=True),
+        noise_scheduler=_scheduler("DDPMScheduler", scheduler_config, {}),
+        scheduler_config=scheduler_config,
+        source=source,
+        fingerprint=fingerprint,
+    )
+
+
+def build_model(part: str, configs: Path) -> Any:
+    """The model that ``configs/<part>/config.json`` describes, freshly initialised."""
+    config = read_json(configs / part / "config.json")
+    if part == "text_encoder":
+        return CLIPTextModel(CLIPTextConfig.from_dict(config))
+    kind = UNet2DConditionModel if part == "unet" else AutoencoderKL
+    return kind.from_config(config)
+
+
+def fingerprint_files(files: Iterable[Path]) -> str:
+    """16 hex digits that identify the weights in ``files``, whatever their names, places and dates.
+
+    A sha256 of each file's size, of the name, dtype, shape and place of each of its tensors, and of
+    the 256 bytes in the middle of each; JSON files count in full. So about half a megabyte is read
+    of a model of any size. A change that spares the middle of every tensor goes unnoticed; training
+    changes all of a tensor.
+    """
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(f"{path.stat().st_size};".encode())
+        if path.suffix == ".json":
+            digest.update(path.read_bytes())
+            continue
+        with path.open("rb") as stream:
+            for name, entry in sorted(read_header(path).items()):
+                digest.update(f"{name};{entry.dtype};{entry.shape};{entry.start};".encode())
+                middle = (entry.start + entry.end - _SAMPLE_BYTES) // 2
+                stream.seek(max(entry.start, middle))
+                digest.update(stream.read(min(_SAMPLE_BYTES, entry.end - entry.start)))
+    return digest.hexdigest()[:16]
+
+
+def _scheduler(name: str, config: Mapping[str, Any], settings: Mapping[str, Any]) -> Any:
+    """Latents are not bounded by 1, so clipping is off unless the model's config asks for it."""
+    return getattr(diffusers, name).from_config({"clip_sample": False, **config}, **settings)
+
+
+def _locate(model: str | Path, local_files_only: bool | None) -> Path:
+    """The file or folder that was meant; a hub id is downloaded, without safety checker."""
+    text = str(model).strip().strip("\"'")
+    for candidate in (text, text.replace("\\", "/")):
+        if text and (path := Path(candidate).expanduser()).exists():
+            return path
+    if not _HUB_ID.fullmatch(text) or Path(text).suffix in _FILE_SUFFIXES:
+        raise CheckpointError(text or "''", "there is no such file or folder.")
+    from diffusers import StableDiffusionPipeline
+
+    try:
+        return Path(
+            StableDiffusionPipeline.download(
+                text,
+                use_safetensors=True,
+                local_files_only=local_files_only,
+                safety_checker=None,
+                feature_extractor=None,
+            )
+        )
+    except Exception as error:  # the hub's client raises a dozen kinds, OSError and others
+        raise CheckpointError(text, _not_fetched(error)) from error
+
+
+def _not_fetched(error: BaseException) -> str:
+    """Why the hub gave nothing; diffusers hides the reason in the chain of causes."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    kinds = {kind.__name__ for link in chain for kind in type(link).__mro__}
+    if "OfflineModeIsEnabled" in kinds:
+        reason = "it is not in the hub's cache, and HF_HUB_OFFLINE is set"
+    elif "GatedRepoError" in kinds:
+        reason = "its owner asks you to accept terms on the hub first, then log in"
+    elif "RepositoryNotFoundError" in kinds:
+        reason = "the hub has no such public model"
+    elif "RemoteEntryNotFoundError" in kinds:
+        reason = "that model on the hub is not a diffusers folder"
+    elif kinds & {"ConnectError", "ConnectionError", "TimeoutException", "Timeout"}:
+        reason = "it is not in the hub's cache, and the hub cannot be reached"
+    elif "LocalEntryNotFoundError" in kinds:
+        reason = "it is not in the hub's cache, and local_files_only forbids to download it"
+    else:
+        reason = f"{type(error).__name__}: {error}"
+    return f"there is no such file or folder here, and as a hub id it cannot be had: {reason}."
+
+
+def _names_in(path: Path, part: str, config: Any) -> Callable[[str], list[str]]:
+    """For a parameter of the model, the names that it may have in the file, likeliest first."""
+    if path.is_dir():
+
+        def names(name: str) -> list[str]:
+            old = name
+            for new_mark, old_mark in _OLD_VAE_ATTENTION.items():
+                old = old.replace(new_mark, old_mark)
+            bare = name.removeprefix("text_model.")
+            return [name, f"text_model.{bare}", bare, old]
+    else:
+
+        def names(name: str) -> list[str]:
+            key = original_key(part, name, config)
+            return [key, key.replace("transformer.text_model.", "transformer.")]
+
+    return names
+
+
+def _fill(
+    model: torch.nn.Module,
+    files: list[Path],
+    names: Callable[[str], list[str]],
+    dtype: torch.dtype,
+    device: str | torch.device,
+) -> None:
+    """Reads a model's parameters from files, one tensor at a time."""
+    state, missing = {}, []
+    with ExitStack() as stack:
+        places: dict[str, tuple[BinaryIO, TensorEntry]] = {}
+        for file in files:
+            stream = stack.enter_context(file.open("rb"))
+            places.update((name, (stream, entry)) for name, entry in read_header(file).items())
+        for name, empty in model.state_dict().items():
+            found = next((key for key in names(name) if key in places), None)
+            if name.endswith("position_ids"):
+                state[name] = empty
+            elif found is None:
+                missing.append(names(name)[0])
+            else:
+                tensor = _read(*places[found])
+                # 1x1 convolutions are stored as matrices by some tools, and the other way round.
+                if [n for n in tensor.shape if n > 1] != [n for n in empty.shape if n > 1]:
+                    raise CheckpointError(
+                        files[0],
+                        f"{found} has shape {tuple(tensor.shape)}, expected {tuple(empty.shape)}: "
+                        "the model is built differently.",
+                    )
+                state[name] = tensor.reshape(empty.shape).to(device, dtype)
+    if missing:
+        raise CheckpointError(
+            files[0],
+            f"{len(missing)} of {len(missing) + len(state)} weights are missing, as {missing[0]}.",
+        )
+    model.load_state_dict(state, assign=True)
+    torch.nn.Module.to(model, device)
+
+
+def _read(stream: BinaryIO, entry: TensorEntry) -> torch.Tensor:
+    raw = torch.empty(entry.end - entry.start, dtype=torch.uint8)
+    stream.seek(entry.start)
+    stream.readinto(raw.numpy().data)  # pyright: ignore[reportAttributeAccessIssue]
+    return raw.view(_DTYPES.get(entry.dtype, torch.uint8)).reshape(entry.shape)

@@ -1,0 +1,247 @@
+"""Reading LoRA files for SD 1.5, whoever wrote them: kohya, diffusers (old and new) and peft."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from cntlora_core.lora_algebra import LoRALayer, LoRALayers
+from cntlora_core.lora_names import (
+    PEFT_PREFIX,
+    TEXT_ENCODER,
+    UNET,
+    Layout,
+    canonical_name,
+    kohya_table,
+    layout_of,
+    split_key,
+    split_name,
+)
+
+DIFFUSERS_METADATA_KEY = "lora_adapter_metadata"
+PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+_FOREIGN = {
+    "DoRA": (".dora_scale", ".lora_magnitude_vector", ".lora_magnitude_vector.weight"),
+    "LoHa": (".hada_w1_a", ".hada_w1_b", ".hada_w2_a", ".hada_w2_b", ".hada_t1", ".hada_t2"),
+    "LoKr": (".lokr_w1", ".lokr_w1_a", ".lokr_w2", ".lokr_w2_a", ".lokr_t2"),
+    "OFT or BOFT": (".oft_blocks", ".oft_diag"),
+    "GLoRA": (".a1.weight", ".b2.weight"),
+    "LoRA with a bias": (".lora_B.bias", ".lora_up.bias"),
+    "a full difference of weights": (".diff", ".diff_b"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class LoRAFile:
+    """A file's content. ``unknown_keys`` fit no layer of SD 1.5 (only with ``strict=False``)."""
+
+    layers: LoRALayers
+    metadata: dict[str, str]
+    layout: Layout
+    unknown_keys: tuple[str, ...] = ()
+
+
+def read_lora_file(
+    path: str | Path, *, module_names: Iterable[str] | None = None, strict: bool = True
+) -> LoRAFile:
+    """Reads any LoRA for SD 1.5: a kohya, diffusers (old or new) or peft file, or a peft folder.
+
+    Factors come back in float32. A missing alpha means alpha = rank, as every reader takes it; a
+    peft file needs its ``adapter_config.json``, where the scale stands.
+
+    Args:
+        path: a ``.safetensors`` file, a folder with ``adapter_config.json``, or one with such
+            folders ``unet/`` and ``text_encoder/``.
+        module_names: canonical names of a model's modules, for models with other module names
+            than SD 1.5's.
+        strict: keys that fit no layer are an error; else a warning, and `LoRAFile.unknown_keys`.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: it is something else, in words: a full checkpoint, a pickle, a cut-off file,
+            DoRA, LoHa, LoKr, a LoRA for SDXL, a layer with one factor missing.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no LoRA at {path}")
+    table = kohya_table(module_names) if module_names else None
+    files = _parts_of_folder(path) if path.is_dir() else {None: path}
+    layers: LoRALayers = {}
+    metadata: dict[str, str] = {}
+    unknown: list[str] = []
+    layout: Layout = "peft"
+    for component, file in files.items():
+        tensors, header = _load_tensors(file)
+        _require_lora(file, tensors)
+        found, layout, odd = _layers_of(file, tensors, header, component, table)
+        layers |= found
+        metadata |= header
+        unknown += odd
+    if unknown:
+        said = (
+            f"{path} has {len(unknown)} keys that fit no layer of SD 1.5: {', '.join(unknown[:5])}"
+        )
+        said += ", ..." if len(unknown) > 5 else ""
+        if strict or not layers:
+            raise ValueError(said + ". Is it a LoRA for another model?")
+        warnings.warn(said, stacklevel=2)
+    return LoRAFile(layers, metadata, layout, tuple(unknown))
+
+
+def _parts_of_folder(folder: Path) -> dict[str | None, Path]:
+    if (folder / PEFT_WEIGHTS).is_file():
+        return {None: folder / PEFT_WEIGHTS}
+    parts: dict[str | None, Path] = {
+        component: folder / component / PEFT_WEIGHTS
+        for component in (UNET, TEXT_ENCODER)
+        if (folder / component / PEFT_WEIGHTS).is_file()
+    }
+    if not parts:
+        raise ValueError(
+            f"{folder} is no peft folder: neither it nor unet/ or text_encoder/ in it has "
+            f"{PEFT_WEIGHTS}. Name a .safetensors file instead."
+        )
+    return parts
+
+
+def _load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with path.open("rb") as file:
+        start = file.read(16)
+    # A safetensors file begins with the length of its JSON header.
+    if (
+        start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+        and start[8:9] != b"{"
+    ):
+        raise ValueError(
+            f"{path} is a pickle (.ckpt, .pt, .bin), which can run code when it is read; "
+            "a .safetensors file is needed"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        cut = len(start) == 16 and start[8:9] == b"{"
+        what = "is cut off or damaged" if cut else "is no safetensors file"
+        raise ValueError(f"{path} {what}: {error}") from error
+
+
+def _require_lora(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    if any(key.startswith(("model.diffusion_model.", "first_stage_model.")) for key in tensors):
+        raise ValueError(f"{path} is a full Stable Diffusion checkpoint, not a LoRA")
+    for kind, endings in _FOREIGN.items():
+        for key in tensors:
+            if key.endswith(endings):
+                raise ValueError(
+                    f"{path} is not a plain LoRA but {kind} ({key}), which is not supported"
+                )
+    if any(key.startswith(("lora_te2_", "text_encoder_2.")) for key in tensors):
+        raise ValueError(f"{path} has a second text encoder: it is a LoRA for SDXL, not for SD 1.5")
+    if any(
+        key.startswith(("lora_unet_input_blocks_", "lora_unet_output_blocks_")) for key in tensors
+    ):
+        raise ValueError(
+            f"{path} names its blocks as LoRAs for SDXL do (input_blocks, output_blocks); "
+            "one for SD 1.5, with down_blocks and up_blocks, is needed"
+        )
+    if not any((parts := split_key(key)) and parts.role in ("down", "up") for key in tensors):
+        some = ", ".join(sorted(tensors)[:3]) or "no tensors"
+        raise ValueError(f"{path} is no LoRA: none of its tensors is a LoRA factor (it has {some})")
+
+
+def _layers_of(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    header: Mapping[str, str],
+    component: str | None,
+    table: dict[str, str] | None,
+) -> tuple[LoRALayers, Layout, list[str]]:
+    parts: dict[str, dict[str, Tensor]] = {}
+    unknown: list[str] = []
+    for key, tensor in tensors.items():
+        split = split_key(key)
+        if split is None:
+            unknown.append(key)
+        else:
+            parts.setdefault(split.module, {})[split.role] = tensor
+    layout = layout_of(next(module for module, roles in parts.items() if "down" in roles))
+    alphas = _alphas(path, layout, header)
+    layers: LoRALayers = {}
+    for module, roles in parts.items():
+        spelled = module if component is None else f"{component}.{module}"
+        name = canonical_name(spelled, table)
+        if name is None or roles.keys() <= {"alpha"}:
+            unknown += [f"{module} ({', '.join(sorted(roles))})"]
+            continue
+        if "down" not in roles or "up" not in roles:
+            missing = "down" if "down" not in roles else "up"
+            raise ValueError(f"{path}: {module} has no {missing} factor; the file is not complete")
+        if name in layers:
+            raise ValueError(f"{path} has two LoRA layers for {name}")
+        rank = roles["down"].shape[0]
+        alpha = float(roles["alpha"]) if "alpha" in roles else alphas(spelled, name, rank)
+        mid = roles.get("mid")
+        try:
+            layers[name] = LoRALayer(
+                roles["down"].float(),
+                roles["up"].float(),
+                alpha,
+                None if mid is None else mid.float(),
+            )
+        except ValueError as error:
+            raise ValueError(f"{path}: {module}: {error}") from None
+    return layers, layout, unknown
+
+
+def _alphas(
+    path: Path, layout: Layout, header: Mapping[str, str]
+) -> Callable[[str, str, int], float]:
+    """A function (module, canonical name, rank) -> alpha, for layers that carry none."""
+    configs: dict[str, Any] = {}
+    if layout == "peft":
+        file = path.with_name(PEFT_CONFIG)
+        if not file.is_file():
+            raise ValueError(
+                f"{path} is a peft adapter, whose scale stands in {PEFT_CONFIG}; "
+                "put that file beside it"
+            )
+        config = json.loads(file.read_text("utf-8"))
+        if config.get("peft_type", "LORA") != "LORA":
+            raise ValueError(f"{path} is a peft adapter of type {config['peft_type']}, not a LoRA")
+        if config.get("use_dora"):
+            raise ValueError(f"{path} is not a plain LoRA but DoRA, which is not supported")
+        configs = dict.fromkeys((UNET, TEXT_ENCODER), config)
+    elif DIFFUSERS_METADATA_KEY in header:
+        fields: dict[str, Any] = json.loads(header[DIFFUSERS_METADATA_KEY])
+        for component in (UNET, TEXT_ENCODER):
+            start = f"{component}."
+            part = {k.removeprefix(start): v for k, v in fields.items() if k.startswith(start)}
+            if part:
+                configs[component] = part
+
+    def alpha_of(module: str, name: str, rank: int) -> float:
+        component, canonical = split_name(name)
+        config = configs.get(component)
+        if config is None:
+            return float(rank)
+        alpha = config.get("lora_alpha", rank)
+        spelled = module.removeprefix(f"{component}.").removeprefix(PEFT_PREFIX)
+        for pattern, value in config.get("alpha_pattern", {}).items():
+            if any(re.match(rf"(.*\.)?({pattern})$", key) for key in (spelled, canonical)):
+                alpha = value
+                break
+        # rsLoRA scales by alpha / sqrt(r); a layer's alpha is its scaling times its rank.
+        return float(alpha) * math.sqrt(rank) if config.get("use_rslora") else float(alpha)
+
+    return alpha_of
