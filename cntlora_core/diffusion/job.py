@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
 
-from cntlora_core import __version__
 from cntlora_core.data.captions import (
     SubjectPrompts,
     encode_prompts,
@@ -29,12 +25,14 @@ from cntlora_core.diffusion.export import ExportReport, export_lora
 from cntlora_core.diffusion.initialize import initialize_adapter
 from cntlora_core.diffusion.pipeline import StableDiffusionParts, load_stable_diffusion
 from cntlora_core.diffusion.prior import cache_folder, class_images
+from cntlora_core.diffusion.record import ModelFacts, file_metadata, run_record
+from cntlora_core.diffusion.resume import check_same_run
 from cntlora_core.diffusion.sampler import SamplingSettings, default_device, draw
 from cntlora_core.diffusion.settings import JobSettings, SubjectSettings
 from cntlora_core.diffusion.state import TrainingState
 from cntlora_core.diffusion.trainer import SubjectTrainer, TrainingData
 from cntlora_core.files import require_writable_folder, safe_name, write_json_atomic
-from cntlora_core.lora_file import modelspec_metadata
+from cntlora_core.memory import freed_memory_kept
 from cntlora_core.plots import plot_loss, plot_ranks, save_image
 from cntlora_core.progress import Reporter, silent, stage_progress
 
@@ -108,6 +106,14 @@ def personalise(
         OSError: if the output folder cannot be written to.
         NonFiniteLossError: if training blows up; the last good state is kept.
     """
+    device = torch.device(settings.training.device or default_device())
+    with freed_memory_kept(device.type == "cpu"):
+        return _personalise(settings, device, resume, overwrite, reporter)
+
+
+def _personalise(
+    settings: JobSettings, device: torch.device, resume: bool, overwrite: bool, reporter: Reporter
+) -> JobResult:
     run = _Run(reporter)
     folder = require_writable_folder(settings.output.output)
     _check_folder(folder, resume, overwrite)
@@ -119,28 +125,30 @@ def personalise(
     training = settings.training
     with run.timed("loading"):
         reporter("loading the model", 0, 1, {})
-        parts = load_stable_diffusion(
-            settings.model, dtype=training.dtype, device=training.device or default_device()
-        )
+        parts = load_stable_diffusion(settings.model, dtype=training.dtype, device=device)
         reporter("loading the model", 1, 1, {})
-    model = _ModelFacts.of(parts)
+    model = ModelFacts.of(parts)
     texts = _photo_prompts(photos, prompts, parts, run)
     data, identity = _training_data(parts, photos, prompts, texts, settings, run)
+    unet, text_encoder, tokenizer = parts.unet, parts.text_encoder, parts.tokenizer
+    noise_scheduler = parts.noise_scheduler
+    preview = parts.pipeline() if training.sample_every else None
+    del parts  # and with it the VAE, unless samples are drawn
 
     state_path = folder / STATE_NAME
     if resume:
         state = TrainingState.load(state_path)
-        _check_same_run(state, settings, identity)
+        check_same_run(state, settings, identity)
         plan, report = state.plan, None
         initialization = state.settings.get("initialization")
     else:
         state = None
         with run.timed("initialization"):
             plan, report = initialize_adapter(
-                parts.unet,
-                parts.text_encoder,
-                parts.tokenizer,
-                parts.noise_scheduler,
+                unet,
+                text_encoder,
+                tokenizer,
+                noise_scheduler,
                 data.photos,
                 texts,
                 settings.adapter,
@@ -152,9 +160,9 @@ def personalise(
         initialization = report.to_dict() if report is not None else None
 
     trainer = SubjectTrainer(
-        parts.unet,
-        parts.text_encoder,
-        parts.noise_scheduler,
+        unet,
+        text_encoder,
+        noise_scheduler,
         plan,
         data,
         adapter=settings.adapter,
@@ -169,8 +177,6 @@ def personalise(
     if state is not None:
         trainer.restore(state)
         run.note(f"going on after step {state.step} of {training.steps}")
-    preview = parts.pipeline() if training.sample_every else None
-    del parts  # and with it the VAE, unless samples are drawn
     with run.timed("training"):
         trainer.run(
             reporter=reporter,
@@ -185,7 +191,7 @@ def _finish(
     settings: JobSettings,
     prompts: SubjectPrompts,
     photos: PhotoSet,
-    model: _ModelFacts,
+    model: ModelFacts,
     initialization: dict[str, Any] | None,
     run: _Run,
     folder: Path,
@@ -196,6 +202,7 @@ def _finish(
     )
     stem = safe_name(name or prompts.instance_prompt)
     target = folder / (stem if settings.output.layout == "peft" else f"{stem}.safetensors")
+    run.reporter("writing the LoRA file", 0, 1, {})
     with run.timed("export"):
         export = export_lora(
             trainer.unet,
@@ -203,8 +210,9 @@ def _finish(
             trainer.plan,
             target,
             settings.output,
-            _metadata(stem, settings, prompts, photos, model, trainer),
+            file_metadata(stem, settings, prompts, photos, model, trainer),
         )
+    run.reporter("writing the LoRA file", 1, 1, {})
     if export.relative_error:
         run.note(
             "the file was truncated to the trained rank: relative error "
@@ -221,20 +229,9 @@ def _finish(
         seconds=run.seconds,
         notes=tuple(run.notes),
     )
-    write_json_atomic(folder / RECORD_NAME, _record(result, settings, prompts, model, identity))
+    write_json_atomic(folder / RECORD_NAME, run_record(result, settings, prompts, model, identity))
     (folder / STATE_NAME).unlink(missing_ok=True)
     return result
-
-
-@dataclass(frozen=True)
-class _ModelFacts:
-    source: str
-    fingerprint: str
-    resolution: int
-
-    @classmethod
-    def of(cls, parts: StableDiffusionParts) -> _ModelFacts:
-        return cls(parts.source, parts.fingerprint, parts.default_resolution)
 
 
 def _prompts(subject: SubjectSettings) -> SubjectPrompts:
@@ -354,136 +351,3 @@ def _check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
         raise FileExistsError(
             f"{folder} holds a finished run: choose another output folder, or --overwrite"
         )
-
-
-_MAY_CHANGE = {
-    ("output",),
-    ("prior", "cache"),
-    ("subject", "images"),
-    ("model",),
-    ("training", "save_every"),
-    ("training", "sample_prompts"),
-    ("training", "sample_every"),
-    ("training", "device"),
-}
-
-
-def _check_same_run(state: TrainingState, settings: JobSettings, identity: dict[str, Any]) -> None:
-    """A resumed run is the same run: whatever shapes its result must not have changed."""
-    ours = {"job": settings.to_dict(), "identity": identity}
-    may_change = set(_MAY_CHANGE)
-    if settings.training.lr_schedule.startswith("constant"):
-        may_change.add(("training", "steps"))
-    differing = [
-        ".".join(path)
-        for path, old, new in _differences(
-            {k: state.settings.get(k, {}) for k in ours}, _plain(ours)
-        )
-        if not any(path[1 : 1 + len(free)] == free for free in may_change)
-    ]
-    if differing:
-        raise ValueError(
-            f"the state was left by another run; these differ: {', '.join(differing)}. Resume with "
-            "the settings and photos of that run, or start anew with --overwrite"
-        )
-
-
-def _differences(
-    old: Any, new: Any, path: tuple[str, ...] = ()
-) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted({*old, *new}):
-            yield from _differences(old.get(key), new.get(key), (*path, key))
-    elif old != new:
-        yield path, old, new
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as lists, as they come back from JSON."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def _metadata(
-    title: str,
-    settings: JobSettings,
-    prompts: SubjectPrompts,
-    photos: PhotoSet,
-    model: _ModelFacts,
-    trainer: SubjectTrainer,
-) -> dict[str, str]:
-    training = settings.training
-    classes = trainer.data.class_images
-    return modelspec_metadata(
-        title=title,
-        resolution=settings.subject.resolution or model.resolution,
-        method=settings.adapter.method,
-        settings=_shareable(settings),
-        training={
-            "learning_rate": training.learning_rate,
-            "num_train_images": len(photos.photos),
-            "num_reg_images": 0 if classes is None else len(classes.digests),
-            "max_train_steps": training.steps,
-            "steps": trainer.step,
-            "seed": training.seed,
-            "output_name": title,
-            "sd_model_name": Path(model.source).name,
-            "prior_loss_weight": settings.prior.prior_weight,
-            "min_snr_gamma": training.min_snr_gamma,
-            "optimizer": "torch.optim.AdamW",
-            "lr_scheduler": training.lr_schedule,
-            "gradient_accumulation_steps": training.gradient_accumulation,
-            "gradient_checkpointing": training.gradient_checkpointing,
-        },
-        trigger_phrase=prompts.token or prompts.instance_prompt,
-    )
-
-
-def _shareable(settings: JobSettings) -> dict[str, Any]:
-    """The settings without the folders of whoever trained: files travel."""
-    values = settings.to_dict()
-    values["model"] = Path(settings.model).name
-    values["subject"].pop("images")
-    values["output"].pop("output")
-    values["prior"].pop("cache")
-    if settings.prior.class_images is not None:
-        values["prior"]["class_images"] = Path(settings.prior.class_images).name
-    values["training"].pop("device")
-    return values
-
-
-def _record(
-    result: JobResult,
-    settings: JobSettings,
-    prompts: SubjectPrompts,
-    model: _ModelFacts,
-    identity: dict[str, Any],
-) -> dict[str, Any]:
-    packages = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy")
-    return {
-        "settings": settings.to_dict(),
-        "prompts": dataclasses.asdict(prompts),
-        "model": dataclasses.asdict(model),
-        "identity": identity,
-        "seconds": result.seconds,
-        "initialization": result.initialization,
-        "export": {
-            "file": result.lora.name,
-            "ranks": result.export.ranks,
-            "trained_ranks": result.export.trained_ranks,
-            "relative_error": result.export.relative_error,
-        },
-        "notes": list(result.notes),
-        "versions": {
-            "python": platform.python_version(),
-            "cntlora": __version__,
-            **{package: version(package) for package in packages},
-        },
-        "machine": {
-            "system": platform.system(),
-            "processor": platform.machine(),
-            "threads": torch.get_num_threads(),
-        },
-        "history": result.history,
-    }

@@ -1,0 +1,122 @@
+"""What a run says of itself: in the LoRA file's metadata and in the record beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cntlora_core import __version__
+from cntlora_core.data.captions import SubjectPrompts
+from cntlora_core.data.photos import PhotoSet
+from cntlora_core.diffusion.pipeline import StableDiffusionParts
+from cntlora_core.diffusion.settings import JobSettings
+from cntlora_core.diffusion.trainer import SubjectTrainer
+from cntlora_core.lora_file import modelspec_metadata
+
+if TYPE_CHECKING:
+    from cntlora_core.diffusion.job import JobResult
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is noted of the model: where it came from, its fingerprint, its resolution in pixels."""
+
+    source: str
+    fingerprint: str
+    resolution: int
+
+    @classmethod
+    def of(cls, parts: StableDiffusionParts) -> ModelFacts:
+        return cls(parts.source, parts.fingerprint, parts.default_resolution)
+
+
+def file_metadata(
+    title: str,
+    settings: JobSettings,
+    prompts: SubjectPrompts,
+    photos: PhotoSet,
+    model: ModelFacts,
+    trainer: SubjectTrainer,
+) -> dict[str, str]:
+    """What the LoRA file says of itself: modelspec and ss_* keys, and our settings."""
+    training = settings.training
+    classes = trainer.data.class_images
+    return modelspec_metadata(
+        title=title,
+        resolution=settings.subject.resolution or model.resolution,
+        method=settings.adapter.method,
+        settings=_shareable(settings),
+        training={
+            "learning_rate": training.learning_rate,
+            "num_train_images": len(photos.photos),
+            "num_reg_images": 0 if classes is None else len(classes.digests),
+            "max_train_steps": training.steps,
+            "steps": trainer.step,
+            "seed": training.seed,
+            "output_name": title,
+            "sd_model_name": Path(model.source).name,
+            "prior_loss_weight": settings.prior.prior_weight,
+            "min_snr_gamma": training.min_snr_gamma,
+            "optimizer": "torch.optim.AdamW",
+            "lr_scheduler": training.lr_schedule,
+            "gradient_accumulation_steps": training.gradient_accumulation,
+            "gradient_checkpointing": training.gradient_checkpointing,
+        },
+        trigger_phrase=prompts.token or prompts.instance_prompt,
+    )
+
+
+def _shareable(settings: JobSettings) -> dict[str, Any]:
+    """The settings without the folders of whoever trained: files travel."""
+    values = settings.to_dict()
+    values["model"] = Path(settings.model).name
+    values["subject"].pop("images")
+    values["output"].pop("output")
+    values["prior"].pop("cache")
+    if settings.prior.class_images is not None:
+        values["prior"]["class_images"] = Path(settings.prior.class_images).name
+    values["training"].pop("device")
+    return values
+
+
+def run_record(
+    result: JobResult,
+    settings: JobSettings,
+    prompts: SubjectPrompts,
+    model: ModelFacts,
+    identity: dict[str, Any],
+) -> dict[str, Any]:
+    """The record of a run: every setting, version, seed and timing, as JSON values."""
+    packages = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy")
+    return {
+        "settings": settings.to_dict(),
+        "prompts": dataclasses.asdict(prompts),
+        "model": dataclasses.asdict(model),
+        "identity": identity,
+        "seconds": result.seconds,
+        "initialization": result.initialization,
+        "export": {
+            "file": result.lora.name,
+            "ranks": result.export.ranks,
+            "trained_ranks": result.export.trained_ranks,
+            "relative_error": result.export.relative_error,
+        },
+        "notes": list(result.notes),
+        "versions": {
+            "python": platform.python_version(),
+            "cntlora": __version__,
+            **{package: version(package) for package in packages},
+        },
+        "machine": {
+            "system": platform.system(),
+            "processor": platform.machine(),
+            "threads": torch.get_num_threads(),
+        },
+        "history": result.history,
+    }
