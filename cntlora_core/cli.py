@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -173,6 +174,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {"train": Train, "sample": Sample, "de
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 for an error in words, 130 after Ctrl-C."""
     command = tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="cntlora", args=arguments)
+    _quieten_libraries()
     console = Console(stderr=True)
     reporter = ConsoleReporter(console)
     try:
@@ -190,6 +192,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(f"error: {error}", style="red", markup=False, highlight=False)
         return 1
     return 0
+
+
+def _quieten_libraries() -> None:
+    """Leave out what concerns the libraries' own developers: deprecations, missing extras."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 
 if __name__ == "__main__":

@@ -98,8 +98,7 @@ class SubjectTrainer:
                 text_encoder, text_encoder_lora_config(adapter), plan.under("text_encoder.")
             )
         if training.gradient_checkpointing:
-            unet.enable_gradient_checkpointing()  # pyright: ignore[reportCallIssue]
-            text_encoder.gradient_checkpointing_enable()  # pyright: ignore[reportCallIssue]
+            _checkpoint_gradients(unet, text_encoder)
         self.parameters = dict(self._named_parameters())
         self.optimizer = torch.optim.AdamW(
             list(self.parameters.values()),
@@ -327,6 +326,12 @@ class SubjectTrainer:
             self.optimizer.param_groups, self._lr_schedule.get_last_lr(), strict=True
         ):
             group["lr"] = rate
+
+
+def _checkpoint_gradients(unet: Any, text_encoder: Any) -> None:
+    unet.enable_gradient_checkpointing()
+    renamed = getattr(text_encoder, "activation_checkpointing_enable", None)  # transformers 5
+    (renamed or text_encoder.gradient_checkpointing_enable)()
 
 
 def _draw(count: int, start: int, size: int, seed: int, stream: int) -> Sequence[int]:

@@ -204,6 +204,7 @@ def test_given_class_images_are_used_and_none_with_weight_zero(settings, tmp_pat
         ("training", {"gradient_accumulation": 2, "batch_size": 2}),
         ("training", {"min_snr_gamma": 5.0}),
         ("training", {"precision": "bfloat16"}),
+        ("training", {"precision": "float16"}),
         ("training", {"lr_schedule": "constant_with_warmup", "lr_warmup": 2}),
         ("adapter", {"train_text_encoder": False}),
         ("adapter", {"cntlora": CNTLoRAConfig(preserve_output=False, damping=0.5)}),
