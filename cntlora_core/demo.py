@@ -34,7 +34,13 @@ PICTURES_PER_PROMPT = 3
 
 
 def demo_settings(
-    output: Path, subject: mini.MiniSubject, *, method: str = "cross", steps: int = 1000
+    output: Path,
+    subject: mini.MiniSubject,
+    *,
+    method: str = "cross",
+    steps: int = 1000,
+    class_images: int = 50,
+    sampling_steps: int = 30,
 ) -> JobSettings:
     """The paper's settings, at a rank that fits the small model's widths of 64 to 192."""
     return JobSettings(
@@ -43,7 +49,12 @@ def demo_settings(
             images=str(subject.photos), token=subject.token, class_name=subject.class_name
         ),
         output=OutputSettings(output=str(output)),
-        prior=PriorSettings(num_class_images=50, class_guidance=5.0, cache=str(output / "cache")),
+        prior=PriorSettings(
+            num_class_images=class_images,
+            class_guidance=5.0,
+            class_steps=sampling_steps,
+            cache=str(output / "cache"),
+        ),
         adapter=AdapterSettings(method=method, rank=16, alpha=32, init_passes=8),  # pyright: ignore[reportArgumentType]
         training=TrainingSettings(steps=steps, device="cpu"),
     )
@@ -55,6 +66,8 @@ def run_demo(
     subject_name: str | None = None,
     method: str = "cross",
     steps: int = 1000,
+    class_images: int = 50,
+    sampling_steps: int = 30,
     reporter: Reporter = silent,
 ) -> Path:
     """Personalise the small model, draw with and without the LoRA, and put it side by side.
@@ -67,11 +80,18 @@ def run_demo(
     """
     started = time.perf_counter()
     subject = mini.subject(subject_name or mini.subjects()[0])
-    settings = demo_settings(output, subject, method=method, steps=steps)
+    settings = demo_settings(
+        output,
+        subject,
+        method=method,
+        steps=steps,
+        class_images=class_images,
+        sampling_steps=sampling_steps,
+    )
     result = personalise(settings, overwrite=True, reporter=reporter)
 
     pipeline = load_for_sampling(settings.model, device="cpu")
-    sampling = SamplingSettings(guidance=5.0, batch_size=12)
+    sampling = SamplingSettings(steps=sampling_steps, guidance=5.0, batch_size=15)
     prompts = demo_prompts(subject)
     asked = [prompt for prompt in prompts for _ in range(PICTURES_PER_PROMPT)]
     before = draw(pipeline, asked, sampling, reporter=reporter, stage="drawing: base model")
