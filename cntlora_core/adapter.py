@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from cntlora_core.attachment import AttachmentPoint, subtract_from_weight
@@ -17,7 +19,7 @@ from cntlora_core.capture import CapturedMoments
 from cntlora_core.config import CNTLoRAConfig
 from cntlora_core.constraints import delta_spectrum
 from cntlora_core.factorization import Factors, factorize, plain_factors
-from cntlora_core.linalg import Spectrum, principal_subspace
+from cntlora_core.linalg import PrincipalSubspace, principal_subspace
 from cntlora_core.parallel import map_in_threads
 from cntlora_core.ranks import RankOffer, allocate_ranks
 
@@ -73,26 +75,59 @@ def plan_adapter(
     Raises:
         ValueError: if the rank is wider than the points are, or the budget too small.
     """
+    config.require_consistent()
     _check_rank(points, rank, config)
     ceiling = rank if config.rank_budget == "fixed" else max(rank, int(config.rho * rank))
-    spectra = _spectra(points, captured, config, ceiling, progress)
+    groups: dict[int, list[AttachmentPoint]] = {}
+    for point in points:
+        groups.setdefault(captured.input_of[point.name], []).append(point)
+
+    def solve(index: int) -> tuple[PrincipalSubspace, dict[str, RankOffer]]:
+        k = None if config.subspace == "full" else ceiling
+        subspace = principal_subspace(captured.moments[index], k)
+        return subspace, {
+            p.name: RankOffer(
+                delta_spectrum(p.weight().cpu(), subspace, config).values, 0, p.max_rank
+            )
+            for p in groups[index]
+        }
+
+    # The widest first: they take longest, and none should be left for the end.
+    order = sorted(groups, key=lambda index: -groups[index][0].in_features)
+    solved = dict(zip(order, map_in_threads(solve, order, progress), strict=True))
     if config.rank_budget == "fixed":
         ranks = {point.name: rank for point in points}
     else:
         by_parameters = config.rank_budget == "parameters"
-        costs = {p.name: p.in_features + p.out_features if by_parameters else 1 for p in points}
+        offers = {}
+        for point in points:
+            offer = solved[captured.input_of[point.name]][1][point.name]
+            cost = point.in_features + point.out_features if by_parameters else 1
+            offers[point.name] = dataclasses.replace(offer, cost=cost)
         ranks = allocate_ranks(
-            {p.name: RankOffer(spectra[p.name].values, costs[p.name], p.max_rank) for p in points},
-            budget=rank * sum(costs.values()),
+            offers,
+            budget=rank * sum(offer.cost for offer in offers.values()),
             min_rank=config.min_rank,
             ceiling=ceiling,
         )
-    generator = torch.Generator().manual_seed(config.seed)
-    factors = {
-        p.name: factorize(spectra.pop(p.name), ranks[p.name], scaling, config, generator)
-        for p in points
+
+    def factors_of(point: AttachmentPoint) -> Factors:
+        # Ranks are decided over all that a point may get; its delta then acts in the principal
+        # subspace of just its rank. Truncating the larger delta instead would keep the directions
+        # of the smallest eigenvalues, where the gains are largest and the data says least.
+        subspace = solved[captured.input_of[point.name]][0]
+        if config.subspace == "principal":
+            subspace = subspace.leading(ranks[point.name])
+        spectrum = delta_spectrum(point.weight().cpu(), subspace, config)
+        return factorize(spectrum, ranks[point.name], scaling, config, generators[point.name])
+
+    generators = {
+        p.name: torch.Generator().manual_seed(config.seed * 1_000_003 + i)
+        for i, p in enumerate(points)
     }
-    return AdapterPlan(factors, rewrites_base=config.preserve_output)
+    factors = map_in_threads(factors_of, points)
+    by_name = {p.name: f for p, f in zip(points, factors, strict=True)}
+    return AdapterPlan(by_name, rewrites_base=config.preserve_output)
 
 
 def plan_plain_lora(
@@ -105,29 +140,6 @@ def plan_plain_lora(
         down, up = plain_factors(rank, point.in_features, point.out_features, generator)
         factors[point.name] = Factors(down, up, scaling)
     return AdapterPlan(factors, rewrites_base=False)
-
-
-def _spectra(
-    points: Sequence[AttachmentPoint],
-    captured: CapturedMoments,
-    config: CNTLoRAConfig,
-    ceiling: int,
-    progress: Callable[[int, int], None] | None,
-) -> dict[str, Spectrum]:
-    """Of each point; points that share an input share its eigenproblem."""
-    groups: dict[int, list[AttachmentPoint]] = {}
-    for point in points:
-        groups.setdefault(captured.input_of[point.name], []).append(point)
-
-    def solve(index: int) -> dict[str, Spectrum]:
-        k = None if config.subspace == "full" else ceiling
-        subspace = principal_subspace(captured.moments[index], k)
-        return {p.name: delta_spectrum(p.weight(), subspace, config) for p in groups[index]}
-
-    # The widest first: they take longest, and none should be left for the end.
-    order = sorted(groups, key=lambda index: -groups[index][0].in_features)
-    solved = map_in_threads(solve, order, progress)
-    return {name: spectrum for spectra in solved for name, spectrum in spectra.items()}
 
 
 def _check_rank(points: Sequence[AttachmentPoint], rank: int, config: CNTLoRAConfig) -> None:
@@ -151,32 +163,53 @@ def _check_rank(points: Sequence[AttachmentPoint], rank: int, config: CNTLoRACon
 
 def inject_adapter(
     model: nn.Module, lora_config: LoraConfig, plan: AdapterPlan, adapter_name: str = "default"
-) -> PeftModel:
+) -> tuple[PeftModel, dict[str, float]]:
     """Wrap the planned points of a base model, once, and copy their factors in.
 
     ``rank_pattern`` and ``alpha_pattern`` of the configuration are written from the plan, as
     escaped and anchored patterns, so that the saved configuration rebuilds the same adapter.
     Adapter weights are float32, whatever the base's dtype.
 
+    Returns:
+        The wrapped model, and what :func:`copy_factors` returns.
+
     Raises:
         ValueError: for a configuration that changes what an adapter computes (DoRA) under a plan
-            that rewrites the base weight.
+            that rewrites the base weight, or that has rank patterns of its own.
     """
-    if lora_config.use_dora and plan.rewrites_base:
-        raise ValueError(
-            "use_dora=True normalises by the frozen weight, which preserve_output=True rewrites: "
-            "use preserve_output=False"
-        )
+    check_lora_config(lora_config, plan.rewrites_base)
     lora_config = copy.deepcopy(lora_config)
     lora_config.init_lora_weights = False  # the factors are copied in below
     lora_config.target_modules = list(plan.factors)
+    lora_config.layers_to_transform = lora_config.layers_pattern = None
+    matched = {n for n, _ in model.named_modules() if check_target_module_exists(lora_config, n)}
+    if matched != set(plan.factors):  # peft takes names as suffixes
+        lora_config.target_modules = "|".join(re.escape(name) for name in plan.factors)
     lora_config.rank_pattern = {_anchored(n): f.rank for n, f in plan.factors.items()}
     lora_config.alpha_pattern = {
         _anchored(n): _alpha(f, lora_config.use_rslora) for n, f in plan.factors.items()
     }
     peft_model = get_peft_model(model, lora_config, adapter_name=adapter_name)
-    copy_factors(peft_model, plan, adapter_name)
-    return peft_model  # pyright: ignore[reportReturnType]  (a PeftModel: the config has no mixed mode)
+    assert isinstance(peft_model, PeftModel)
+    return peft_model, copy_factors(peft_model, plan, adapter_name)
+
+
+def check_lora_config(lora_config: LoraConfig, rewrites_base: bool) -> None:
+    """Refuse what a planned start cannot be combined with.
+
+    Raises:
+        ValueError: in words.
+    """
+    if lora_config.use_dora and rewrites_base:
+        raise ValueError(
+            "use_dora=True normalises by the frozen weight, which preserve_output=True rewrites: "
+            "use preserve_output=False"
+        )
+    if lora_config.rank_pattern or lora_config.alpha_pattern:
+        raise ValueError(
+            "the configuration has a rank_pattern or alpha_pattern of its own, which the planned "
+            "ranks would overwrite: leave them out"
+        )
 
 
 @torch.no_grad()
@@ -193,6 +226,9 @@ def copy_factors(
         ValueError: if a point is not wrapped, or wrapped at another rank or scaling.
     """
     layers = adapter_layers(peft_model)
+    more = {n for n, layer in layers.items() if adapter_name in layer.lora_A} - set(plan.factors)
+    if more:
+        raise ValueError(f"{sorted(more)[:3]} carry the adapter but are not in the plan")
     rounding = {}
     for name, factors in plan.factors.items():
         layer = layers.get(name)

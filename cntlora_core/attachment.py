@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 
 import torch
 from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import (
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -60,6 +65,12 @@ def find_attachment_points(
     Raises:
         ValueError: if nothing matches, or a match is no linear map.
     """
+    if not lora_config.target_modules:
+        raise ValueError(
+            "target_modules is empty: name the linear layers that get an adapter, for example "
+            f"{_example_names(model)}, or 'all-linear'"
+        )
+    lora_config = _maybe_include_all_linear_layers(copy.deepcopy(lora_config), model)
     points = []
     for name, module in model.named_modules():
         if not name or not check_target_module_exists(lora_config, name):
@@ -85,6 +96,10 @@ def attachment_point(name: str, module: nn.Module) -> AttachmentPoint:
     if isinstance(module, Conv1D):
         d_in, d_out = module.weight.shape
         return AttachmentPoint(name, module, d_in, d_out)
+    if isinstance(module, LoraLayer):
+        raise ValueError(
+            f"{name!r} carries an adapter already: give the base model, or unload the adapter first"
+        )
     raise ValueError(
         f"target_modules matches {name!r}, a {type(module).__name__}; a data-driven start is known "
         "for linear layers (nn.Linear, transformers' Conv1D): narrow target_modules"

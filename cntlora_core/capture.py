@@ -122,10 +122,15 @@ class MomentCapture:
             return name
         for reference, version, leader in self._alive:
             other = reference()
-            if other is not None and version == x._version and _same_view(x, other):
+            if other is not None and version == _version(x) and _same_view(x, other):
                 return leader
-        self._alive.append((weakref.ref(x), x._version, name))
+        self._alive.append((weakref.ref(x), _version(x), name))
         return name
+
+
+def _version(x: Tensor) -> int:
+    """How often x was changed in place; inference tensors do not count."""
+    return 0 if x.is_inference() else x._version
 
 
 def _same_view(x: Tensor, other: Tensor) -> bool:
@@ -160,7 +165,8 @@ def capture_moments(
 
     handles = [p.module.register_forward_pre_hook(hook_of(p.name)) for p in points]
     try:
-        with torch.no_grad():
+        # Tensors of inference mode have no version counter to tell an in-place change by.
+        with torch.inference_mode(False), torch.no_grad():
             yield capture
     finally:
         for handle in handles:

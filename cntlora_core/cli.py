@@ -50,6 +50,14 @@ class Train:
     resume: bool = False
     overwrite: bool = False
 
+    def after_cancel(self) -> str:
+        """What to do next, for a person who has pressed Ctrl-C."""
+        from cntlora_core.diffusion.job import STATE_NAME
+
+        if (Path(self.output.output) / STATE_NAME).exists():
+            return "; the run goes on with --resume"
+        return " before the first step; class images and encoded photos are kept for next time"
+
     def run(self, reporter: ConsoleReporter) -> None:
         from cntlora_core.diffusion.job import personalise
 
@@ -98,6 +106,9 @@ class Sample:
     precision: Precision = "float32"
     device: str | None = None
 
+    def after_cancel(self) -> str:
+        return "; the pictures drawn so far are kept"
+
     def run(self, reporter: ConsoleReporter) -> None:
         from cntlora_core.diffusion.sampler import (
             LoRAUse,
@@ -132,11 +143,22 @@ class Sample:
         )
         reporter("loading the model", 1, 1, {})
         prompts = [prompt for prompt in self.prompt for _ in range(self.per_prompt)]
-        pictures = draw(pipeline, prompts, settings, reporter=reporter)
-        for i, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True)):
-            path = folder / f"{safe_name(prompt, max_length=60)}-{self.seed + i}.png"
-            save_image(picture, path)
-            print(path)
+        for start in range(0, len(prompts), self.batch_size):
+            chosen = prompts[start : start + self.batch_size]
+            seeds = [self.seed + start + i for i in range(len(chosen))]
+            pictures = draw(
+                pipeline,
+                chosen,
+                settings,
+                seeds=seeds,
+                reporter=lambda stage, done, total, values, start=start: reporter(
+                    stage, start + done, len(prompts), values
+                ),
+            )
+            for prompt, seed, picture in zip(chosen, seeds, pictures, strict=True):
+                path = folder / f"{safe_name(prompt, max_length=60)}-{seed}.png"
+                save_image(picture, path)
+                print(path)
 
 
 @dataclass(frozen=True)
@@ -154,6 +176,9 @@ class Demo:
     subject: str | None = None
     method: Annotated[str, tyro.conf.arg(metavar="{cross,self,shift,lora}")] = "cross"
     steps: int = 1000
+
+    def after_cancel(self) -> str:
+        return "; the demo starts anew next time"
 
     def run(self, reporter: ConsoleReporter) -> None:
         from cntlora_core.demo import run_demo
@@ -173,15 +198,19 @@ COMMANDS: dict[str, Callable[..., Any]] = {"train": Train, "sample": Sample, "de
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 for an error in words, 130 after Ctrl-C."""
-    command = tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="cntlora", args=arguments)
-    _quieten_libraries()
     console = Console(stderr=True)
+    try:
+        command = tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="cntlora", args=arguments)
+    except ValueError as error:  # a value that its settings refuse
+        console.print(f"error: {error}", style="red", markup=False, highlight=False)
+        return 2
+    _quieten_libraries()
     reporter = ConsoleReporter(console)
     try:
         with reporter.running():
             command.run(reporter)
     except Cancelled:
-        console.print("stopped; a training run goes on with --resume")
+        console.print(f"stopped{command.after_cancel()}")
         return 130
     except KeyboardInterrupt:
         console.print("interrupted")

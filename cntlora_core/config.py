@@ -38,7 +38,8 @@ class CNTLoRAConfig:
             attachment point the rank of the LoRA configuration.
         min_rank: Floor of a point's rank under a shared budget.
         rho: Ceiling of a point's rank under a shared budget, as a multiple of the base rank.
-        seed: Seed of what is random: filled-in directions and the ``normal`` shift.
+        seed: Seed of what is random: filled-in directions and the ``normal`` shift. A training
+            run adds its own seed to it.
     """
 
     constraint: Constraint = "cross"
@@ -72,17 +73,27 @@ class CNTLoRAConfig:
             _one_of("shift", self.shift, ("normal",), "a number or ")
         elif not (math.isfinite(self.shift) and self.shift != 0):
             raise ValueError(f"shift must be a finite number other than 0, got {self.shift}")
-        if self.shift != 1.0 and self.constraint != "shift":
-            raise ValueError(
-                f"shift={self.shift!r} belongs to constraint='shift', but constraint is "
-                f"{self.constraint!r}; leave shift out or change the constraint"
-            )
         if not (math.isfinite(self.damping) and self.damping >= 0):
             raise ValueError(f"damping must be a finite number of at least 0, got {self.damping}")
         if self.min_rank < 1:
             raise ValueError(f"min_rank must be at least 1, got {self.min_rank}")
         if not (math.isfinite(self.rho) and self.rho >= 1):
             raise ValueError(f"rho must be at least 1, got {self.rho}")
+
+    def require_consistent(self) -> None:
+        """Refuse settings that have no effect on one another.
+
+        Apart from construction, since a command line builds these settings before its ``--method``
+        fills the constraint in.
+
+        Raises:
+            ValueError: in words.
+        """
+        if self.shift != 1.0 and self.constraint != "shift":
+            raise ValueError(
+                f"shift={self.shift!r} belongs to constraint='shift', but constraint is "
+                f"{self.constraint!r}; leave shift out or change the constraint"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON values."""

@@ -16,6 +16,7 @@ from torch import nn
 from cntlora_core.adapter import (
     AdapterPlan,
     adapter_layers,
+    check_lora_config,
     copy_factors,
     inject_adapter,
     plan_adapter,
@@ -25,6 +26,9 @@ from cntlora_core.capture import CapturedMoments, SharedInputError, capture_mome
 from cntlora_core.config import CNTLoRAConfig
 
 logger = logging.getLogger(__name__)
+
+ROUNDING_TO_MENTION = 2e-3
+"""Relative loss of a rewritten base weight above which a person should know of it."""
 
 ForwardFn = Callable[[nn.Module, Any], Any]
 ProgressFn = Callable[[int, int], None]
@@ -43,6 +47,8 @@ class InitReport:
         capture_seconds: Forward passes and sums.
         solve_seconds: Eigenproblems, ranks and factors.
         config: The settings.
+        rounding: The most that a rewritten base weight lost by rounding to its data type, relative
+            to its norm; 0 where no base was rewritten.
     """
 
     points: int
@@ -53,6 +59,7 @@ class InitReport:
     capture_seconds: float
     solve_seconds: float
     config: CNTLoRAConfig
+    rounding: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -69,6 +76,11 @@ class InitReport:
             text += (
                 f"; the data supported fewer directions than ranks at {len(self.filled)} points "
                 f"({sum(self.filled.values())} directions start as plain LoRA)"
+            )
+        if self.rounding > ROUNDING_TO_MENTION:
+            text += (
+                f"; rounding the rewritten base weight lost up to {self.rounding:.1%} of it: keep "
+                "the base in float32, or use preserve_output=False"
             )
         return text
 
@@ -128,6 +140,7 @@ def _run(
     total: int,
     share_inputs: bool,
 ) -> CapturedMoments:
+    done = 0
     with capture_moments(points, share_inputs=share_inputs) as capture:
         for done, batch in enumerate(batches, 1):
             mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
@@ -136,14 +149,16 @@ def _run(
             capture.end_batch()
             if progress is not None:
                 progress(done, total)
+    if done == 0:
+        raise ValueError("there are no batches to read activations from: give at least one")
     return capture.result()
 
 
 def get_cntlora_model(
     model: nn.Module,
     lora_config: LoraConfig,
-    cntlora_config: CNTLoRAConfig | None = None,
-    dataloader: Iterable[Any] = (),
+    cntlora_config: CNTLoRAConfig | None,
+    dataloader: Iterable[Any],
     *,
     forward_fn: ForwardFn | None = None,
     progress: ProgressFn | None = None,
@@ -152,6 +167,19 @@ def get_cntlora_model(
 
     Moments are taken on the base model, ranks are decided, then the adapter is injected once, with
     ``rank_pattern`` and ``alpha_pattern`` written for it.
+
+    With ``preserve_output`` the frozen weights are rewritten. To save such a model so that it loads
+    onto the stock base, save the start first and let peft subtract it, as for PiSSA:
+    ``model.save_pretrained("start")`` before training, and after it
+    ``model.save_pretrained("trained", path_initial_model_for_weight_conversion="start")``.
+
+    Args:
+        model: The base model; its targeted modules are wrapped in place.
+        lora_config: peft's configuration; rank patterns are written for it.
+        cntlora_config: The method's settings; None for the defaults.
+        dataloader: Batches of the data to adapt to; any iterable.
+        forward_fn: ``forward_fn(model, batch)`` runs one forward pass.
+        progress: Called with (batches done, total).
 
     Returns:
         A :class:`peft.PeftModel`; its ``cntlora_report`` is an :class:`InitReport`, its
@@ -162,10 +190,11 @@ def get_cntlora_model(
         ...     target_modules=["query", "value"]), CNTLoRAConfig(constraint="cross"), dataloader)
     """
     config = cntlora_config or CNTLoRAConfig()
+    check_lora_config(lora_config, config.preserve_output)
     points = find_attachment_points(model, lora_config)
     plan, report = _plan(model, points, lora_config, config, dataloader, forward_fn, progress)
-    peft_model = inject_adapter(model, lora_config, plan)
-    return _leave_record(peft_model, plan, report)
+    peft_model, rounding = inject_adapter(model, lora_config, plan)
+    return _leave_record(peft_model, plan, report, rounding)
 
 
 def initialize_lora_cntlora_weights(
@@ -192,11 +221,7 @@ def initialize_lora_cntlora_weights(
         )
     lora_config = peft_model.peft_config[adapter_name]
     assert isinstance(lora_config, LoraConfig)
-    if lora_config.rank_pattern or lora_config.alpha_pattern:
-        raise ValueError(
-            "the model has a rank_pattern or alpha_pattern; wrap it with one rank, or use "
-            "get_cntlora_model"
-        )
+    check_lora_config(lora_config, config.preserve_output)
     points = [
         attachment_point(name, layer.get_base_layer())
         for name, layer in adapter_layers(peft_model).items()
@@ -206,8 +231,8 @@ def initialize_lora_cntlora_weights(
         plan, report = _plan(
             peft_model, points, lora_config, config, dataloader, forward_fn, progress
         )
-    copy_factors(peft_model, plan, adapter_name)
-    return _leave_record(peft_model, plan, report)
+    rounding = copy_factors(peft_model, plan, adapter_name)
+    return _leave_record(peft_model, plan, report, rounding)
 
 
 def _plan(
@@ -249,7 +274,10 @@ def report_of(
     )
 
 
-def _leave_record(peft_model: PeftModel, plan: AdapterPlan, report: InitReport) -> PeftModel:
+def _leave_record(
+    peft_model: PeftModel, plan: AdapterPlan, report: InitReport, rounding: dict[str, float]
+) -> PeftModel:
+    report = dataclasses.replace(report, rounding=max(rounding.values(), default=0.0))
     object.__setattr__(peft_model, "cntlora_plan", plan)
     object.__setattr__(peft_model, "cntlora_report", report)
     return peft_model

@@ -38,14 +38,15 @@ def principal_subspace(moment: Moment, k: int | None = None) -> PrincipalSubspac
 
     Fewer than ``k`` come back where the moment's own rank is smaller: there were fewer rows than
     that, or they were dependent. A moment of no rows, or of zeros, gives an empty subspace.
+    Solved in float64 on the CPU, wherever the moment is.
     """
-    matrix = moment.matrix.to(torch.float64)
+    matrix = moment.matrix.cpu().to(torch.float64)  # MPS has no float64
     width = moment.width
     mean = matrix.diagonal().mean()
     limit = min(width if k is None else k, width, moment.count)
     if limit == 0 or not mean > 0:
         return PrincipalSubspace(
-            moment.matrix.new_zeros(width, 0, dtype=torch.float32), matrix.new_zeros(0)
+            matrix.new_zeros(width, 0, dtype=torch.float32), matrix.new_zeros(0)
         )
     values, vectors = torch.linalg.eigh(matrix / mean)
     values, vectors = values.flip(0)[:limit], vectors.flip(1)[:, :limit]

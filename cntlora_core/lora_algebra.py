@@ -142,6 +142,19 @@ def compress(layer: LoRALayer, rank: int) -> tuple[LoRALayer, float]:
         raise ValueError(f"rank must be at least 1, got {rank}")
     if layer.rank <= rank:
         return layer, 0.0
+    return _refactored(layer, rank)
+
+
+def balance(layer: LoRALayer) -> LoRALayer:
+    """The same change of weight with factors that half precision rounds least.
+
+    The factors of `subtract_initial` are large and nearly cancel; rounding acts on their size. Here
+    up and down carry the square root of the difference's own spectrum each.
+    """
+    return _refactored(layer, layer.rank)[0]
+
+
+def _refactored(layer: LoRALayer, rank: int) -> tuple[LoRALayer, float]:
     layer = without_mid(layer)
     q_up, r_up = torch.linalg.qr(layer.up.flatten(1).double())
     q_down, r_down = torch.linalg.qr(layer.down.flatten(1).double().T)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from cntlora_core.adapter import AdapterPlan
 from cntlora_core.diffusion.settings import OutputSettings, torch_dtype
-from cntlora_core.lora_algebra import alpha_for, compress_layers, total_relative_error
+from cntlora_core.lora_algebra import alpha_for, balance, compress, total_relative_error
 from cntlora_core.lora_file import (
     LoRALayer,
     LoRALayers,
@@ -18,6 +20,7 @@ from cntlora_core.lora_file import (
     subtract_initial_layers,
     write_lora_file,
 )
+from cntlora_core.parallel import map_in_threads
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,8 @@ class ExportReport:
         path: The file (a folder in peft's layout).
         ranks: Rank of each layer in the file, by canonical name.
         trained_ranks: Rank of each layer while it was trained.
-        relative_error: Frobenius error of the whole adapter from truncation, 0 where exact.
+        relative_error: Frobenius error of the whole adapter, from truncation and from rounding to
+            the precision of the file; 0 for an exact file.
     """
 
     path: Path
@@ -60,21 +64,35 @@ def export_lora(
     path: Path,
     settings: OutputSettings,
     metadata: Mapping[str, str],
+    progress: Callable[[int, int], None] | None = None,
 ) -> ExportReport:
-    """Write the trained adapter in the layout and precision that were asked for."""
-    layers, trained_ranks = trained_layers(unet, text_encoder, plan)
+    """Write the trained adapter in the layout and precision that were asked for.
+
+    For a file in half precision, factors that nearly cancel are factored anew first.
+    """
+    exact, trained_ranks = trained_layers(unet, text_encoder, plan)
+    layers = exact
+    dtype = torch_dtype(settings.file_precision)
+    names = list(layers)
+    if plan.rewrites_base and (settings.compress or dtype != torch.float32):
+
+        def refactored(name: str) -> LoRALayer:
+            layer = balance(exact[name])
+            return compress(layer, trained_ranks[name])[0] if settings.compress else layer
+
+        layers = dict(zip(names, map_in_threads(refactored, names, progress), strict=True))
     error = 0.0
-    if settings.compress and plan.rewrites_base:
-        exact = layers
-        layers, _ = compress_layers(exact, trained_ranks)
-        error = total_relative_error(layers, exact)
-    written = write_lora_file(
-        path,
-        layers,
-        layout=settings.layout,
-        metadata=metadata,
-        dtype=torch_dtype(settings.file_precision),
-    )
+    if dtype != torch.float32 or settings.compress:
+        stored = {
+            name: dataclasses.replace(
+                layer,
+                down=layer.down.to(dtype).float(),
+                up=layer.up.to(dtype).float(),
+            )
+            for name, layer in layers.items()
+        }
+        error = total_relative_error(stored, exact)
+    written = write_lora_file(path, layers, layout=settings.layout, metadata=metadata, dtype=dtype)
     return ExportReport(
         written, {name: layer.rank for name, layer in layers.items()}, trained_ranks, error
     )

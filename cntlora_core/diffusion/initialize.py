@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ def text_encoder_lora_config(settings: AdapterSettings) -> LoraConfig:
 def _lora_config(settings: AdapterSettings, targets: Sequence[str]) -> LoraConfig:
     return LoraConfig(
         r=settings.rank,
-        lora_alpha=settings.alpha,  # pyright: ignore[reportArgumentType]
+        lora_alpha=settings.lora_alpha,  # pyright: ignore[reportArgumentType]
         target_modules=list(targets),
     )
 
@@ -132,6 +133,7 @@ def initialize_adapter(
     if settings.method == "lora":
         plan = plan_plain_lora(points, rank=settings.rank, scaling=settings.scaling, seed=seed)
         return plan, None
+    cntlora = dataclasses.replace(settings.cntlora, seed=settings.cntlora.seed + seed)
     tokens = encode_prompts(prompts, tokenizer).input_ids
     batches = NoisedPhotos(latents, tokens, noise_scheduler, passes=settings.init_passes, seed=seed)
     models = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
@@ -157,10 +159,10 @@ def initialize_adapter(
     plan = plan_adapter(
         points,
         captured,
-        settings.cntlora,
+        cntlora,
         rank=settings.rank,
         scaling=settings.scaling,
         progress=stage_progress(reporter, "solving for the start"),
     )
     end = time.perf_counter()
-    return plan, report_of(plan, captured, settings.cntlora, middle - start, end - middle)
+    return plan, report_of(plan, captured, cntlora, middle - start, end - middle)

@@ -27,11 +27,12 @@ from cntlora_core.diffusion.pipeline import StableDiffusionParts, load_stable_di
 from cntlora_core.diffusion.prior import cache_folder, class_images
 from cntlora_core.diffusion.record import ModelFacts, file_metadata, run_record
 from cntlora_core.diffusion.resume import check_same_run
-from cntlora_core.diffusion.sampler import SamplingSettings, default_device, draw
+from cntlora_core.diffusion.sampler import SamplingSettings, checked_device, draw
 from cntlora_core.diffusion.settings import JobSettings, SubjectSettings
 from cntlora_core.diffusion.state import TrainingState
 from cntlora_core.diffusion.trainer import SubjectTrainer, TrainingData
 from cntlora_core.files import require_writable_folder, safe_name, write_json_atomic
+from cntlora_core.initialize import ROUNDING_TO_MENTION
 from cntlora_core.memory import freed_memory_kept
 from cntlora_core.plots import plot_loss, plot_ranks, save_image
 from cntlora_core.progress import Reporter, silent, stage_progress
@@ -106,8 +107,8 @@ def personalise(
         OSError: if the output folder cannot be written to.
         NonFiniteLossError: if training blows up; the last good state is kept.
     """
-    device = torch.device(settings.training.device or default_device())
-    with freed_memory_kept(device.type == "cpu"):
+    device = checked_device(settings.training.device)
+    with freed_memory_kept(device.type == "cpu"), torch.inference_mode(False):
         return _personalise(settings, device, resume, overwrite, reporter)
 
 
@@ -117,6 +118,10 @@ def _personalise(
     run = _Run(reporter)
     folder = require_writable_folder(settings.output.output)
     _check_folder(folder, resume, overwrite)
+    state_path = folder / STATE_NAME
+    state = TrainingState.load(state_path) if resume else None
+    if state is not None:
+        check_same_run(state, {"job": settings.to_dict()})
     prompts = _prompts(settings.subject)
     with run.timed("photos"):
         photos = load_photos(settings.subject.images)
@@ -132,17 +137,15 @@ def _personalise(
     data, identity = _training_data(parts, photos, prompts, texts, settings, run)
     unet, text_encoder, tokenizer = parts.unet, parts.text_encoder, parts.tokenizer
     noise_scheduler = parts.noise_scheduler
-    preview = parts.pipeline() if training.sample_every else None
+    preview = parts.pipeline() if training.sample_prompts else None
     del parts  # and with it the VAE, unless samples are drawn
 
-    state_path = folder / STATE_NAME
-    if resume:
-        state = TrainingState.load(state_path)
-        check_same_run(state, settings, identity)
+    if state is not None:
+        check_same_run(state, {"identity": identity})
         plan, report = state.plan, None
         initialization = state.settings.get("initialization")
     else:
-        state = None
+        state_path.unlink(missing_ok=True)  # of a run that is not gone on with
         with run.timed("initialization"):
             plan, report = initialize_adapter(
                 unet,
@@ -174,6 +177,12 @@ def _personalise(
             "initialization": initialization,
         },
     )
+    if trainer.largest_rounding > ROUNDING_TO_MENTION:
+        run.note(
+            f"rounding the rewritten base weights to {training.precision} lost up to "
+            f"{trainer.largest_rounding:.1%} of them, in training and in the file: use float32 for "
+            "the base, or --cntlora.no-preserve-output"
+        )
     if state is not None:
         trainer.restore(state)
         run.note(f"going on after step {state.step} of {training.steps}")
@@ -211,11 +220,13 @@ def _finish(
             target,
             settings.output,
             file_metadata(stem, settings, prompts, photos, model, trainer),
+            stage_progress(run.reporter, "factoring for the file"),
         )
     run.reporter("writing the LoRA file", 1, 1, {})
     if export.relative_error:
+        what = "truncated to the trained rank" if settings.output.compress else "rounded"
         run.note(
-            "the file was truncated to the trained rank: relative error "
+            f"the LoRA was {what} for a {settings.output.file_precision} file: relative error "
             f"{export.relative_error:.2e}"
         )
     plot_loss(trainer.history, folder / "loss.png", f"{settings.adapter.method}: {stem}")
@@ -317,7 +328,8 @@ def _previewer(
         return None
 
     def after_step(step: int) -> None:
-        if step % training.sample_every and step != training.steps:
+        due = training.sample_every and step % training.sample_every == 0
+        if not due and step != training.steps:
             return
         modules = (pipeline.unet, pipeline.text_encoder)
         modes = [module.training for module in modules]

@@ -67,6 +67,7 @@ def generated_folder(
         "steps": settings.class_steps,
         "guidance": settings.class_guidance,
         "seed": seed,
+        "precision": str(parts.unet.dtype),
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     return cache_folder(settings) / "class_images" / f"{safe_name(class_prompt)}-{digest}"

@@ -5,37 +5,42 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from cntlora_core.diffusion.settings import JobSettings
 from cntlora_core.diffusion.state import TrainingState
 
 _MAY_CHANGE = {
-    ("output",),
-    ("prior", "cache"),
-    ("subject", "images"),
-    ("model",),
-    ("training", "save_every"),
-    ("training", "sample_prompts"),
-    ("training", "sample_every"),
-    ("training", "device"),
+    ("job", "output"),
+    ("job", "prior", "cache"),
+    ("job", "prior", "class_images"),
+    ("job", "subject", "images"),
+    ("job", "model"),
+    ("job", "training", "save_every"),
+    ("job", "training", "sample_prompts"),
+    ("job", "training", "sample_every"),
+    ("job", "training", "device"),
 }
 
 
-def check_same_run(state: TrainingState, settings: JobSettings, identity: dict[str, Any]) -> None:
+def check_same_run(state: TrainingState, given: dict[str, Any]) -> None:
     """A resumed run is the same run: whatever shapes its result must not have changed.
+
+    Folders may have moved: photos, class images and model are compared by their content.
+
+    Args:
+        state: What the interrupted run left.
+        given: ``job``, the settings as JSON values, or ``identity``, what photos, class images,
+            prompts and model are, or both.
 
     Raises:
         ValueError: naming every setting, photo or model that differs.
     """
-    ours = {"job": settings.to_dict(), "identity": identity}
     may_change = set(_MAY_CHANGE)
-    if settings.training.lr_schedule.startswith("constant"):
-        may_change.add(("training", "steps"))
+    if str(_at(given, "job", "training", "lr_schedule")).startswith("constant"):
+        may_change.add(("job", "training", "steps"))
+    old = {key: state.settings.get(key, {}) for key in given}
     differing = [
         ".".join(path)
-        for path, old, new in _differences(
-            {k: state.settings.get(k, {}) for k in ours}, _plain(ours)
-        )
-        if not any(path[1 : 1 + len(free)] == free for free in may_change)
+        for path in _differences(old, _plain(given))
+        if not any(path[: len(free)] == free for free in may_change)
     ]
     if differing:
         raise ValueError(
@@ -44,14 +49,18 @@ def check_same_run(state: TrainingState, settings: JobSettings, identity: dict[s
         )
 
 
-def _differences(
-    old: Any, new: Any, path: tuple[str, ...] = ()
-) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
+def _at(values: Any, *path: str) -> Any:
+    for key in path:
+        values = values.get(key) if isinstance(values, dict) else None
+    return values
+
+
+def _differences(old: Any, new: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted({*old, *new}):
             yield from _differences(old.get(key), new.get(key), (*path, key))
     elif old != new:
-        yield path, old, new
+        yield path
 
 
 def _plain(value: Any) -> Any:

@@ -82,6 +82,24 @@ def default_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def checked_device(name: str | torch.device | None) -> torch.device:
+    """A device that works here; the default one for None.
+
+    Raises:
+        ValueError: for one that does not, with those that do.
+    """
+    if name is None:
+        return default_device()
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"device {str(name)!r} cannot be used here; cpu and {default_device()} can"
+        ) from error
+    return device
+
+
 def load_for_sampling(
     model: str | Path,
     loras: Sequence[LoRAUse] = (),
@@ -100,7 +118,7 @@ def load_for_sampling(
         if not lora.path.is_file():
             raise FileNotFoundError(f"there is no LoRA file {lora.path}")
     parts = load_stable_diffusion(
-        model, dtype=torch_dtype(precision), device=device or default_device()
+        model, dtype=torch_dtype(precision), device=checked_device(device)
     )
     pipeline = parts.pipeline(scheduler)  # pyright: ignore[reportArgumentType]
     apply_lora_files(pipeline, loras)
@@ -189,9 +207,12 @@ def sample(
     :func:`draw`."""
     settings = settings or SamplingSettings()
     uses = [use if isinstance(use, LoRAUse) else LoRAUse.parse(str(use)) for use in loras]
-    if isinstance(model, StableDiffusionParts):
-        pipeline = model.pipeline(settings.scheduler)  # pyright: ignore[reportArgumentType]
-        apply_lora_files(pipeline, uses)
-    else:
+    if not isinstance(model, StableDiffusionParts):
         pipeline = load_for_sampling(model, uses, scheduler=settings.scheduler, **loading)
-    return draw(pipeline, prompts, settings)
+        return draw(pipeline, prompts, settings)
+    pipeline = model.pipeline(settings.scheduler)  # pyright: ignore[reportArgumentType]
+    try:
+        apply_lora_files(pipeline, uses)
+        return draw(pipeline, prompts, settings)
+    finally:
+        pipeline.unload_lora_weights()  # the parts are the caller's, without adapters

@@ -88,7 +88,7 @@ class AdapterSettings:
     Attributes:
         method: How the adapter starts: cross, self and shift are CNTLoRA's; lora is the plain one.
         rank: Rank of each attachment point (their mean where ranks vary).
-        alpha: LoRA alpha; the scaling is alpha / rank.
+        alpha: LoRA alpha; the scaling is alpha / rank; default: twice the rank.
         train_text_encoder: Adapt the text encoder's attention too.
         init_passes: At how many timesteps each photo is read to take the second moments.
         cntlora: Further settings of the data-driven start.
@@ -96,7 +96,7 @@ class AdapterSettings:
 
     method: Method = "cross"
     rank: int = 128
-    alpha: float = 256.0
+    alpha: float | None = None
     train_text_encoder: bool = True
     init_passes: int = 4
     cntlora: CNTLoRAConfig = field(default_factory=CNTLoRAConfig)
@@ -105,7 +105,7 @@ class AdapterSettings:
         _choice("method", self.method, Method)
         _at_least("rank", self.rank, 1)
         _at_least("init_passes", self.init_passes, 1)
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
+        if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha > 0):
             raise ValueError(f"alpha must be a positive number, got {self.alpha}")
         if self.method != "lora" and self.cntlora.constraint != self.method:
             if self.cntlora.constraint != CNTLoRAConfig.constraint:
@@ -116,10 +116,16 @@ class AdapterSettings:
             object.__setattr__(
                 self, "cntlora", dataclasses.replace(self.cntlora, constraint=self.method)
             )
+        if self.method != "lora":
+            self.cntlora.require_consistent()
+
+    @property
+    def lora_alpha(self) -> float:
+        return 2.0 * self.rank if self.alpha is None else self.alpha
 
     @property
     def scaling(self) -> float:
-        return self.alpha / self.rank
+        return self.lora_alpha / self.rank
 
 
 @dataclass(frozen=True)
@@ -139,10 +145,10 @@ class TrainingSettings:
         precision: Data type of the frozen base; adapters stay float32.
         gradient_checkpointing: Less memory for a slower step.
         device: Where to train; default: CUDA, then MPS, then the CPU.
-        seed: Seed of everything random.
+        seed: Seed of everything random in a run.
         save_every: Steps between states from which an interrupted run can go on.
         sample_prompts: Prompts drawn while training.
-        sample_every: Steps between those samples; 0 draws none.
+        sample_every: Steps between those samples; 0 draws them at the end only.
     """
 
     steps: int = 1000
@@ -173,6 +179,8 @@ class TrainingSettings:
         _choice("precision", self.precision, Precision)
         if self.min_snr_gamma is not None:
             _finite("min_snr_gamma", self.min_snr_gamma, 0)
+            if self.min_snr_gamma == 0:
+                raise ValueError("min_snr_gamma=0 makes every loss 0: leave it out, or try 5")
         if self.lr_warmup and self.lr_schedule == "constant":
             raise ValueError(
                 f"lr_warmup={self.lr_warmup} has no effect with lr_schedule='constant': "

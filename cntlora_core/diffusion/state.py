@@ -79,7 +79,7 @@ class TrainingState:
                         f"{path} is no training state of this version "
                         f"(its format is {metadata.get('format')!r}, not {FORMAT!r})"
                     )
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{path} cannot be read as a training state: {error}") from error
         header = json.loads(metadata["header"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -57,6 +58,13 @@ class SubjectTrainer:
     All randomness comes from ``seed`` and the number of the step, so a run that goes on from a
     saved state is the run that was never interrupted.
 
+    Attributes:
+        step: Optimizer steps done.
+        history: One record per step.
+        parameters: The trained tensors, by ``<point>.down`` and ``<point>.up``.
+        largest_rounding: The most that a rewritten base weight lost by rounding to its data type,
+            relative to its norm.
+
     Args:
         unet: The frozen denoiser; it gets the adapter, and its weights are rewritten if planned.
         text_encoder: The frozen text encoder, likewise.
@@ -91,20 +99,22 @@ class SubjectTrainer:
         self._settings = settings or {}
         self._device = next(unet.parameters()).device
         self._dtype = next(unet.parameters()).dtype
-        inject_adapter(unet, unet_lora_config(adapter), plan.under("unet."))
-        self._trains_text = adapter.train_text_encoder
+        text_plan = plan.under("text_encoder.")
+        self._trains_text = bool(text_plan.factors)
+        _, rounding = inject_adapter(unet, unet_lora_config(adapter), plan.under("unet."))
         if self._trains_text:
-            inject_adapter(
-                text_encoder, text_encoder_lora_config(adapter), plan.under("text_encoder.")
-            )
+            _, more = inject_adapter(text_encoder, text_encoder_lora_config(adapter), text_plan)
+            rounding |= more
+        self.largest_rounding = max(rounding.values())
         if training.gradient_checkpointing:
             _checkpoint_gradients(unet, text_encoder)
         self.parameters = dict(self._named_parameters())
+        self._fused = self._device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.AdamW(
             list(self.parameters.values()),
             lr=training.learning_rate,
             weight_decay=training.weight_decay,
-            fused=self._device.type in ("cpu", "cuda"),
+            fused=self._fused,
         )
         self._lr_schedule = get_scheduler(
             training.lr_schedule,
@@ -156,6 +166,9 @@ class SubjectTrainer:
                     self.state().save(state_path)
                     saved_at = self.step
                 reporter("training", self.step, total, record)
+            if state_path is not None and saved_at != self.step:
+                self.state().save(state_path)  # until the caller has made something of it
+                saved_at = self.step
         except BaseException as error:
             good = self._between_steps and self.step != saved_at and all_finite(self.parameters)
             if state_path is not None and good:
@@ -189,7 +202,8 @@ class SubjectTrainer:
         parameters = list(self.parameters.values())
         limit = self.training.max_grad_norm
         norm = float(nn.utils.clip_grad_norm_(parameters, limit if limit > 0 else float("inf")))
-        if norm != norm or norm == float("inf"):
+        finite = math.isfinite(norm)
+        if not finite:
             self._forgive_or_raise(norm)
         self._between_steps = False
         rate = self.optimizer.param_groups[0]["lr"]
@@ -204,7 +218,8 @@ class SubjectTrainer:
             "loss": total,
             "instance_loss": instance,
             "prior_loss": prior,
-            "grad_norm": norm,
+            "grad_norm": norm if finite else 0.0,
+            "skipped": float(not finite),
             "learning_rate": rate,
             "seconds": time.perf_counter() - started,
         }
@@ -312,7 +327,10 @@ class SubjectTrainer:
             parameter.copy_(state.parameters[name])
             if f"exp_avg.{name}" in state.moments:
                 self.optimizer.state[parameter] = {
-                    "step": torch.tensor(float(state.extra["updates"])),
+                    "step": torch.tensor(
+                        float(state.extra["updates"]),
+                        device=parameter.device if self._fused else "cpu",
+                    ),
                     **{
                         kind: state.moments[f"{kind}.{name}"].to(parameter).clone()
                         for kind in ("exp_avg", "exp_avg_sq")

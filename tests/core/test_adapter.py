@@ -125,7 +125,75 @@ def test_same_seed_same_start():
         assert torch.equal(a.lora_A["default"].weight, b.lora_A["default"].weight)
 
 
+def test_a_name_that_ends_like_another_is_not_wrapped_along():
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(12, 20)
+            self.inner = nn.ModuleDict({"a": nn.Linear(20, 5)})
+
+        def forward(self, x):
+            return self.inner["a"](self.a(x))
+
+    base, x = Outer(), data()[0]
+    before = base(x)
+    model = get_cntlora_model(base, LoraConfig(r=2, target_modules="a"), CNTLoRAConfig(), [x])
+    assert list(adapter_layers(model)) == ["a"]
+    torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-4)
+
+
+def test_all_linear_is_understood_as_peft_does():
+    base = Net()
+    model = get_cntlora_model(
+        base, LoraConfig(r=2, target_modules="all-linear"), CNTLoRAConfig(), data()
+    )
+    assert set(adapter_layers(model)) == {"a", "ab", "c", "head"}
+
+
+def test_peft_subtracts_the_start_for_the_stock_base(tmp_path):
+    model = get_cntlora_model(Net(), lora_config(), CNTLoRAConfig(), data())
+    x = data()[0]
+    model.save_pretrained(tmp_path / "start")
+    with torch.no_grad():
+        for layer in adapter_layers(model).values():
+            layer.lora_A["default"].weight.mul_(1.3)
+            layer.lora_B["default"].weight.add_(0.05)
+    expected = model(x)
+    model.save_pretrained(
+        tmp_path / "trained", path_initial_model_for_weight_conversion=str(tmp_path / "start")
+    )
+    loaded = PeftModel.from_pretrained(Net(), tmp_path / "trained")
+    torch.testing.assert_close(loaded(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_delta_acts_in_the_subspace_of_the_rank_that_was_given():
+    model = get_cntlora_model(Net(), lora_config(), CNTLoRAConfig(), data())
+    rows = torch.cat([batch.reshape(-1, 12) for batch in data()])
+    moment = rows.T @ rows
+    vectors = torch.linalg.eigh(moment)[1].flip(1)
+    for name in ("a", "ab"):
+        factors = model.cntlora_plan.factors[name]
+        outside = factors.delta() @ vectors[:, factors.rank :]
+        assert outside.norm() < 1e-3 * factors.delta().norm()
+
+
+def test_inside_inference_mode_it_works_too():
+    with torch.inference_mode():
+        batches = data()
+        model = get_cntlora_model(Net(), lora_config(), CNTLoRAConfig(), batches)
+        assert model.cntlora_report.points == 3
+
+
 def test_misuse_is_refused_in_words():
+    with pytest.raises(ValueError, match="no batches"):
+        get_cntlora_model(Net(), lora_config(), CNTLoRAConfig(), [])
+    with pytest.raises(ValueError, match="target_modules is empty"):
+        get_cntlora_model(Net(), LoraConfig(r=4), CNTLoRAConfig(), data())
+    with pytest.raises(ValueError, match="rank_pattern"):
+        get_cntlora_model(Net(), lora_config(rank_pattern={"a": 2}), CNTLoRAConfig(), data())
+    wrapped_before = get_peft_model(Net(), lora_config())
+    with pytest.raises(ValueError, match="carries an adapter already"):
+        get_cntlora_model(wrapped_before.base_model.model, lora_config(), None, data())
     wide = LoraConfig(r=11, target_modules=["a", "ab", "c"])
     with pytest.raises(ValueError, match="above the width of 'c'"):
         get_cntlora_model(Net(), wide, CNTLoRAConfig(rank_budget="fixed"), data())

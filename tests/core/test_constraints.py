@@ -179,7 +179,6 @@ def test_normal_shift_is_seeded():
         ({"constraint": "diagonal"}, "cross, self, shift"),
         ({"split": 1.5}, "between 0 and 1"),
         ({"factorization": "qr", "split": 0.75}, "split=0.75 has no effect"),
-        ({"shift": 10.0}, "belongs to constraint='shift'"),
         ({"constraint": "shift", "shift": 0.0}, "other than 0"),
         ({"constraint": "shift", "shift": "uniform"}, "normal"),
         ({"damping": -1.0}, "damping"),
@@ -192,6 +191,12 @@ def test_normal_shift_is_seeded():
 def test_settings_that_make_no_sense_are_refused_in_words(options, words):
     with pytest.raises(ValueError, match=words):
         CNTLoRAConfig(**options)
+
+
+def test_a_shift_without_its_constraint_is_refused_when_it_is_used():
+    with pytest.raises(ValueError, match="belongs to constraint='shift'"):
+        CNTLoRAConfig(shift=10.0).require_consistent()
+    CNTLoRAConfig(constraint="shift", shift=10.0).require_consistent()
 
 
 def test_settings_travel_through_json():

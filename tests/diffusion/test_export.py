@@ -11,6 +11,7 @@ from diffusers import StableDiffusionPipeline
 
 from cntlora_core.config import CNTLoRAConfig
 from cntlora_core.diffusion import job
+from cntlora_core.diffusion.pipeline import load_stable_diffusion
 from cntlora_core.diffusion.sampler import LoRAUse, SamplingSettings, sample
 from cntlora_core.diffusion.settings import (
     AdapterSettings,
@@ -20,7 +21,7 @@ from cntlora_core.diffusion.settings import (
     SubjectSettings,
     TrainingSettings,
 )
-from cntlora_core.lora_file import read_lora_file
+from cntlora_core.lora_file import read_lora_file, total_relative_error
 
 
 def prediction(unet, text_encoder) -> torch.Tensor:
@@ -108,6 +109,28 @@ def test_truncating_the_file_reports_its_error_and_halves_the_rank(trained, tiny
     pipeline.load_lora_weights(str(short.lora))
     after = prediction(pipeline.unet, pipeline.text_encoder)
     assert relative(after, in_memory) < relative(before, in_memory)
+
+
+@pytest.mark.parametrize(("precision", "limit"), [("float16", 2e-3), ("bfloat16", 2e-2)])
+def test_half_precision_files_keep_what_was_learned(trained, precision, limit):
+    exact, _ = trained(ADAPTERS["cross"])
+    exact_layers = read_lora_file(exact.lora).layers
+    (exact.folder / "run.json").unlink()
+    half, _ = trained(ADAPTERS["cross"], file_precision=precision)
+    error = total_relative_error(read_lora_file(half.lora).layers, exact_layers)
+    assert 0 < error < limit
+    assert half.export.relative_error == pytest.approx(error, rel=0.05)
+
+
+def test_parts_that_were_sampled_from_keep_no_lora(trained, tiny_model):
+    result, _ = trained(ADAPTERS["cross"])
+    parts = load_stable_diffusion(tiny_model)
+    settings = SamplingSettings(steps=2, resolution=32)
+    before = sample(parts, ["a dog"], (), settings)[0].tobytes()
+    with_lora = sample(parts, ["a dog"], [result.lora], settings)[0].tobytes()
+    again = sample(parts, ["a dog"], [result.lora], settings)[0].tobytes()
+    after = sample(parts, ["a dog"], (), settings)[0].tobytes()
+    assert with_lora == again != before == after
 
 
 def test_metadata_tells_the_method_and_no_folder_of_the_trainer(trained, tmp_path, photo_folder):

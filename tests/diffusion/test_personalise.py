@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +16,9 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from cntlora_core.cli import main
 from cntlora_core.config import CNTLoRAConfig
 from cntlora_core.diffusion.job import STATE_NAME, personalise
 from cntlora_core.diffusion.settings import (
@@ -119,6 +121,67 @@ def test_a_resumed_run_equals_an_uninterrupted_one(settings, tmp_path, stop, sch
     a, b = load_file(whole.lora), load_file(resumed.lora)
     assert a.keys() == b.keys()
     assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_resuming_on_another_model_is_refused(settings, tiny_model, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        personalise(settings, reporter=StopAt(3))
+    other = tmp_path / "other model"
+    shutil.copytree(tiny_model, other)
+    weights = next((other / "unet").glob("*.safetensors"))
+    tensors = {k: v + 0.01 for k, v in load_file(weights).items()}
+    save_file(tensors, weights, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"identity\.model"):
+        personalise(dataclasses.replace(settings, model=str(other)), resume=True)
+    moved = tmp_path / "moved model"
+    shutil.copytree(tiny_model, moved)
+    personalise(dataclasses.replace(settings, model=str(moved)), resume=True)
+
+
+def test_overwriting_forgets_the_old_state(settings, monkeypatch):
+    with pytest.raises(KeyboardInterrupt):
+        personalise(settings, reporter=StopAt(5))
+
+    def poisoned(self, batch):
+        raise NonFiniteLossError("the loss of step 1 is nan")
+
+    monkeypatch.setattr(SubjectTrainer, "_loss", poisoned)
+    with pytest.raises(NonFiniteLossError) as caught:
+        personalise(settings, overwrite=True)
+    monkeypatch.undo()
+    assert "after step 5" not in str(caught.value)
+    assert len(personalise(settings, overwrite=True).history) == 6
+
+
+def test_a_failing_export_does_not_lose_the_training(settings, monkeypatch):
+    settings = change(settings, "training", save_every=100)
+    whole = personalise(settings)
+
+    def full_disk(*_args, **_options):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("cntlora_core.diffusion.job.export_lora", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        personalise(settings, overwrite=True)
+    monkeypatch.undo()
+    resumed = personalise(settings, resume=True)
+    assert losses(resumed) == losses(whole)
+
+
+def test_a_float16_base_may_skip_a_step(settings, monkeypatch):
+    plain = SubjectTrainer._loss
+
+    def steep(self, batch):
+        loss, *parts = plain(self, batch)
+        total = next(iter(self.parameters.values())).sum()
+        steeper = loss + (total - total.detach()).sqrt()
+        return (steeper if self.step == 1 else loss, *parts)
+
+    monkeypatch.setattr(SubjectTrainer, "_loss", steep)
+    settings = change(settings, "training", precision="float16", steps=4)
+    result = personalise(settings)
+    assert [record["skipped"] for record in result.history] == [0.0, 1.0, 0.0, 0.0]
+    assert json.loads((result.folder / "run.json").read_text())["history"][1]["grad_norm"] == 0.0
 
 
 def test_resuming_with_other_settings_or_photos_is_refused(settings, photo_folder):
@@ -315,6 +378,7 @@ def test_ctrl_c_and_kill_leave_a_state_that_resumes_to_the_same_result(settings,
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
+        (lambda s, p: change(s, "training", device="abacus"), "abacus"),
         (lambda s, p: change(s, "subject", images=str(p / "none")), "none"),
         (lambda s, p: change(s, "subject", token="dog"), "share the word"),
         (lambda s, p: change(s, "subject", class_name=None), "class name"),
@@ -345,6 +409,16 @@ def test_an_unwritable_output_folder_is_said_before_any_work(settings):
     with pytest.raises(OSError, match=r"cannot|not"):
         personalise(change(settings, "output", output="/proc/1/out"), reporter=stages)
     assert stages.stages == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [(["--steps", "0"], "steps must be at least 1"), (["--rank", "0"], "rank must be at least 1")],
+)
+def test_flags_that_make_no_sense_are_refused_without_a_trace(capsys, flags, words):
+    given = ["train", "--model", "m", "--images", "i", "--output", "o", *flags]
+    assert main(given) == 2
+    assert words in capsys.readouterr().err
 
 
 def test_silent_reporter_takes_anything():
