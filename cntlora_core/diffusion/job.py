@@ -108,7 +108,7 @@ def personalise(
         NonFiniteLossError: if training blows up; the last good state is kept.
     """
     device = checked_device(settings.training.device)
-    with freed_memory_kept(device.type == "cpu"), torch.inference_mode(False):
+    with torch.inference_mode(False):
         return _personalise(settings, device, resume, overwrite, reporter)
 
 
@@ -146,7 +146,7 @@ def _personalise(
         initialization = state.settings.get("initialization")
     else:
         state_path.unlink(missing_ok=True)  # of a run that is not gone on with
-        with run.timed("initialization"):
+        with run.timed("initialization"), freed_memory_kept(device.type == "cpu"):
             plan, report = initialize_adapter(
                 unet,
                 text_encoder,
@@ -186,7 +186,7 @@ def _personalise(
     if state is not None:
         trainer.restore(state)
         run.note(f"going on after step {state.step} of {training.steps}")
-    with run.timed("training"):
+    with run.timed("training"), freed_memory_kept(device.type == "cpu"):
         trainer.run(
             reporter=reporter,
             state_path=state_path,
