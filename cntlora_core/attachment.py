@@ -70,10 +70,10 @@ def find_attachment_points(
             "target_modules is empty: name the linear layers that get an adapter, for example "
             f"{_example_names(model)}, or 'all-linear'"
         )
-    lora_config = _maybe_include_all_linear_layers(copy.deepcopy(lora_config), model)
+    chosen = _maybe_include_all_linear_layers(copy.deepcopy(lora_config), model)
     points = []
     for name, module in model.named_modules():
-        if not name or not check_target_module_exists(lora_config, name):
+        if not name or not check_target_module_exists(chosen, name):
             continue
         points.append(attachment_point(prefix + name, module))
     if not points:

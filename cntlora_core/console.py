@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -19,13 +20,16 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+SECONDS_BETWEEN_LINES = 10.0
+"""How often a log that is no terminal gets a line of progress."""
+
 
 class Cancelled(KeyboardInterrupt):
     """The user pressed Ctrl-C; raised between two steps of the work."""
 
 
 class ConsoleReporter:
-    """A reporter that draws one progress bar for each stage.
+    """A reporter that draws one progress bar for each stage; in a log file, a line now and then.
 
     Ctrl-C is taken note of and raised as :class:`Cancelled` at the next report, where nothing is
     half done; pressed a second time it interrupts at once.
@@ -42,8 +46,11 @@ class ConsoleReporter:
             TimeRemainingColumn(),
             TextColumn("{task.fields[info]}"),
             console=self.console,
+            disable=not self.console.is_terminal,
         )
+        self._last_line = 0.0
         self._tasks: dict[str, TaskID] = {}
+        self._started: dict[str, float] = {}
         self._losses: list[float] = []
         self._cancelled = False
 
@@ -51,13 +58,29 @@ class ConsoleReporter:
         if self._cancelled:
             raise Cancelled
         if "note" in values:
-            self.console.print(f"• {values['note']}", markup=False, highlight=False)
+            self.console.print(f"• {values['note']}", markup=False, highlight=False, soft_wrap=True)
         if total <= 0:
             return
         if stage not in self._tasks:
             self._tasks[stage] = self._progress.add_task(stage, total=total, info="")
-        self._progress.update(
-            self._tasks[stage], completed=done, total=total, info=self._info(values)
+            self._started[stage] = time.monotonic()
+        info = self._info(values)
+        self._progress.update(self._tasks[stage], completed=done, total=total, info=info)
+        if not self.console.is_terminal:
+            self._line(stage, done, total, info)
+
+    def _line(self, stage: str, done: int, total: int, info: str) -> None:
+        now = time.monotonic()
+        if now - self._last_line < SECONDS_BETWEEN_LINES and done < total:
+            return
+        self._last_line = now
+        elapsed = now - self._started[stage]
+        left = f", {elapsed / done * (total - done):.0f} s left" if 0 < done < total else ""
+        self.console.print(
+            f"{stage}: {done} of {total}, {elapsed:.0f} s{left}{', ' if info else ''}{info}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
         )
 
     def _info(self, values: dict[str, Any]) -> str:

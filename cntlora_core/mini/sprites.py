@@ -1,0 +1,78 @@
+"""Reading emoji pictures from the npm packages, by style and short name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from cntlora_core.mini.things import HELD_OUT_NAMES, THINGS
+
+__all__ = ["TRAINED_STYLES", "SpriteSource"]
+
+TRAINED_STYLES = ("google", "twitter")
+
+
+class SpriteSource:
+    """The emoji packages below one ``node_modules`` folder.
+
+    Args:
+        node_modules: folder that ``python -m cntlora_core.mini.fetch`` filled.
+    """
+
+    def __init__(self, node_modules: Path) -> None:
+        self.root = Path(node_modules)
+        table = self.root / "emoji-datasource-google" / "emoji.json"
+        if not table.is_file():
+            raise FileNotFoundError(
+                f"No {table}; run `python -m cntlora_core.mini.fetch --cache FOLDER` first."
+            )
+        rows = json.loads(table.read_text(encoding="utf-8"))
+        self.codepoints = {row["short_name"]: row["unified"].lower() for row in rows}
+
+    def path(self, style: str, emoji: str) -> Path:
+        """File of one emoji in ``"google"``, ``"twitter"`` or ``"3d"``."""
+        code = self.codepoints[emoji]
+        if style == "3d":
+            return self.root / "@lobehub" / "fluent-emoji-3d" / "assets" / f"{code}.webp"
+        return self.root / f"emoji-datasource-{style}" / "img" / style / "64" / f"{code}.png"
+
+    def sprite(self, style: str, emoji: str) -> Image.Image:
+        """The picture, RGBA with premultiplied alpha, cut to what is not transparent."""
+        with Image.open(self.path(style, emoji)) as file:
+            image = file.convert("RGBA")
+        return crop_premultiplied(image)
+
+    def everything(self) -> list[Image.Image]:
+        """All emoji of the trained styles but those of the held-out names."""
+        hidden = {
+            self.codepoints[emoji]
+            for thing in THINGS
+            if thing.name in HELD_OUT_NAMES
+            for emoji in thing.emoji
+        }
+        sprites = []
+        for style in TRAINED_STYLES:
+            folder = self.root / f"emoji-datasource-{style}" / "img" / style / "64"
+            for path in sorted(folder.glob("*.png")):
+                if path.stem not in hidden:
+                    with Image.open(path) as file:
+                        image = file.convert("RGBA")
+                    if image.getchannel("A").getbbox() is not None:
+                        sprites.append(crop_premultiplied(image))
+        return sprites
+
+
+def crop_premultiplied(image: Image.Image) -> Image.Image:
+    """RGBA -> its visible box as ``RGBa`` (resampling it leaves no dark or coloured fringe)."""
+    visible = image.getchannel("A").point([255 * (alpha > 12) for alpha in range(256)])
+    return image.crop(visible.getbbox()).convert("RGBa")
+
+
+def premultiplied_array(image: Image.Image) -> np.ndarray:
+    """``RGBa`` image -> float32 (h, w, 4), colour in 0..255 already times alpha, alpha in 0..1."""
+    array = np.asarray(image, dtype=np.float32).copy()
+    array[..., 3] /= 255
+    return array

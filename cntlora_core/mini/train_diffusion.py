@@ -1,0 +1,340 @@
+"""Train the small UNet and its text encoder: ``python -m cntlora_core.mini.train_diffusion``."""
+
+# diffusers wraps its methods in untyped decorators and annotates tuples of any length as of one:
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import PNDMScheduler, UNet2DConditionModel
+from safetensors.torch import load_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from cntlora_core.mini.things import CORE_NAMES, THINGS
+from cntlora_core.mini.training import (
+    Budget,
+    ExponentialAverage,
+    RunLog,
+    SharedWork,
+    load_state,
+    save_state,
+    write_json,
+)
+
+__all__ = [
+    "DiffusionConfig",
+    "build_scheduler",
+    "build_text_encoder",
+    "build_unet",
+    "diffusion_loss",
+    "tokenize",
+    "train",
+]
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """Shape and training of the UNet and the text encoder.
+
+    Attributes:
+        channels: UNet channels per level.
+        heads: attention heads (``attention_head_dim`` in diffusers' config, as in SD1.5).
+        groups: groups of the UNet's group norms.
+        text_width: width of the text encoder and of cross-attention.
+        text_layers: layers of the text encoder.
+        text_heads: attention heads of the text encoder.
+        batch: samples a step.
+        rate: peak learning rate of AdamW.
+        warmup_steps: steps of linear warm-up.
+        decay_from: part of the run after which the rate falls.
+        core_only: show only samples whose things are all among ``CORE_NAMES``.
+        caption_dropout: part of the captions replaced by the empty one.
+        snr_limit: as in min-SNR weighting (arXiv 2303.09556).
+        snr_power: the epsilon loss weighs min(SNR, limit) ** power / SNR; 1 is min-SNR. Less than 1
+            gives noisy timesteps, where the prompt's things and colours are settled, their due.
+        ema: decay of the averaged weights.
+        seed: of weights, data order and noise.
+    """
+
+    channels: tuple[int, ...] = (64, 128, 128, 128)
+    heads: int = 8
+    groups: int = 16
+    text_width: int = 128
+    text_layers: int = 3
+    text_heads: int = 4
+    batch: int = 16
+    rate: float = 8e-4
+    warmup_steps: int = 200
+    decay_from: float = 0.6
+    core_only: bool = False
+    caption_dropout: float = 0.1
+    snr_limit: float = 5.0
+    snr_power: float = 0.5
+    ema: float = 0.9985
+    seed: int = 2
+
+    def __post_init__(self) -> None:
+        if any(width % self.groups or width % self.heads for width in self.channels):
+            raise ValueError(
+                f"groups={self.groups} and heads={self.heads} must divide channels={self.channels}"
+            )
+
+    @classmethod
+    def from_json(cls, values: dict) -> DiffusionConfig:
+        """From a dict as JSON has it; an unknown key is a TypeError."""
+        if "channels" in values:
+            values = {**values, "channels": tuple(values["channels"])}
+        return cls(**values)
+
+
+def build_unet(config: DiffusionConfig) -> UNet2DConditionModel:
+    """A UNet of SD1.5's block layout."""
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=2,
+        block_out_channels=config.channels,
+        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        cross_attention_dim=config.text_width,
+        attention_head_dim=config.heads,
+        norm_num_groups=config.groups,
+    )
+
+
+def build_text_encoder(config: DiffusionConfig, tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """CLIP's text tower with 77 positions and SD1.5's activation."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=config.text_width,
+            intermediate_size=4 * config.text_width,
+            num_hidden_layers=config.text_layers,
+            num_attention_heads=config.text_heads,
+            max_position_embeddings=77,
+            projection_dim=config.text_width,
+            hidden_act="quick_gelu",
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def build_scheduler() -> PNDMScheduler:
+    """SD1.5's scheduler."""
+    return PNDMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        num_train_timesteps=1000,
+        steps_offset=1,
+        skip_prk_steps=True,
+        set_alpha_to_one=False,
+        prediction_type="epsilon",
+    )
+
+
+class LatentStream:
+    """Batches of the encoded set; every pass has its own order, fixed by the seed."""
+
+    def __init__(
+        self, folder: Path, tokenizer: CLIPTokenizer, scaling: float, config: DiffusionConfig
+    ) -> None:
+        record = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+        self.scaling, self.seed = scaling, config.seed
+        self.latents = np.load(folder / "latents.npy", mmap_mode="r")
+        captions = (folder / "captions.txt").read_text(encoding="utf-8").splitlines()
+        captions = captions[: record["done"]]
+        self.kept = np.array(
+            [i for i, c in enumerate(captions) if not config.core_only or _core(c)]
+        )
+        self.count = len(self.kept)
+        unique = {caption: index for index, caption in enumerate(dict.fromkeys(captions))}
+        self.caption_of = np.array([unique[caption] for caption in captions])
+        self.tokens = tokenize(tokenizer, list(unique))
+        self.empty = tokenize(tokenizer, [""])[0]
+        self._pass, self._order = -1, np.empty(0, np.int64)
+
+    def batch(self, step: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scaled latents (size, 4, 16, 16) float32 and token ids (size, 77) int64."""
+        per_pass = self.count // size
+        number, at = divmod(step, per_pass)
+        if number != self._pass:
+            self._pass = number
+            self._order = np.random.default_rng((self.seed, number)).permutation(self.count)
+        chosen = np.sort(self.kept[self._order[at * size : (at + 1) * size]])
+        latents = torch.from_numpy(self.latents[chosen].astype(np.float32)) * self.scaling
+        return latents, self.tokens[torch.from_numpy(self.caption_of[chosen])].long()
+
+
+_OTHERS = "|".join(thing.name for thing in THINGS if thing.name not in CORE_NAMES)
+
+
+def _core(caption: str) -> bool:
+    """Whether all things in the caption are among ``CORE_NAMES``."""
+    return re.search(rf"\b({_OTHERS})\b", caption.replace("wearing a crown", "")) is None
+
+
+def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
+    """Captions -> ids, int16 (n, 77)."""
+    rows = tokenizer(captions, padding="max_length", max_length=77, truncation=True)["input_ids"]
+    return torch.tensor(rows, dtype=torch.int16)
+
+
+def diffusion_loss(
+    unet: UNet2DConditionModel,
+    text_encoder: CLIPTextModel,
+    signal: torch.Tensor,
+    snr_limit: float,
+    snr_power: float,
+    latents: torch.Tensor,
+    tokens: torch.Tensor,
+    noise: torch.Tensor,
+    steps: torch.Tensor,
+) -> torch.Tensor:
+    """Epsilon loss, weighted by the signal-to-noise ratio.
+
+    Args:
+        unet: the denoiser.
+        text_encoder: stock CLIP text model.
+        signal: (1000,) cumulative alphas.
+        snr_limit: see :class:`DiffusionConfig`.
+        snr_power: see :class:`DiffusionConfig`.
+        latents: (n, 4, h, w), scaled.
+        tokens: (n, 77) ids.
+        noise: (n, 4, h, w), standard normal.
+        steps: (n,) timesteps.
+
+    Returns:
+        Scalar.
+    """
+    alpha = signal[steps].view(-1, 1, 1, 1)
+    noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+    noisy = noisy.contiguous(memory_format=torch.channels_last)
+    states = text_encoder(tokens).last_hidden_state
+    drawn = unet(noisy, steps, states).sample
+    snr = signal[steps] / (1 - signal[steps])
+    weight = snr.clamp(max=snr_limit).pow(snr_power) / snr
+    return (weight * (drawn - noise).pow(2).flatten(1).mean(1)).mean()
+
+
+def train(
+    data: Path,
+    vae: Path,
+    output: Path,
+    config: DiffusionConfig,
+    budget: Budget,
+    workers: int = 2,
+    text: Path | None = None,
+    every: float = 120,
+) -> None:
+    """Train until the budget is spent; ``output/state.safetensors`` resumes.
+
+    Args:
+        data: folder made by ``mini.dataset``.
+        vae: folder of the autoencoder (its scaling factor is read).
+        output: folder of state and log.
+        config: shape and training.
+        budget: minutes or steps.
+        workers: processes that share a batch.
+        text: file of ``mini.pretrain_text`` to start the text encoder from.
+        every: seconds between states.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    tokenizer = CLIPTokenizer.from_pretrained(data / "tokenizer")
+    torch.manual_seed(config.seed)
+    unet = build_unet(config).to(memory_format=torch.channels_last)
+    text_encoder = build_text_encoder(config, tokenizer)
+    if text is not None:
+        text_encoder.load_state_dict(load_file(text))
+    named = trained_parameters(unet, text_encoder)
+    average = ExponentialAverage(named, config.ema)
+    optimizer = torch.optim.AdamW(
+        named.values(), lr=config.rate, betas=(0.9, 0.99), weight_decay=0.01, foreach=True
+    )
+    signal = build_scheduler().alphas_cumprod
+    limits = (config.snr_limit, config.snr_power)
+    loss = partial(diffusion_loss, unet, text_encoder, signal, *limits)
+    work = SharedWork(workers, loss, list(named.values()))
+    groups = {"model": named, "ema": average.shadow}
+    state = output / "state.safetensors"
+    if state.is_file():
+        load_state(state, groups, optimizer, named, budget)
+        print(f"resumed: {budget.describe()}", flush=True)
+    scaling = json.loads((vae / "config.json").read_text(encoding="utf-8"))["scaling_factor"]
+    stream, log = LatentStream(data, tokenizer, scaling, config), RunLog(output / "log.jsonl")
+    saved, losses = budget.elapsed, []
+    budget.skip()
+    while budget.progress < 1:
+        torch.manual_seed(config.seed * 1_000_003 + budget.step)
+        rate = budget.rate(config.rate, config.warmup_steps, config.decay_from)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        latents, tokens = stream.batch(budget.step, config.batch)
+        tokens[torch.rand(len(tokens)) < config.caption_dropout] = stream.empty.long()
+        steps = stratified_steps(config.batch, len(signal))
+        batch = (latents, tokens, torch.randn_like(latents), steps)
+        losses.append(work.backward(batch))
+        torch.nn.utils.clip_grad_norm_(named.values(), 1.0, foreach=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        budget.advance()
+        average.update(named, budget.step)
+        if budget.step % 50 == 0:
+            mean = float(np.mean(losses))
+            log.write(step=budget.step, loss=mean, rate=rate, seconds=round(budget.elapsed, 1))
+            print(f"{budget.describe()} · loss {mean:.4f}", flush=True)
+            losses = []
+        if budget.elapsed - saved > every or budget.progress >= 1:
+            save_state(state, groups, optimizer, named, budget)
+            record = {"config": asdict(config), "steps": budget.step}
+            write_json(output / "diffusion.json", {**record, "seconds": round(budget.elapsed)})
+            saved = budget.elapsed
+            budget.skip()
+
+
+def stratified_steps(count: int, total: int) -> torch.Tensor:
+    """One timestep from each of ``count`` equal spans of ``0..total - 1``, shuffled, (count,)."""
+    steps = ((torch.arange(count) + torch.rand(count)) / count * total).long()
+    return steps[torch.randperm(count)]
+
+
+def trained_parameters(
+    unet: UNet2DConditionModel, text_encoder: CLIPTextModel
+) -> dict[str, torch.nn.Parameter]:
+    """Name -> parameter of both networks, ``unet.`` and ``text_encoder.`` in front."""
+    named = {f"unet.{name}": p for name, p in unet.named_parameters()}
+    named.update({f"text_encoder.{name}": p for name, p in text_encoder.named_parameters()})
+    return named
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="folder made by mini.dataset")
+    parser.add_argument("--vae", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=75)
+    parser.add_argument("--steps", type=int, help="end after so many steps instead")
+    parser.add_argument("--workers", type=int, default=2, help="processes")
+    parser.add_argument("--text", type=Path, help="file of mini.pretrain_text to start from")
+    parser.add_argument("--config", type=Path, help="JSON of a DiffusionConfig")
+    args = parser.parse_args()
+    budget = Budget(args.minutes, args.steps)
+    values = json.loads(args.config.read_text(encoding="utf-8")) if args.config else {}
+    config = DiffusionConfig.from_json(values)
+    train(args.data, args.vae, args.output, config, budget, args.workers, args.text)
+
+
+if __name__ == "__main__":
+    main()

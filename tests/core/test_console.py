@@ -1,0 +1,39 @@
+"""Progress in a log file: lines with an estimate, not too many; Ctrl-C between two reports."""
+
+from __future__ import annotations
+
+import io
+import signal
+
+import pytest
+from rich.console import Console
+
+from cntlora_core import console
+from cntlora_core.console import Cancelled, ConsoleReporter
+
+
+def test_a_log_gets_lines_with_an_estimate_and_notes(monkeypatch):
+    clock = iter(range(0, 10_000, 3))
+    monkeypatch.setattr(console.time, "monotonic", lambda: float(next(clock)))
+    stream = io.StringIO()
+    reporter = ConsoleReporter(Console(file=stream, force_terminal=False))
+    for step in range(1, 31):
+        reporter("training", step, 30, {"loss": 0.5})
+    reporter("notes", 0, 0, {"note": "one photo was skipped"})
+    lines = stream.getvalue().splitlines()
+    assert lines[-1] == "• one photo was skipped"
+    assert lines[-2].startswith("training: 30 of 30")
+    assert 5 <= len(lines) <= 12
+    assert all("s left, loss 0.5000" in line for line in lines[:-2])
+
+
+def test_ctrl_c_is_raised_at_the_next_report_and_the_handler_restored():
+    before = signal.getsignal(signal.SIGINT)
+    reporter = ConsoleReporter(Console(file=io.StringIO()))
+    with reporter.running():
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(Cancelled):
+            reporter("training", 1, 2, {})
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == before

@@ -1,0 +1,138 @@
+"""The training scripts: a resumed run equals an uninterrupted one, shared work equals one's own."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file
+
+from cntlora_core import mini
+from cntlora_core.mini.train_autoencoder import (
+    LATENT_DEVIATION,
+    SCALING_FACTOR,
+    AutoencoderConfig,
+    autoencoder_loss,
+    build_autoencoder,
+    whiten_latents,
+)
+from cntlora_core.mini.train_diffusion import DiffusionConfig, stratified_steps, train
+from cntlora_core.mini.training import Budget, ExponentialAverage, SharedWork
+
+SMALL = DiffusionConfig(channels=(16, 16, 16, 16), batch=4, text_width=16, text_layers=1)
+
+
+def test_two_processes_give_the_gradient_of_one():
+    torch.manual_seed(0)
+    model = build_autoencoder(AutoencoderConfig(channels=(8, 8, 8)))
+    loss = partial(autoencoder_loss, model, AutoencoderConfig())
+    parameters = list(model.parameters())
+    batch = (torch.rand(4, 3, 64, 64), torch.randn(4, 4, 16, 16))
+    value = loss(*batch)
+    expected = torch.autograd.grad(value, parameters)
+    threads = torch.get_num_threads()
+    try:
+        shared = SharedWork(2, loss, parameters).backward(batch)
+    finally:
+        torch.set_num_threads(threads)
+    assert shared == pytest.approx(value.item(), rel=1e-5)
+    for parameter, gradient in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-5)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A tiny encoded set that borrows the shipped tokenizer."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "tokenizer").symlink_to(mini.model_path() / "tokenizer")
+    rng = np.random.default_rng(0)
+    np.save(folder / "latents.npy", rng.normal(size=(32, 4, 16, 16)).astype(np.float16))
+    (folder / "captions.txt").write_text("a dog\na cat\n" * 16)
+    (folder / "dataset.json").write_text(json.dumps({"done": 32}))
+    return folder
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(data: Path, tmp_path: Path):
+    vae = mini.model_path() / "vae"
+    threads = torch.get_num_threads()
+    try:
+        train(data, vae, tmp_path / "whole", SMALL, Budget(1, steps=4), workers=1)
+        # A state in the middle, as an interruption leaves it: the rate follows the whole budget.
+        train(data, vae, tmp_path / "parts", SMALL, _StopAfter(2, steps=4), workers=1, every=0)
+        train(data, vae, tmp_path / "parts", SMALL, Budget(1, steps=4), workers=1)
+    finally:
+        torch.set_num_threads(threads)
+    whole, parts = (load_file(tmp_path / n / "state.safetensors") for n in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    for name, tensor in whole.items():
+        torch.testing.assert_close(parts[name], tensor, rtol=1e-4, atol=1e-6)
+    moved = [k for k in whole if k.startswith("model/") and "conv_in.weight" in k]
+    assert (whole[moved[0]] - whole[moved[0].replace("model/", "ema/")]).abs().max() > 0
+
+
+class _StopAfter(Budget):
+    """A budget whose run breaks off early."""
+
+    def __init__(self, stop: int, steps: int) -> None:
+        super().__init__(1, steps=steps)
+        self.stop = stop
+
+    @property
+    def progress(self) -> float:
+        return 1.0 if self.step >= self.stop else super().progress
+
+
+def test_whitening_keeps_reconstructions_and_sets_the_latents_scale():
+    torch.manual_seed(1)
+    model: AutoencoderKL = build_autoencoder(AutoencoderConfig(channels=(8, 8, 8)))
+    pictures = torch.rand(16, 3, 64, 64) * 2 - 1
+    with torch.no_grad():
+        before = model.decode(model.encode(pictures).latent_dist.mean).sample
+        whiten_latents(model, pictures)
+        latents = model.encode(pictures).latent_dist.mean
+        after = model.decode(latents).sample
+    torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-4)
+    spread = (
+        torch.cov(latents.transpose(0, 1).flatten(1)) * (SCALING_FACTOR / LATENT_DEVIATION) ** 2
+    )
+    torch.testing.assert_close(spread, torch.eye(4), rtol=0, atol=0.02)
+
+
+def test_stratified_steps_cover_every_span_once():
+    torch.manual_seed(2)
+    steps = stratified_steps(10, 1000)
+    assert sorted((steps // 100).tolist()) == list(range(10))
+
+
+def test_the_rate_warms_up_holds_and_falls():
+    budget = Budget(1, steps=100)
+    rates = []
+    for step in range(100):
+        budget.step = step
+        rates.append(budget.rate(1.0, warmup_steps=10, decay_from=0.5))
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[10:50] == [1.0] * 40
+    assert all(a >= b for a, b in pairwise(rates[50:]))
+    assert rates[-1] < 0.02
+
+
+def test_the_average_trails_the_weights():
+    weight = torch.zeros(3)
+    average = ExponentialAverage({"w": weight}, decay=0.5)
+    weight += 1
+    average.update({"w": weight}, step=1000)
+    torch.testing.assert_close(average.shadow["w"], torch.full((3,), 0.5))
+
+
+def test_a_config_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match=r"groups=16 .* channels"):
+        DiffusionConfig(channels=(20, 20, 20, 20))
+    with pytest.raises(TypeError):
+        DiffusionConfig.from_json({"chanels": [1]})
