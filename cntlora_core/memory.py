@@ -42,14 +42,21 @@ def freed_memory_kept(active: bool = True) -> Iterator[None]:
     if libc is None:
         yield
         return
-    for parameter, value in _KEEPING.items():
-        libc.mallopt(parameter, value)
+    keep_freed_memory()
     try:
         yield
     finally:
         for parameter, value in _AFTERWARDS.items():
             libc.mallopt(parameter, value)
         libc.malloc_trim(0)
+
+
+def keep_freed_memory() -> None:
+    """From now on freed memory stays with the process, which does little else than one loop."""
+    libc = _glibc()
+    if libc is not None:
+        for parameter, value in _KEEPING.items():
+            libc.mallopt(parameter, value)
 
 
 def _glibc() -> ctypes.CDLL | None:

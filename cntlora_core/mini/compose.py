@@ -41,19 +41,23 @@ class ComposeConfig:
         pair_share: part of the samples with two things.
         recolour_share: part of the samples with one thing dyed in a named colour.
         hat_share: part of the samples of live things with a hat or crown on.
+        mirror_share: part of the things that are mirrored left to right.
+        drawings: how many of a thing's drawings are used, the first ones.
         core_share: part of the draws of a thing that choose among ``CORE_NAMES`` only.
         nonsense_share: part of the captions with a meaningless word before the noun.
     """
 
     size: int = 64
-    smallest: float = 0.45
-    largest: float = 0.85
-    rotation: float = 25.0
-    pair_share: float = 0.10
-    recolour_share: float = 0.08
-    hat_share: float = 0.08
-    core_share: float = 0.45
-    nonsense_share: float = 0.05
+    smallest: float = 0.6
+    largest: float = 0.92
+    rotation: float = 15.0
+    pair_share: float = 0.06
+    recolour_share: float = 0.06
+    hat_share: float = 0.05
+    mirror_share: float = 0.0
+    drawings: int = 1
+    core_share: float = 1.0
+    nonsense_share: float = 0.04
 
     def __post_init__(self) -> None:
         if not 0 < self.smallest <= self.largest <= 1:
@@ -200,16 +204,23 @@ class Composer:
 
     def sample(self, index: int) -> tuple[np.ndarray, str]:
         """Sample ``index``: uint8 (size, size, 3) and its caption."""
+        image, caption, _ = self.sample_with_cover(index)
+        return image, caption
+
+    def sample_with_cover(self, index: int) -> tuple[np.ndarray, str, np.ndarray]:
+        """Sample ``index``, and where its things are: bool (size, size)."""
         rng = np.random.default_rng((self.seed, index))
         cfg = self.config
         background = any_background(rng)
         image = render_background(background, rng, cfg.size)
+        bare = image.copy()
         if rng.random() < cfg.pair_share:
             subject = self._draw_pair(image, rng)
         else:
             subject = self._draw_one(image, rng)
+        cover = np.abs(image - bare).max(axis=2) > 4
         image = np.clip(image.round(), 0, 255).astype(np.uint8)
-        return image, _caption(subject, background, rng)
+        return image, _caption(subject, background, rng), cover
 
     def draw_thing(
         self, image: np.ndarray, thing: Thing, placement: Placement, rng: np.random.Generator
@@ -223,7 +234,7 @@ class Composer:
 
     def _choose(self, thing: Thing, rng: np.random.Generator) -> tuple[str, str]:
         style = self.styles[rng.integers(len(self.styles))]
-        return style, thing.emoji[rng.integers(len(thing.emoji))]
+        return style, thing.emoji[rng.integers(min(self.config.drawings, len(thing.emoji)))]
 
     def _placement(
         self, rng: np.random.Generator, small: float, large: float, left: float, right: float
@@ -233,7 +244,7 @@ class Composer:
         y = 0.5 + rng.uniform(-slack, slack)
         x = rng.uniform(left, right) if right > left else 0.5 + rng.uniform(-slack, slack)
         turn = self.config.rotation * float(np.clip(rng.normal(0, 0.45), -1, 1))
-        return Placement(extent, (y, x), turn, bool(rng.random() < 0.5))
+        return Placement(extent, (y, x), turn, bool(rng.random() < self.config.mirror_share))
 
     def _draw_one(self, image: np.ndarray, rng: np.random.Generator) -> str:
         cfg = self.config

@@ -1,7 +1,8 @@
 """Compose the training set once and encode it: ``python -m cntlora_core.mini.dataset``.
 
 The output folder holds ``captions.txt`` (a line a sample), ``latents.npy`` (float16,
-(count, 4, 16, 16), not scaled), ``tokenizer/`` and ``dataset.json``.
+(count, 4, 16, 16), not scaled), ``covers.npy`` (uint8, (count, 16, 16), 255 where things are all),
+``tokenizer/`` and ``dataset.json``.
 """
 
 # diffusers wraps its methods in untyped decorators and annotates tuples of any length as of one:
@@ -87,6 +88,7 @@ def build(
     shape = (count, vae.config.latent_channels, 16, 16)
     mode = "r+" if record["done"] else "w+"
     latents = np.lib.format.open_memmap(data, mode, np.float16, shape)
+    covers = np.lib.format.open_memmap(output / "covers.npy", mode, np.uint8, (count, *shape[2:]))
     captions = output / "captions.txt"
     lines: list[str] = []
     if record["done"]:
@@ -95,17 +97,20 @@ def build(
     began, first = time.monotonic(), record["done"]
     for start in range(first, count, chunk):
         stop = min(start + chunk, count)
-        samples = [composer.sample(index) for index in range(start, stop)]
-        pictures = to_tensor(np.stack([picture for picture, _ in samples]))
+        samples = [composer.sample_with_cover(index) for index in range(start, stop)]
+        pictures = to_tensor(np.stack([picture for picture, _, _ in samples]))
+        cover = np.stack([cover for _, _, cover in samples]).reshape(-1, 16, 4, 16, 4)
+        covers[start:stop] = (255 * cover.mean((2, 4))).round()
         parts = [
             vae.encode(part.contiguous(memory_format=torch.channels_last)).latent_dist.mean
             for part in pictures.split(32)
         ]
         latents[start:stop] = torch.cat(parts).half().numpy()
-        lines += [caption for _, caption in samples]
+        lines += [caption for _, caption, _ in samples]
         record["done"] = stop
         if stop == count or (stop // chunk) % 10 == 0:
             latents.flush()
+            covers.flush()
             captions.write_text("\n".join(lines) + "\n", encoding="utf-8")
             write_json(note, record)
             left = (time.monotonic() - began) / (stop - first) * (count - stop)
@@ -129,7 +134,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, required=True, help="folder filled by mini.fetch")
     parser.add_argument("--vae", type=Path, required=True, help="folder of the trained autoencoder")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--count", type=int, default=60_000)
+    parser.add_argument("--count", type=int, default=24_576)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()

@@ -14,7 +14,8 @@ class Thing:
     Attributes:
         name: the noun in captions.
         kind: ``"live"`` or ``"object"``.
-        emoji: short names in ``emoji-datasource``; one drawing per style each.
+        emoji: short names in ``emoji-datasource``, the most typical first; one drawing per style
+            each.
     """
 
     name: str
@@ -24,7 +25,7 @@ class Thing:
 
 # "name" draws itself; "name=a+b" is drawn by emoji a and b.
 _LIVE = """
-dog=dog+dog2+poodle+service_dog+guide_dog; cat=cat+cat2+black_cat; cow=cow+cow2; tiger=tiger+tiger2;
+dog=dog2+dog+poodle+service_dog+guide_dog; cat=cat2+cat+black_cat; cow=cow+cow2; tiger=tiger+tiger2;
 rabbit=rabbit+rabbit2; horse=horse+racehorse; pig=pig+pig2; mouse=mouse+mouse2;
 monkey=monkey_face+monkey; panda=panda_face; bear; koala; lion=lion_face; fox=fox_face; wolf; frog;
 elephant; giraffe=giraffe_face; zebra=zebra_face; sheep; crocodile; turtle; snake; snail;
@@ -37,7 +38,7 @@ _OBJECTS = """
 cactus; tulip; rose; sunflower; tree=deciduous_tree+evergreen_tree; palm tree=palm_tree; mushroom;
 clover=four_leaf_clover+shamrock; apple=apple+green_apple; banana; strawberry; watermelon; lemon;
 pineapple; pear; peach; tomato; eggplant; carrot; broccoli; avocado; hamburger; pizza; taco;
-hot dog=hotdog; donut=doughnut; cookie; cake=cake+birthday; cupcake; ice cream=icecream+ice_cream;
+hot dog=hotdog; donut=doughnut; cookie; cake=birthday+cake; cupcake; ice cream=icecream+ice_cream;
 lollipop; croissant; pretzel; pumpkin=jack_o_lantern; car=car+oncoming_automobile;
 taxi=taxi+oncoming_taxi; bus=bus+oncoming_bus; truck; tractor; airplane; helicopter; rocket;
 sailboat=boat; ship; bicycle=bike; fire truck=fire_engine; guitar; violin; trumpet; saxophone;

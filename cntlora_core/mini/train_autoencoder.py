@@ -16,6 +16,7 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
+from cntlora_core.memory import keep_freed_memory
 from cntlora_core.mini.compose import (
     ComposeConfig,
     Composer,
@@ -129,7 +130,7 @@ class PictureStream:
             return self.composer.sample(index)[0]
         rng = np.random.default_rng((self.seed + 1, index))
         image = render_background(any_background(rng), rng, 64)
-        for _ in range(rng.integers(1, 4)):
+        for _ in range(rng.integers(1, 3)):
             sprite = self.sprites[rng.integers(len(self.sprites))]
             at = (rng.uniform(0.2, 0.8), rng.uniform(0.2, 0.8))
             flip = bool(rng.random() < 0.5)
@@ -322,6 +323,7 @@ def main() -> None:
     values = json.loads(args.config.read_text(encoding="utf-8")) if args.config else {}
     budget = Budget(args.minutes, args.steps)
     config = AutoencoderConfig.from_json(values)
+    keep_freed_memory()
     train(args.cache / "node_modules", args.output, config, budget, args.workers, args.start_from)
 
 

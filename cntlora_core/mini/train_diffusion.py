@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from diffusers import PNDMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from cntlora_core.mini.things import CORE_NAMES, THINGS
+from cntlora_core.memory import keep_freed_memory
 from cntlora_core.mini.training import (
     Budget,
     ExponentialAverage,
@@ -55,7 +54,7 @@ class DiffusionConfig:
         rate: peak learning rate of AdamW.
         warmup_steps: steps of linear warm-up.
         decay_from: part of the run after which the rate falls.
-        core_only: show only samples whose things are all among ``CORE_NAMES``.
+        thing_weight: weight of the loss where the things are; 1 is that of the background.
         caption_dropout: part of the captions replaced by the empty one.
         snr_limit: as in min-SNR weighting (arXiv 2303.09556).
         snr_power: the epsilon loss weighs min(SNR, limit) ** power / SNR; 1 is min-SNR. Less than 1
@@ -65,7 +64,7 @@ class DiffusionConfig:
     """
 
     channels: tuple[int, ...] = (64, 128, 128, 128)
-    heads: int = 8
+    heads: int = 4
     groups: int = 16
     text_width: int = 128
     text_layers: int = 3
@@ -74,7 +73,7 @@ class DiffusionConfig:
     rate: float = 8e-4
     warmup_steps: int = 200
     decay_from: float = 0.6
-    core_only: bool = False
+    thing_weight: float = 3.0
     caption_dropout: float = 0.1
     snr_limit: float = 5.0
     snr_power: float = 0.5
@@ -153,36 +152,27 @@ class LatentStream:
         record = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
         self.scaling, self.seed = scaling, config.seed
         self.latents = np.load(folder / "latents.npy", mmap_mode="r")
+        self.covers = np.load(folder / "covers.npy", mmap_mode="r")
         captions = (folder / "captions.txt").read_text(encoding="utf-8").splitlines()
         captions = captions[: record["done"]]
-        self.kept = np.array(
-            [i for i, c in enumerate(captions) if not config.core_only or _core(c)]
-        )
-        self.count = len(self.kept)
+        self.count = len(captions)
         unique = {caption: index for index, caption in enumerate(dict.fromkeys(captions))}
         self.caption_of = np.array([unique[caption] for caption in captions])
         self.tokens = tokenize(tokenizer, list(unique))
         self.empty = tokenize(tokenizer, [""])[0]
         self._pass, self._order = -1, np.empty(0, np.int64)
 
-    def batch(self, step: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scaled latents (size, 4, 16, 16) float32 and token ids (size, 77) int64."""
+    def batch(self, step: int, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Scaled latents (size, 4, 16, 16) float32, token ids (size, 77) int64, covers 0..1."""
         per_pass = self.count // size
         number, at = divmod(step, per_pass)
         if number != self._pass:
             self._pass = number
             self._order = np.random.default_rng((self.seed, number)).permutation(self.count)
-        chosen = np.sort(self.kept[self._order[at * size : (at + 1) * size]])
+        chosen = np.sort(self._order[at * size : (at + 1) * size])
         latents = torch.from_numpy(self.latents[chosen].astype(np.float32)) * self.scaling
-        return latents, self.tokens[torch.from_numpy(self.caption_of[chosen])].long()
-
-
-_OTHERS = "|".join(thing.name for thing in THINGS if thing.name not in CORE_NAMES)
-
-
-def _core(caption: str) -> bool:
-    """Whether all things in the caption are among ``CORE_NAMES``."""
-    return re.search(rf"\b({_OTHERS})\b", caption.replace("wearing a crown", "")) is None
+        covers = torch.from_numpy(self.covers[chosen].astype(np.float32) / 255)[:, None]
+        return latents, self.tokens[torch.from_numpy(self.caption_of[chosen])].long(), covers
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
@@ -197,12 +187,14 @@ def diffusion_loss(
     signal: torch.Tensor,
     snr_limit: float,
     snr_power: float,
+    thing_weight: float,
     latents: torch.Tensor,
     tokens: torch.Tensor,
+    covers: torch.Tensor,
     noise: torch.Tensor,
     steps: torch.Tensor,
 ) -> torch.Tensor:
-    """Epsilon loss, weighted by the signal-to-noise ratio.
+    """Epsilon loss, weighted by the signal-to-noise ratio and by where the things are.
 
     Args:
         unet: the denoiser.
@@ -210,8 +202,10 @@ def diffusion_loss(
         signal: (1000,) cumulative alphas.
         snr_limit: see :class:`DiffusionConfig`.
         snr_power: see :class:`DiffusionConfig`.
+        thing_weight: see :class:`DiffusionConfig`.
         latents: (n, 4, h, w), scaled.
         tokens: (n, 77) ids.
+        covers: (n, 1, h, w), 1 where a thing is.
         noise: (n, 4, h, w), standard normal.
         steps: (n,) timesteps.
 
@@ -225,7 +219,8 @@ def diffusion_loss(
     drawn = unet(noisy, steps, states).sample
     snr = signal[steps] / (1 - signal[steps])
     weight = snr.clamp(max=snr_limit).pow(snr_power) / snr
-    return (weight * (drawn - noise).pow(2).flatten(1).mean(1)).mean()
+    error = (1 + (thing_weight - 1) * covers) * (drawn - noise).pow(2)
+    return (weight * error.flatten(1).mean(1)).mean()
 
 
 def train(
@@ -263,7 +258,7 @@ def train(
         named.values(), lr=config.rate, betas=(0.9, 0.99), weight_decay=0.01, foreach=True
     )
     signal = build_scheduler().alphas_cumprod
-    limits = (config.snr_limit, config.snr_power)
+    limits = (config.snr_limit, config.snr_power, config.thing_weight)
     loss = partial(diffusion_loss, unet, text_encoder, signal, *limits)
     work = SharedWork(workers, loss, list(named.values()))
     groups = {"model": named, "ema": average.shadow}
@@ -280,10 +275,10 @@ def train(
         rate = budget.rate(config.rate, config.warmup_steps, config.decay_from)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        latents, tokens = stream.batch(budget.step, config.batch)
+        latents, tokens, covers = stream.batch(budget.step, config.batch)
         tokens[torch.rand(len(tokens)) < config.caption_dropout] = stream.empty.long()
         steps = stratified_steps(config.batch, len(signal))
-        batch = (latents, tokens, torch.randn_like(latents), steps)
+        batch = (latents, tokens, covers, torch.randn_like(latents), steps)
         losses.append(work.backward(batch))
         torch.nn.utils.clip_grad_norm_(named.values(), 1.0, foreach=True)
         optimizer.step()
@@ -333,6 +328,7 @@ def main() -> None:
     budget = Budget(args.minutes, args.steps)
     values = json.loads(args.config.read_text(encoding="utf-8")) if args.config else {}
     config = DiffusionConfig.from_json(values)
+    keep_freed_memory()
     train(args.data, args.vae, args.output, config, budget, args.workers, args.text)
 
 

@@ -14,6 +14,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from cntlora_core.memory import keep_freed_memory
+
 __all__ = [
     "Budget",
     "ExponentialAverage",
@@ -167,6 +169,7 @@ def _help(
     """Work of a helping process: parts of batches come in, gradients go to shared memory."""
     os.setsid()  # kernels that share time out by session then count every process
     torch.set_num_threads(1)
+    keep_freed_memory()
     while True:
         try:
             part = pipe.recv()

@@ -54,6 +54,8 @@ def data(tmp_path: Path) -> Path:
     (folder / "tokenizer").symlink_to(mini.model_path() / "tokenizer")
     rng = np.random.default_rng(0)
     np.save(folder / "latents.npy", rng.normal(size=(32, 4, 16, 16)).astype(np.float16))
+    covers = rng.integers(256, size=(32, 16, 16), dtype=np.uint8)
+    np.save(folder / "covers.npy", covers)
     (folder / "captions.txt").write_text("a dog\na cat\n" * 16)
     (folder / "dataset.json").write_text(json.dumps({"done": 32}))
     return folder
