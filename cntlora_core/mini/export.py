@@ -110,6 +110,8 @@ def export(run: Path, vae: Path, data: Path, autoencoder_record: Path, target: P
     pipeline = assemble(run, vae, data / "tokenizer").to(dtype=torch.float16)
     pipeline.save_pretrained(temporary, safe_serialization=True)
     _name_as_stable_diffusion(temporary / "text_encoder" / "model.safetensors")
+    for path in temporary.glob("*/config.json"):
+        _make_portable(path)
     for path in temporary.rglob("*.safetensors"):
         path.chmod(0o644)
     shutil.rmtree(temporary / "tokenizer")
@@ -132,6 +134,19 @@ def export(run: Path, vae: Path, data: Path, autoencoder_record: Path, target: P
         target.rename(old)
     temporary.rename(target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _make_portable(path: Path) -> None:
+    """Take out of a part's config where it lay, and what makes it load in half precision.
+
+    transformers 5 loads in the data type that a config names, diffusers in float32: a pipeline
+    loaded without ``torch_dtype`` would have parts of both.
+    """
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.pop("_name_or_path", None)
+    if "dtype" in config:
+        config["dtype"] = "float32"
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _name_as_stable_diffusion(path: Path) -> None:
