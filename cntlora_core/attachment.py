@@ -48,7 +48,7 @@ class AttachmentPoint:
 
     @property
     def reading(self) -> tuple[object, ...]:
-        """How the module looks at a tensor: two that look alike at one tensor read the same rows."""
+        """How the module looks at a tensor: two that look alike at one read the same rows."""
         m = self.module
         if isinstance(m, nn.Conv2d):
             return m.in_channels, m.kernel_size, m.stride, m.padding, m.dilation, m.padding_mode

@@ -37,7 +37,7 @@ def default_forward(model: nn.Module, batch: Any) -> Any:
 
 
 def default_mask(batch: Any) -> Tensor | None:
-    """A mapping's ``attention_mask`` if it is one of (batch, tokens); otherwise all tokens count."""
+    """A mapping's ``attention_mask`` if it is one of (batch, tokens); else all tokens count."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 

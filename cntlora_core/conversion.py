@@ -1,4 +1,4 @@
-"""Saving an adapter whose start was taken out of the base weight, so that it fits the stock base."""
+"""Saving an adapter whose start was taken out of the base weight so that it fits the stock one."""
 
 from __future__ import annotations
 

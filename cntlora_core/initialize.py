@@ -290,8 +290,8 @@ def _check_wrapped(peft_model: PeftModel, adapter_name: str, config: CNTLoRAConf
     others = sorted(set(peft_model.peft_config) - {adapter_name})
     if others and config.preserve_output:
         raise ValueError(
-            f"preserve_output=True would rewrite the base weights, which the other adapters {others} "
-            "were made for: use preserve_output=False, or a model of its own for this adapter"
+            "preserve_output=True would rewrite the base weights, which the other adapters "
+            f"{others} were made for: use preserve_output=False, or a model of its own for this adapter"
         )
 
 
