@@ -291,7 +291,7 @@ def _check_wrapped(peft_model: PeftModel, adapter_name: str, config: CNTLoRAConf
     if others and config.preserve_output:
         raise ValueError(
             "preserve_output=True would rewrite the base weights, which the other adapters "
-            f"{others} were made for: use preserve_output=False, or a model of its own for this adapter"
+            f"{others} were made for: use preserve_output=False, or another copy of the model"
         )
 
 
