@@ -68,8 +68,8 @@ class InitReport:
             )
         if self.never_called:
             text += (
-                f"; {len(self.never_called)} points were never called, {self.never_called[0]!r} "
-                "for one"
+                f"; {len(self.never_called)} of {self.points} points never called, for example "
+                f"{self.never_called[0]!r}"
             )
         if self.rounding > ROUNDING_TO_MENTION:
             text += (

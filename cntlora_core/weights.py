@@ -4,9 +4,10 @@ only where that is exact."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
-from peft.utils.integrations import dequantize_module_weight
+from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -26,7 +27,7 @@ def weight_matrix(name: str, module: nn.Module) -> Tensor:
         weight = module.weight
     else:
         try:
-            weight = dequantize_module_weight(module)
+            weight = _dequantised(module)
         except NotImplementedError as error:
             raise TypeError(
                 f"the weight of {name!r} is {quantised_as(module)}, which cannot be turned back "
@@ -62,6 +63,19 @@ def quantised_as(module: nn.Module) -> str | None:
     if kind.__name__ in _BITSANDBYTES and not module.weight.is_floating_point():
         return f"quantised by bitsandbytes ({_BITSANDBYTES[kind.__name__]})"
     return None
+
+
+def _dequantised(module: nn.Module) -> Tensor:
+    weight: Any = module.weight
+    if type(weight).__name__ in _BITSANDBYTES:
+        if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+            # A forward pass in eval mode has laid the weight out anew for CPUs with AVX-512, which
+            # dequantising takes no notice of. Asking for a state dict lays it back.
+            module.state_dict()
+        # Not peft's dequantize_module_weight: on the CPU that puts a new weight into the module,
+        # without the scales that its first forward pass needs.
+        return dequantize_bnb_weight(weight, state=getattr(module, "state", None))
+    return weight.dequantize()
 
 
 def _why_not_readable(module: nn.Module) -> str | None:
