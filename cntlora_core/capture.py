@@ -72,6 +72,7 @@ class MomentCapture:
         self._share = share_inputs
         self._sums: dict[str, SecondMoment] = {}
         self._leader: dict[str, str] = {}
+        self._late: set[str] = set()  # called first in a later batch: their rows are others
         self._alive: list[tuple[weakref.ref[Tensor], int, str]] = []
         self._calls: dict[str, int] = {}
         self._batch = 0
@@ -128,8 +129,10 @@ class MomentCapture:
     def see(self, name: str, x: Tensor) -> None:
         """Take the input ``x`` of the attachment point ``name`` into account."""
         self._calls[name] = self._calls.get(name, 0) + 1
-        leader = self._leader_of(name, x)
         known = self._leader.get(name)
+        if known is None and self._batch > 0:
+            self._late.add(name)
+        leader = name if name in self._late else self._leader_of(name, x)
         if known is None:
             self._leader[name] = leader
         elif known != leader:

@@ -56,10 +56,10 @@ def delta_spectrum(
     """
     vectors = subspace.vectors.to(weight.dtype)
     gain = GAINS[config.constraint](subspace.values, config.damping).to(weight.dtype)
-    shifted = vectors
+    seen = weight @ vectors
     if config.constraint == "shift":
-        shifted = vectors @ _shift_within(subspace, vectors, config)
-    return thin_spectrum(weight @ shifted * gain, vectors)
+        seen = _shifted(seen, subspace, vectors, config)
+    return thin_spectrum(seen * gain, vectors)
 
 
 def check_shift_width(name: str, width: int, config: CNTLoRAConfig) -> None:
@@ -77,15 +77,17 @@ def check_shift_width(name: str, width: int, config: CNTLoRAConfig) -> None:
         )
 
 
-def _shift_within(subspace: PrincipalSubspace, vectors: Tensor, config: CNTLoRAConfig) -> Tensor:
-    """``V.T @ K @ V``, (k, k)."""
+def _shifted(
+    seen: Tensor, subspace: PrincipalSubspace, vectors: Tensor, config: CNTLoRAConfig
+) -> Tensor:
+    """``W V (V.T K V)`` from ``W V``."""
     check_shift_width("the weight", vectors.shape[0], config)
     if config.shift_matrix is not None:
         matrix = torch.as_tensor(config.shift_matrix).detach().to(vectors)
-        return vectors.T @ matrix @ vectors
+        return seen @ (vectors.T @ matrix @ vectors)
     if isinstance(config.shift, str):
-        return _normal_shift(subspace.rank, config.seed).to(vectors)
-    return torch.eye(subspace.rank).to(vectors) * float(config.shift)
+        return seen @ _normal_shift(subspace.rank, config.seed).to(vectors)
+    return seen * float(config.shift)
 
 
 def _normal_shift(rank: int, seed: int) -> Tensor:

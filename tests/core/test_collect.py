@@ -82,9 +82,7 @@ def test_padding_is_left_out_by_a_function_for_batches_of_any_form():
     given = [(x, MASK) for x in batches()]
     captured = collect_moments(model, points_of(model), given, mask_fn=lambda batch: batch[1])
     check_masked(captured, torch.cat([x[MASK.bool()] for x in batches()]))
-    captured = collect_moments(
-        model, points_of(model), batches(), mask_fn=lambda x: x[..., 0] > 0
-    )
+    captured = collect_moments(model, points_of(model), batches(), mask_fn=lambda x: x[..., 0] > 0)
     check_masked(captured, torch.cat([x[x[..., 0] > 0] for x in batches()]))
     got = get_cntlora_model(
         Model(),

@@ -101,7 +101,9 @@ def test_the_normal_shift_of_a_smaller_rank_is_the_leading_block_of_a_larger_one
 def test_seeds_of_any_size_are_taken():
     config = shifted("normal", seed=2**64 - 1)
     net = nn.Sequential(nn.Linear(5, 4))
-    model = get_cntlora_model(net, LoraConfig(r=2, target_modules=["0"]), config, [torch.randn(3, 5)])
+    model = get_cntlora_model(
+        net, LoraConfig(r=2, target_modules=["0"]), config, [torch.randn(3, 5)]
+    )
     assert model.cntlora_report.points == 1
 
 

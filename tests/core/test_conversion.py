@@ -55,7 +55,9 @@ def train(model) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"use_rslora": True}, {"lora_bias": True}, {"modules_to_save": ["head"]}], ids=str
+    "options",
+    [{}, {"use_rslora": True}, {"lora_bias": True}, {"modules_to_save": ["head"]}],
+    ids=str,
 )
 @pytest.mark.parametrize("budget", ["fixed", "ranks"])
 def test_the_converted_adapter_on_the_stock_base_is_the_trained_model(tmp_path, options, budget):
@@ -100,9 +102,7 @@ def test_truncated_to_the_trained_rank_it_is_as_near_as_it_says(tmp_path):
     deltas = []
     for report in (exact, near):
         layers = adapter_layers(PeftModel.from_pretrained(Net(), report.path))
-        deltas.append(
-            torch.cat([x.get_delta_weight("default").flatten() for x in layers.values()])
-        )
+        deltas.append(torch.cat([x.get_delta_weight("default").flatten() for x in layers.values()]))
     error = (deltas[1] - deltas[0]).norm() / deltas[0].norm()
     assert 0 < error < 1
     assert float(error) == pytest.approx(near.relative_error, rel=1e-3)
@@ -169,9 +169,7 @@ assert "cntlora_core" not in sys.modules
 def test_a_fresh_process_with_peft_alone_gets_the_trained_models(tmp_path):
     def base():
         torch.manual_seed(8)
-        return nn.Sequential(
-            nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(36, 5), nn.Linear(5, 3)
-        )
+        return nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(36, 5), nn.Linear(5, 3))
 
     x = torch.randn(7, 2, 5, 5)
     config = LoraConfig(r=2, target_modules=["0", "2", "3"])

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, LoHaConfig, PeftModel, get_peft_model
+from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -99,7 +99,9 @@ def test_half_precision_adapters_are_taken_out_of_the_base_as_they_are_stored():
         layer.lora_B.to(torch.bfloat16)
     model = initialize_lora_cntlora_weights(model, data(), REWRITE)
     for name, layer in adapter_layers(model).items():
-        stored = 2.0 * layer.lora_B["default"].weight.float() @ layer.lora_A["default"].weight.float()
+        stored = (
+            2.0 * layer.lora_B["default"].weight.float() @ layer.lora_A["default"].weight.float()
+        )
         whole = layer.get_base_layer().weight + (stored.T if name == "b" else stored)
         torch.testing.assert_close(whole, base.get_submodule(name).weight, rtol=0, atol=1e-5)
         assert torch.equal(
@@ -110,7 +112,9 @@ def test_half_precision_adapters_are_taken_out_of_the_base_as_they_are_stored():
 def test_dora_starts_at_the_weight_plus_delta():
     base = Net()
     config = LoraConfig(r=3, target_modules=["a"], use_dora=True)
-    plain = get_cntlora_model(copy.deepcopy(base), LoraConfig(r=3, target_modules=["a"]), KEEP, data())
+    plain = get_cntlora_model(
+        copy.deepcopy(base), LoraConfig(r=3, target_modules=["a"]), KEEP, data()
+    )
     model = get_cntlora_model(base, config, KEEP, data())
     x = data()[0]
     torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-5)
@@ -188,7 +192,11 @@ def merged():
 @pytest.mark.parametrize(
     ("make", "options", "words"),
     [
-        (lambda: get_peft_model(Net(), lora()), {"adapter_name": "x"}, r"the model has \['default'\]"),
+        (
+            lambda: get_peft_model(Net(), lora()),
+            {"adapter_name": "x"},
+            r"the model has \['default'\]",
+        ),
         (lambda: get_peft_model(Net(), LoHaConfig(target_modules=["a"])), {}, "is of LoHaConfig"),
         (Net, {}, "expected a peft.PeftModel, got a Net"),
         (lambda: get_peft_model(Net(), lora(init_lora_weights="olora")), {}, "changed the base"),
