@@ -1,8 +1,8 @@
 """Run by test_processes.py: starts of tiny models under Accelerate, written down for the test.
 
 Usage: python many_processes.py FOLDER. Under each number of processes, every process leaves
-FOLDER/<scenario>-<processes>-<rank>.safetensors with its factors and rewritten weights, or .txt with
-its error. One process by itself leaves the same with 1 for the number of processes.
+FOLDER/<scenario>-<processes>-<rank>.safetensors with its factors and rewritten weights, or .txt
+with its error. One process by itself leaves the same with 1 for the number of processes.
 """
 
 from __future__ import annotations

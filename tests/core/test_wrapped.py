@@ -179,7 +179,7 @@ def test_a_weight_without_values_is_refused():
         get_cntlora_model(base, lora(), KEEP, data())
     base = Net()
     base.a.weight = nn.Parameter(base.a.weight.to(torch.float8_e4m3fn), requires_grad=False)
-    with pytest.raises(TypeError, match="stored as torch.float8_e4m3fn"):
+    with pytest.raises(TypeError, match=r"stored as torch\.float8_e4m3fn"):
         get_cntlora_model(base, lora(), KEEP, data())
 
 
@@ -235,7 +235,7 @@ def test_data_parallel_wrappers_are_refused():
             nn.Module.__init__(self)
             self.module = module
 
-    with pytest.raises(ValueError, match="model.module"):
+    with pytest.raises(ValueError, match=r"model\.module"):
         get_cntlora_model(Wrapper(Net()), lora(), KEEP, data())
 
 
