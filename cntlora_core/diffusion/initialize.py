@@ -19,6 +19,8 @@ from cntlora_core.data.captions import encode_prompts
 from cntlora_core.data.latents import LatentSet
 from cntlora_core.diffusion.settings import AdapterSettings
 from cntlora_core.initialize import InitReport, collect_moments, report_of
+from cntlora_core.plan import check_points
+from cntlora_core.processes import Processes, plan_from_first
 from cntlora_core.progress import Reporter, silent, stage_progress
 
 UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -147,6 +149,7 @@ def initialize_adapter(
             encoder_hidden_states=states,
         )
 
+    check_points(points, cntlora, {p.name: settings.rank for p in points})
     start = time.perf_counter()
     captured = collect_moments(
         models,
@@ -156,13 +159,16 @@ def initialize_adapter(
         progress=stage_progress(reporter, "reading activations"),
     )
     middle = time.perf_counter()
-    plan = plan_adapter(
-        points,
-        captured,
-        cntlora,
-        rank=settings.rank,
-        scaling=settings.scaling,
-        progress=stage_progress(reporter, "solving for the start"),
+    plan = plan_from_first(
+        lambda: plan_adapter(
+            points,
+            captured,
+            cntlora,
+            rank=settings.rank,
+            scaling=settings.scaling,
+            progress=stage_progress(reporter, "solving for the start"),
+        ),
+        Processes(),
     )
     end = time.perf_counter()
     return plan, report_of(plan, captured, cntlora, middle - start, end - middle)

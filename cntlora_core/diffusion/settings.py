@@ -118,6 +118,7 @@ class AdapterSettings:
             )
         if self.method != "lora":
             self.cntlora.require_consistent()
+        self.cntlora.to_dict()  # a run is recorded as JSON: refuse now what has no such form
 
     @property
     def lora_alpha(self) -> float:
