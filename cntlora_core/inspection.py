@@ -119,7 +119,7 @@ class LoRAInspection:
         base_model: What it was trained on, as it says, or as its shapes say.
         method: How it started or what made it, as it says.
         settings: What it says of its making.
-        layers: In the file's order.
+        layers: By name, numbers by size.
         parts: In order of appearance.
         notes: What else is in the file or wrong with it, in words.
         metadata: The strings of its header.
@@ -184,7 +184,7 @@ def inspect_lora(
     if model is not None:
         norms, said = base_weight_norms(Path(model), contents.layers)
         notes += said
-    names = list(contents.layers)
+    names = sorted(contents.layers, key=_natural)
     layers = tuple(
         map_in_threads(
             lambda name: _inspect_layer(name, contents.layers[name], norms.get(name)),
@@ -237,6 +237,10 @@ def _inspect_layer(name: str, layer: LoRALayer, base_norm: float | None) -> Laye
 def _leading(energies: Tensor, count: float) -> float:
     total = float(energies.sum())
     return float(energies[: math.ceil(count)].sum()) / total if total > 0 else 0.0
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(p), "") if p.isdigit() else (-1, p) for p in re.split(r"(\d+)", name)]
 
 
 def part_of(name: str) -> str:

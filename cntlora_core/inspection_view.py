@@ -11,9 +11,10 @@ from rich.text import Text
 
 from cntlora_core.files import require_writable_folder
 from cntlora_core.inspection import LayerInspection, LoRAInspection, PartInspection
+from cntlora_core.lora_names import TEXT_ENCODER, UNET
 from cntlora_core.plots import plot_ranks, plot_spectra
 
-WIDTH = 170
+WIDTH = 180
 """Columns where there is no terminal to ask."""
 
 _NUMBERS = ("rank", "alpha", "norm", "rel. norm", "stable rank", "E 1/4", "E 1/2", "largest S")
@@ -90,12 +91,14 @@ def _layer_table(inspection: LoRAInspection) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     part = None
     for layer in inspection.layers:
-        if part not in (None, layer.part):
+        if layer.part != part:
             table.add_section()
+            table.add_row(Text(layer.part, style="bold"))
         part = layer.part
         shape = f"{layer.in_features} -> {layer.out_features}"
         shape += "" if layer.kind == "linear" else f", {layer.kind.removeprefix('conv ')}"
-        table.add_row(Text(layer.name), shape, *_layer_numbers(layer))
+        name = layer.name.removeprefix(f"{UNET}.").removeprefix(f"{TEXT_ENCODER}.")
+        table.add_row(Text(name), shape, *_layer_numbers(layer))
     return table
 
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from cntlora_core.files import atomic_write
@@ -18,7 +19,7 @@ from cntlora_core.files import atomic_write
 Value = TypeVar("Value")
 
 _PROJECTIONS = {
-    "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "out", "to_out": "out",
+    "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "out", "to_out": "out", "o_proj": "out",
     "q_proj": "q", "k_proj": "k", "v_proj": "v", "out_proj": "out",
     "query": "q", "key": "k", "value": "v",
 }  # fmt: skip
@@ -119,7 +120,11 @@ def lines_by_depth(values: Mapping[str, Value]) -> dict[str, dict[str, list[Valu
         panels.setdefault(_part_title(part), {}).setdefault(
             _PROJECTIONS.get(projection, projection), []
         ).append(values[name])
-    return panels
+    order = list(dict.fromkeys(_PROJECTIONS.values()))  # q, k, v, out: the same colours everywhere
+    return {
+        part: {p: lines[p] for p in [*order, *lines] if p in lines}
+        for part, lines in panels.items()
+    }
 
 
 def _dotted(name: str) -> str:
@@ -141,6 +146,8 @@ def _panels(count: int, title: str, columns: int = 3) -> tuple[Figure, list[Any]
     rows = -(-count // columns)
     figure = Figure(figsize=(4.2 * columns, 3.4 * rows + 0.3), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
+    for axis in axes:
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axis in axes[count:]:
         axis.set_axis_off()
     if title:
