@@ -8,11 +8,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 
+from cntlora_core.benchmark.init_settings import InitBenchmark
 from cntlora_core.console import Cancelled, ConsoleReporter
 from cntlora_core.diffusion.settings import (
     AdapterSettings,
@@ -237,11 +238,45 @@ class Inspect:
                 print(path)
 
 
+@dataclass(frozen=True)
+class Bench:
+    """Measure, against named peers, in one run.
+
+    Attributes:
+        what: The start of an adapter.
+        settings: What is measured.
+    """
+
+    what: tyro.conf.Positional[Literal["init"]]
+    settings: Annotated[InitBenchmark, tyro.conf.arg(name="")] = field(
+        default_factory=InitBenchmark
+    )
+
+    def after_cancel(self) -> str:
+        return f"; what was measured so far is in {self.settings.output}"
+
+    def run(self, reporter: ConsoleReporter) -> None:
+        if self.settings.scaling:
+            from cntlora_core.benchmark.init_scaling import run_scaling, show_scaling
+
+            show_scaling(run_scaling(self.settings, reporter))
+        elif self.settings.tried:
+            from cntlora_core.benchmark.init_tried import run_tried, show_tried
+
+            show_tried(run_tried(self.settings, reporter))
+        else:
+            from cntlora_core.benchmark.init import run_cases, show_cases
+
+            show_cases(run_cases(self.settings, reporter))
+        print(self.settings.output)
+
+
 COMMANDS: dict[str, Callable[..., Any]] = {
     "train": Train,
     "sample": Sample,
     "demo": Demo,
     "inspect": Inspect,
+    "bench": Bench,
 }
 
 
