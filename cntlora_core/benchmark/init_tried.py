@@ -210,7 +210,8 @@ def many_variants(matrices: Tensor, k: int) -> list[Variant]:
     def one_after_the_other(count: int) -> Pairs:
         torch.set_num_threads(count)
         try:
-            return [_eigh(matrix, k) for matrix in matrices][0]
+            solved = [_eigh(matrix, k) for matrix in matrices]
+            return solved[0]
         finally:
             torch.set_num_threads(threads)
 

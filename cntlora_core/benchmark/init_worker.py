@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import CordaConfig, EvaConfig, PeftModel, get_peft_model
+from peft import EvaConfig, PeftModel, get_peft_model
+from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.eva import initialize_lora_eva_weights
 from torch import nn
