@@ -9,24 +9,18 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from cntlora_core.console import result_console
 from cntlora_core.files import require_writable_folder
 from cntlora_core.inspection import LayerInspection, LoRAInspection, PartInspection
 from cntlora_core.lora_names import TEXT_ENCODER, UNET
 from cntlora_core.plots import plot_ranks, plot_spectra
-
-WIDTH = 180
-"""Columns where there is no terminal to ask."""
 
 _NUMBERS = ("rank", "alpha", "norm", "rel. norm", "stable rank", "E 1/4", "E 1/2", "largest S")
 
 
 def show(inspection: LoRAInspection, console: Console | None = None) -> None:
     """Print everything: facts, notes, one line for each attachment point, sums by part."""
-    if console is None:
-        console = Console()
-        if not console.is_terminal:
-            console = Console(width=WIDTH)
-    console.print(tables(inspection))
+    (console or result_console()).print(tables(inspection))
 
 
 def tables(inspection: LoRAInspection) -> RenderableType:

@@ -30,6 +30,7 @@ from cntlora_core.benchmark.init_cases import INIT_CASES
 from cntlora_core.benchmark.init_plots import plot_cases
 from cntlora_core.benchmark.init_settings import InitBenchmark, MethodName
 from cntlora_core.benchmark.init_worker import InitTask, peak_bytes, task_to_json
+from cntlora_core.console import result_console
 from cntlora_core.files import format_bytes, require_writable_folder, write_json_atomic
 from cntlora_core.progress import Reporter, silent
 
@@ -252,7 +253,7 @@ def show_cases(result: dict[str, Any], console: Console | None = None) -> None:
         table.add_section()
         for method, found in case["summary"].items():
             table.add_row(name, method, *_cells(found))
-    (console or Console()).print(table)
+    (console or result_console()).print(table)
 
 
 def _cells(found: dict[str, Any]) -> list[str]:

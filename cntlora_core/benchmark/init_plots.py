@@ -37,15 +37,15 @@ def plot_cases(result: Mapping[str, Any], path: Path) -> None:
             )  # fmt: skip
             said = f" {total:.1f} s" if ended else f" did not end in {total:g} s"
             if "times_faster" in found:
-                said += f", linear algebra {found['times_faster']:.0f} times ours"
+                said += f", linear algebra {found['times_faster']:.1f} times ours"
             axis.text(total, row, said, va="center", fontsize=8)
         axis.set_yticks(range(len(summary)), list(summary))
-        axis.invert_yaxis()
         axis.margins(x=0.45)
+        axis.set_ylim(len(summary) - 0.4, -0.6)
         axis.set_xlim(left=0)
         axis.set_title(case["title"], fontsize=9, loc="left")
         axis.set_xlabel("seconds")
-    axes[0].legend(frameon=False, fontsize=8, loc="lower right")
+    axes[0].legend(frameon=False, fontsize=8, ncols=2, loc="lower right", bbox_to_anchor=(1.0, 1.0))
     _save(figure, path)
 
 
@@ -93,8 +93,9 @@ def plot_tried(result: Mapping[str, Any], path: Path) -> None:
             said = f" {ratio:.2f}" + ("" if error is None else f", error {error:.0e}")
             axis.text(ratio, row, said, va="center", fontsize=7)
         axis.set_yticks(range(len(entries)), [e["variant"] for e in entries], fontsize=7)
-        axis.invert_yaxis()
+        axis.set_ylim(len(entries) - 0.4, -0.6)
         axis.margins(x=0.3)
+        axis.set_xlabel("time over that of what is used", fontsize=7)
         axis.set_xlim(left=0)
         axis.set_title(title, fontsize=8, loc="left")
     _save(figure, path)

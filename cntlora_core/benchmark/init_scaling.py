@@ -24,6 +24,7 @@ from cntlora_core.benchmark.init import machine
 from cntlora_core.benchmark.init_plots import PHASES, plot_scaling
 from cntlora_core.benchmark.init_settings import InitBenchmark
 from cntlora_core.config import CNTLoRAConfig
+from cntlora_core.console import result_console
 from cntlora_core.files import require_writable_folder, write_json_atomic
 from cntlora_core.initialize import get_cntlora_model
 from cntlora_core.moments import SecondMoment
@@ -201,8 +202,9 @@ def run_scaling(settings: InitBenchmark, reporter: Reporter = silent) -> dict[st
 
 def show_scaling(result: dict[str, Any], console: Console | None = None) -> None:
     """Print exponents and bounds as a table."""
-    table = Table("what grows", *(f"{phase} ~" for phase in PHASES), "bounded by", "arithmetic")
+    phases = (f"{phase} ~ x^" for phase in PHASES)
+    table = Table("what grows (x)", *phases, "bounded by", "what the arithmetic says")
     for variable, sweep in result["sweeps"].items():
-        exponents = (f"{variable}^{sweep['exponents'][phase]:.2f}" for phase in PHASES)
+        exponents = (f"{sweep['exponents'][phase]:.2f}" for phase in PHASES)
         table.add_row(variable, *exponents, sweep["bounded_by"], sweep["expected"])
-    (console or Console()).print(table)
+    (console or result_console()).print(table)

@@ -16,11 +16,10 @@ from typing import Any
 
 import tyro
 from peft import LoraConfig, get_peft_model
-from rich.console import Console
 from rich.table import Table
 
 from cntlora_core.config import CNTLoRAConfig, Constraint
-from cntlora_core.console import ConsoleReporter
+from cntlora_core.console import ConsoleReporter, result_console
 from cntlora_core.files import write_json_atomic
 from cntlora_core.initialize import get_cntlora_model
 from cntlora_core.progress import Reporter, silent
@@ -125,7 +124,7 @@ def main() -> int:
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    Console().print(table_of(records))
+    result_console().print(table_of(records))
     return 0
 
 
