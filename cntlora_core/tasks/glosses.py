@@ -1,6 +1,6 @@
 """WordNet's glosses as a classification task: from a definition to its lexicographer's category.
 
-The definition "the act of being born" belongs to noun.event: 82,000 nouns in 26
+The definition "the event of being born" belongs to noun.event: 82,000 nouns in 26
 categories, 117,000 glosses in 45 with verbs, adjectives and adverbs. The encoder is a real,
 pre-trained one of 22 M parameters. Both are fetched by package managers, see docs/text.md.
 """
