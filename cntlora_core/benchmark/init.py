@@ -120,7 +120,8 @@ def run_cases(settings: InitBenchmark, reporter: Reporter = silent) -> dict[str,
         "cntlora",
         *(m for m in dict.fromkeys(settings.methods) if m != "cntlora"),
     ]
-    total = len(settings.cases) * len(methods) * settings.repeats
+    rival_repeats = settings.rival_repeats or settings.repeats
+    total = len(settings.cases) * (settings.repeats + (len(methods) - 1) * rival_repeats)
     done = 0
     cases: dict[str, Any] = {}
     result = {"settings": _json_values(settings), "machine": machine(), "targets": TARGETS}
@@ -128,7 +129,7 @@ def run_cases(settings: InitBenchmark, reporter: Reporter = silent) -> dict[str,
         runs: dict[str, list[dict[str, Any]]] = {}
         # In turn, so that a slow spell of the machine meets all of them.
         for repeat in range(settings.repeats):
-            for method in methods:
+            for method in methods if repeat < rival_repeats else ["cntlora"]:
                 if not all(run["ended"] for run in runs.get(method, [])):
                     done += 1
                     continue  # it would not end the next time either
@@ -149,7 +150,7 @@ def run_cases(settings: InitBenchmark, reporter: Reporter = silent) -> dict[str,
                 )
                 done += 1
                 runs.setdefault(method, []).append(run)
-                note = f"{case}, {method}, {repeat + 1} of {settings.repeats}: {_in_words(run)}"
+                note = f"{case}, {method}, run {repeat + 1}: {_in_words(run)}"
                 reporter(stage, done, total, {"note": note})
         cases[case] = {
             "title": INIT_CASES[case].title + (" (tiny)" if settings.quick else ""),

@@ -22,6 +22,7 @@ class InitBenchmark:
             model of 1 B parameters.
         methods: Starts: cntlora is measured always.
         repeats: Processes for each case and start; medians are reported.
+        rival_repeats: The same, for all but ours; default: as many.
         limit: Seconds that a start may take; one that takes longer is ended, and not repeated.
         model: A checkpoint for the one case that is chosen; default: random weights.
         quick: Tiny models, to see that everything runs.
@@ -35,6 +36,7 @@ class InitBenchmark:
     cases: tuple[CaseName, ...] = CASES
     methods: tuple[MethodName, ...] = METHODS
     repeats: int = 3
+    rival_repeats: int | None = None
     limit: float = 900.0
     model: Path | None = None
     quick: bool = False
@@ -46,6 +48,11 @@ class InitBenchmark:
     def __post_init__(self) -> None:
         if self.repeats < 1:
             raise ValueError(f"repeats must be at least 1, got {self.repeats}")
+        if self.rival_repeats is not None and not 1 <= self.rival_repeats <= self.repeats:
+            raise ValueError(
+                f"rival_repeats must lie between 1 and repeats={self.repeats}, got "
+                f"{self.rival_repeats}"
+            )
         if not self.limit > 0:
             raise ValueError(f"limit must be a number of seconds above 0, got {self.limit}")
         if self.threads is not None and self.threads < 1:

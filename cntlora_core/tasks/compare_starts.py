@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import tyro
 from peft import LoraConfig, get_peft_model
 from rich.table import Table
@@ -95,7 +96,9 @@ def compare(comparison: Comparison, reporter: Reporter = silent) -> list[dict[st
             seed=seed,
         )
         for name in comparison.starts:
-            model = start_of(name, task, comparison, seed)()
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)  # peft draws from the global state
+                model = start_of(name, task, comparison, seed)()
             for found in task.train(
                 model,
                 steps=comparison.steps,
