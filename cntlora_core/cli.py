@@ -8,11 +8,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 
+from cntlora_core.benchmark.init_settings import InitBenchmark
 from cntlora_core.console import Cancelled, ConsoleReporter
 from cntlora_core.diffusion.settings import (
     AdapterSettings,
@@ -193,7 +194,90 @@ class Demo:
         print(sheet)
 
 
-COMMANDS: dict[str, Callable[..., Any]] = {"train": Train, "sample": Sample, "demo": Demo}
+@dataclass(frozen=True)
+class Inspect:
+    """What a LoRA is: base model, method, ranks, norms and spectra of any LoRA file.
+
+    Attributes:
+        file: A LoRA of kohya's, diffusers' or peft's make, a folder that peft saved, or the output
+            folder of `cntlora train`.
+        model: The base model (a .safetensors file, or a folder of diffusers or transformers), for
+            norms relative to the frozen weights.
+        output: Folder for the pictures; default: beside the file.
+        json: Print JSON instead of tables.
+        pictures: Draw the rank allocation and the spectra.
+    """
+
+    file: tyro.conf.Positional[Path]
+    model: Path | None = None
+    output: Path | None = None
+    json: bool = False
+    pictures: bool = True
+
+    def after_cancel(self) -> str:
+        return ""
+
+    def run(self, reporter: ConsoleReporter) -> None:
+        import json
+
+        from cntlora_core.inspection import inspect_lora
+        from cntlora_core.inspection_view import draw_pictures, show
+        from cntlora_core.progress import stage_progress
+
+        inspection = inspect_lora(
+            self.file, model=self.model, progress=stage_progress(reporter, "measuring layers")
+        )
+        if not self.json:
+            show(inspection)
+        pictures = draw_pictures(inspection, self.output) if self.pictures else []
+        if self.json:
+            found = inspection.to_dict() | {"pictures": [str(path) for path in pictures]}
+            print(json.dumps(found, indent=2, allow_nan=False))
+        else:
+            for path in pictures:
+                print(path)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Measure, against named peers, in one run.
+
+    Attributes:
+        what: The start of an adapter.
+        settings: What is measured.
+    """
+
+    what: tyro.conf.Positional[Literal["init"]]
+    settings: Annotated[InitBenchmark, tyro.conf.arg(name="")] = field(
+        default_factory=InitBenchmark
+    )
+
+    def after_cancel(self) -> str:
+        return f"; what was measured so far is in {self.settings.output}"
+
+    def run(self, reporter: ConsoleReporter) -> None:
+        if self.settings.scaling:
+            from cntlora_core.benchmark.init_scaling import run_scaling, show_scaling
+
+            show_scaling(run_scaling(self.settings, reporter))
+        elif self.settings.tried:
+            from cntlora_core.benchmark.init_tried import run_tried, show_tried
+
+            show_tried(run_tried(self.settings, reporter))
+        else:
+            from cntlora_core.benchmark.init import run_cases, show_cases
+
+            show_cases(run_cases(self.settings, reporter))
+        print(self.settings.output)
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "train": Train,
+    "sample": Sample,
+    "demo": Demo,
+    "inspect": Inspect,
+    "bench": Bench,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
