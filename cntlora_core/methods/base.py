@@ -138,8 +138,8 @@ class WrappedModel:
         model: A PeftModel, or for full fine-tuning the base model itself.
         report: What was done.
         plan: The starting factors, where the method has them.
-        after_step: To be called with the number of steps done, after each ``backward`` and before
-            the gradients are cleared; None where a method asks for nothing.
+        after_step: To be called with the number of steps done, after the optimizer's step and
+            before the gradients are cleared; None where a method asks for nothing.
     """
 
     model: nn.Module

@@ -19,7 +19,7 @@ from peft import (
 from torch import nn
 
 from cntlora_core.methods.base import StartReport, StartRequest, WrappedModel
-from cntlora_core.methods.from_weights import pattern_of, seeded
+from cntlora_core.methods.from_weights import pattern_of
 
 INITIAL_RANK_FACTOR = 1.5
 """AdaLoRA starts this much wider than the rank that is left in the end, as in its paper."""
@@ -141,7 +141,6 @@ def _wrapped(
     name: str, model: nn.Module, config: PeftConfig, request: StartRequest
 ) -> WrappedModel:
     start = time.perf_counter()
-    with seeded(request.seed):
-        peft_model = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
+    peft_model = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
     ranks = {point.name: request.rank for point in request.points}
     return WrappedModel(peft_model, StartReport(name, ranks, 0.0, time.perf_counter() - start))

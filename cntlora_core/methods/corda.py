@@ -6,7 +6,8 @@ import time
 from typing import Any, Literal
 
 import torch
-from peft import CordaConfig, LoraConfig
+from peft import LoraConfig
+from peft.tuners.lora.config import CordaConfig
 from torch import Tensor, nn
 
 from cntlora_core.adapter import AdapterPlan

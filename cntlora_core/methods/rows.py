@@ -64,11 +64,13 @@ class RowPasses:
         self.batches_done += 1
 
     def require_rows(self, method: str) -> None:
-        """Refuse a point that no pass has called.
+        """Refuse data without batches, and a point that no pass has called.
 
         Raises:
             ValueError: naming it.
         """
+        if self.batches_done == 0:
+            raise ValueError("there are no batches to read activations from: give at least one")
         unread = [name for name, count in self.rows.items() if count == 0]
         if unread:
             raise ValueError(

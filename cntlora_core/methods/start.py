@@ -25,6 +25,7 @@ from cntlora_core.attachment import find_attachment_points
 from cntlora_core.config import CNTLoRAConfig
 from cntlora_core.initialize import ForwardFn, ProgressFn
 from cntlora_core.methods.base import Limits, Method, StartReport, StartRequest, WrappedModel
+from cntlora_core.methods.from_weights import seeded
 from cntlora_core.methods.registry import get_method
 
 _INITS = {"corda_ipm": "corda", "corda_kpm": "corda", "lora_gaussian": "gaussian"}
@@ -53,7 +54,7 @@ class StartedAdapter:
     def after_step(self, step: int) -> None:
         """What a method does between two steps: AdaLoRA prunes; all others do nothing.
 
-        To be called after ``backward`` and before the gradients are cleared.
+        To be called after the optimizer's step and before the gradients are cleared.
 
         Args:
             step: How many steps are done, from 1.
@@ -175,17 +176,21 @@ def start_adapter(
         limits=limits or Limits(),
         passes_progress=progress,
     )
-    if chosen.wrap is not None:
-        wrapped = chosen.wrap(model, lora_config, request)
-    else:
-        assert chosen.plan is not None
-        planned = chosen.plan(request)
-        peft_model, rounding = inject_adapter(
-            model, _without_sub_configs(lora_config), planned.plan
-        )
-        report = dataclasses.replace(planned.report, rounding=max(rounding.values(), default=0.0))
-        wrapped = WrappedModel(peft_model, report, planned.plan)
-    return StartedAdapter(wrapped.model, chosen, wrapped.report, wrapped.plan, steps, wrapped)
+    with seeded(seed):
+        wrapped = _start(chosen, model, lora_config, request)
+    return StartedAdapter(wrapped.model, chosen, wrapped.report, wrapped.plan, wrapped.after_step)
+
+
+def _start(
+    method: Method, model: nn.Module, lora_config: LoraConfig, request: StartRequest
+) -> WrappedModel:
+    if method.wrap is not None:
+        return method.wrap(model, lora_config, request)
+    assert method.plan is not None
+    planned = method.plan(request)
+    peft_model, rounding = inject_adapter(model, _without_start(lora_config), planned.plan)
+    report = dataclasses.replace(planned.report, rounding=max(rounding.values(), default=0.0))
+    return WrappedModel(peft_model, report, planned.plan)
 
 
 def _check(
