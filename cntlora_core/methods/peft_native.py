@@ -215,8 +215,8 @@ PEFT_METHODS = (
         b_starts_at_zero=True,
         image_file=None,
         image_file_note=(
-            "loaders disagree about the lengths (dora_scale) that a DoRA file adds: the trained "
-            "model would not be what they load"
+            "loaders read the lengths that a DoRA file adds (dora_scale) differently, or leave "
+            "them out: what they load would not be the trained model"
         ),
         comparison_only=True,
         wrap=_dora,
