@@ -18,6 +18,7 @@ from cntlora_core.console import Cancelled, ConsoleReporter
 from cntlora_core.diffusion.settings import (
     AdapterSettings,
     JobSettings,
+    Method,
     OutputSettings,
     Precision,
     PriorSettings,
@@ -169,13 +170,13 @@ class Demo:
     Attributes:
         output: Folder for everything that the demo leaves.
         subject: Which of the embedded subjects; default: the first.
-        method: How the adapter starts.
+        method: How the adapter starts; `cntlora methods` describes them.
         steps: Training steps.
     """
 
     output: Path = Path("demo_output")
     subject: str | None = None
-    method: Annotated[str, tyro.conf.arg(metavar="{cross,self,shift,lora}")] = "cross"
+    method: Method = "cross"
     steps: int = 1000
 
     def after_cancel(self) -> str:
@@ -271,12 +272,36 @@ class Bench:
         print(self.settings.output)
 
 
+@dataclass(frozen=True)
+class Methods:
+    """The ways to start an adapter: what each reads, what it changes, what a file can hold of it.
+
+    Attributes:
+        json: Print the whole records, as JSON.
+    """
+
+    json: bool = False
+
+    def after_cancel(self) -> str:
+        return ""
+
+    def run(self, _reporter: ConsoleReporter) -> None:
+        from cntlora_core.methods.table import methods_json, methods_table
+
+        if self.json:
+            print(methods_json())
+            return
+        console = Console()
+        console.print(methods_table())
+
+
 COMMANDS: dict[str, Callable[..., Any]] = {
     "train": Train,
     "sample": Sample,
     "demo": Demo,
     "inspect": Inspect,
     "bench": Bench,
+    "methods": Methods,
 }
 
 
