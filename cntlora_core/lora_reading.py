@@ -99,6 +99,27 @@ def read_lora_file(
     return LoRAFile(layers, metadata, layout, tuple(unknown))
 
 
+def read_lora_tensors(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, name: str = "the LoRA"
+) -> LoRAFile:
+    """The same for the content of one ``.safetensors`` file that is in memory.
+
+    Args:
+        tensors: By key, in kohya's or diffusers' layout.
+        metadata: The file's header.
+        name: What error messages call it.
+
+    Raises:
+        ValueError: it is something else, in words.
+    """
+    header = dict(metadata or {})
+    _require_lora(Path(name), tensors)
+    layers, layout, unknown = _layers_of(Path(name), dict(tensors), header, None, None)
+    if not layers:
+        raise ValueError(f"{name} has no key that fits a layer of SD 1.5; it has {unknown[:5]}")
+    return LoRAFile(layers, header, layout, tuple(unknown))
+
+
 def _parts_of_folder(folder: Path) -> dict[str | None, Path]:
     if (folder / PEFT_WEIGHTS).is_file():
         return {None: folder / PEFT_WEIGHTS}

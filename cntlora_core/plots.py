@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,15 @@ _PROJECTIONS = {
 
 def plot_loss(history: Sequence[Mapping[str, float]], path: Path, title: str = "") -> None:
     """Loss and gradient norm against steps, with a running mean."""
+    _save(_loss_figure(history, title), path)
+
+
+def loss_picture(history: Sequence[Mapping[str, float]], title: str = "") -> Image.Image:
+    """What :func:`plot_loss` writes, as a picture."""
+    return _picture(_loss_figure(history, title))
+
+
+def _loss_figure(history: Sequence[Mapping[str, float]], title: str) -> Figure:
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     steps = np.arange(1, len(history) + 1)
@@ -40,11 +50,45 @@ def plot_loss(history: Sequence[Mapping[str, float]], path: Path, title: str = "
     right.plot(steps, norms, color="#666666", alpha=0.18, linewidth=0.8)
     right.plot(steps, _running_mean(norms), color="#444444")
     right.set(xlabel="step", ylabel="gradient norm", yscale="log", title="gradient norm")
-    _save(figure, path)
+    return figure
+
+
+def loss_thumbnail(losses: Sequence[float], steps: int, width: int = 384) -> Image.Image:
+    """A running mean of the loss so far, quick enough to be drawn while training.
+
+    Args:
+        losses: One for each step done, at least one.
+        steps: How many there will be; the axis has room for all of them.
+        width: Of the picture in pixels; it is half as high.
+    """
+    height, margin = width // 2, 22
+    means = _running_mean(np.asarray(losses, dtype=np.float64))
+    low, high = float(means.min()), float(means.max())
+    x = margin + (width - 2 * margin) * np.arange(1, len(means) + 1) / max(steps, len(means))
+    y = height - margin - (height - 2 * margin) * (means - low) / (high - low or 1.0)
+    picture = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(picture)
+    font = ImageFont.load_default(11)
+    pen.line(
+        [(margin, margin), (margin, height - margin), (width - margin, height - margin)], "grey"
+    )
+    pen.line(list(zip(x.tolist(), y.tolist())), fill="#2f6db5", width=2)
+    text = f"loss {means[-1]:.4f}   step {len(losses)} of {steps}"
+    pen.text((margin + 6, 4), text, fill="black", font=font)
+    return picture
 
 
 def plot_ranks(ranks: Mapping[str, int], path: Path, title: str = "") -> None:
     """Rank against depth: one line for each projection, one panel for each part of the model."""
+    _save(_rank_figure(ranks, title), path)
+
+
+def rank_picture(ranks: Mapping[str, int], title: str = "") -> Image.Image:
+    """What :func:`plot_ranks` writes, as a picture."""
+    return _picture(_rank_figure(ranks, title))
+
+
+def _rank_figure(ranks: Mapping[str, int], title: str) -> Figure:
     panels = rank_lines(ranks)
     figure = Figure(figsize=(4.2 * len(panels), 3.6), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
@@ -56,7 +100,7 @@ def plot_ranks(ranks: Mapping[str, int], path: Path, title: str = "") -> None:
     axes[0].set(ylabel="rank")
     if title:
         figure.suptitle(title)
-    _save(figure, path)
+    return figure
 
 
 def rank_lines(ranks: Mapping[str, int]) -> dict[str, dict[str, list[int]]]:
@@ -98,11 +142,11 @@ def comparison_sheet(
     *,
     side: int = 160,
 ) -> Image.Image:
-    """The subject's photos above, then for each prompt what each model draws.
+    """The subject's photos above, if any, then rows of pictures under labelled columns.
 
     Args:
         photos: The subject.
-        rows: Prompt, and for each column the pictures drawn for it.
+        rows: A label such as the prompt, and for each column the pictures that belong there.
         columns: A heading for each column.
         side: Side of a picture in pixels.
     """
@@ -110,8 +154,11 @@ def comparison_sheet(
     font = ImageFont.load_default(13)
     per_cell = max(len(cell) for _, cells in rows for cell in cells)
     column_width = per_cell * (side + gap) + 2 * gap
+    headings = [textwrap.wrap(text, max(8, column_width // 8)) for text in columns]
+    heading_height = max(1, *(len(lines) for lines in headings)) * line
     width = max(label_width + len(columns) * column_width, label_width + len(photos) * (side + gap))
-    height = 2 * (line + gap) + (side + gap) + len(rows) * (side + gap) + gap
+    photos_height = side + 2 * gap if photos else 0
+    height = photos_height + heading_height + 3 * gap + len(rows) * (side + gap)
     sheet = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(sheet)
 
@@ -120,13 +167,15 @@ def comparison_sheet(
         sheet.paste(ImageOps.fit(image.convert("RGB"), (side, side), resample), (x, y))
 
     y = gap
-    pen.text((gap, y + side // 2), "photos of the subject", fill="black", font=font)
+    if photos:
+        pen.text((gap, y + side // 2), "photos of the subject", fill="black", font=font)
     for i, photo in enumerate(photos):
         put(photo, label_width + i * (side + gap), y)
-    y += side + 2 * gap
-    for i, heading in enumerate(columns):
-        pen.text((label_width + i * column_width, y), heading, fill="black", font=font)
-    y += line + gap
+    y += photos_height
+    for i, lines in enumerate(headings):
+        place = (label_width + i * column_width, y)
+        pen.multiline_text(place, "\n".join(lines), fill="black", font=font)
+    y += heading_height + gap
     for prompt, cells in rows:
         text = "\n".join(textwrap.wrap(prompt, 26))
         pen.multiline_text((gap, y + side // 3), text, fill="black", font=font)
@@ -148,6 +197,24 @@ def _running_mean(values: np.ndarray, window: int = 50) -> np.ndarray:
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(ends - window, 0)
     return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def contact_sheet(pictures: Sequence[Image.Image], *, side: int = 128) -> Image.Image:
+    """Pictures side by side in rows, each fitted into a square of ``side`` pixels."""
+    columns = max(1, math.ceil(math.sqrt(len(pictures))))
+    rows = math.ceil(len(pictures) / columns)
+    sheet = Image.new("RGB", (columns * side, rows * side), "white")
+    for i, picture in enumerate(pictures):
+        fitted = ImageOps.fit(picture.convert("RGB"), (side, side), Image.Resampling.LANCZOS)
+        sheet.paste(fitted, ((i % columns) * side, (i // columns) * side))
+    return sheet
+
+
+def _picture(figure: Figure) -> Image.Image:
+    figure.set_dpi(110)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
 def _save(figure: Figure, path: Path) -> None:
