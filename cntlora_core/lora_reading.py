@@ -99,6 +99,21 @@ def read_lora_file(
     return LoRAFile(layers, metadata, layout, tuple(unknown))
 
 
+def load_lora_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A LoRA file's tensors by their keys, copied into memory, and its header.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: it is something else, in words.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no LoRA file {path}")
+    tensors, header = _load_tensors(path)
+    _require_lora(path, tensors)
+    return {key: tensor.clone() for key, tensor in tensors.items()}, header
+
+
 def read_lora_tensors(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, name: str = "the LoRA"
 ) -> LoRAFile:

@@ -9,8 +9,8 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from cntlora_core.diffusion.sampler import LoRAUse, SamplingSettings, apply_lora_files, draw
-from cntlora_core.plots import comparison_sheet
 from cntlora_core.progress import Reporter, silent
+from cntlora_core.sheets import comparison_sheet
 
 BASE_LABEL = "without a LoRA"
 LARGEST_SIDE = 256

@@ -35,8 +35,9 @@ from cntlora_core.diffusion.trainer import SubjectTrainer
 from cntlora_core.files import require_writable_folder, safe_name, write_json_atomic
 from cntlora_core.initialize import ROUNDING_TO_MENTION
 from cntlora_core.memory import freed_memory_kept
-from cntlora_core.plots import plot_loss, plot_ranks, save_image
+from cntlora_core.plots import plot_loss, plot_ranks
 from cntlora_core.progress import Reporter, silent, stage_progress
+from cntlora_core.sheets import save_image
 
 STATE_NAME = "state.safetensors"
 RECORD_NAME = "run.json"
