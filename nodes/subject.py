@@ -93,8 +93,8 @@ class SubjectPhotos(io.ComfyNode):
                     "folder",
                     options=input_folders(),
                     default=NO_FOLDER,
-                    tooltip="Or a folder of photos in ComfyUI's input directory. A text file of "
-                    "the same name beside a photo is its caption.",
+                    tooltip="Or a folder of photos in ComfyUI's input directory, or an example. A "
+                    "text file of the same name beside a photo is its caption.",
                 ),
                 io.String.Input(
                     "token",

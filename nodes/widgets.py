@@ -20,6 +20,7 @@ ADVANCED = {"advanced": True}
 SMALL_MODEL = "small model (built in, 64 px)"
 FOLDER_MARK = "diffusers/"
 NO_FOLDER = "(none)"
+EXAMPLE_MARK = "example/"
 LARGEST_SEED = 2**32 - 1
 
 
@@ -67,19 +68,22 @@ def model_path(name: str) -> Path:
 
 
 def input_folders() -> list[str]:
-    """No folder, then the folders of ComfyUI's input directory that hold pictures."""
+    """No folder, the folders of ComfyUI's input directory that hold pictures, the examples."""
     root = Path(folder_paths.get_input_directory())
     found = (p.parent for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
     names = {folder.relative_to(root).as_posix() for folder in found if folder != root}
-    return [NO_FOLDER, *sorted(name for name in names if not name.startswith("."))]
+    own = sorted(name for name in names if not name.startswith((".", EXAMPLE_MARK)))
+    return [NO_FOLDER, *own, *(f"{EXAMPLE_MARK}{name}" for name in mini.subjects())]
 
 
 def input_folder(name: str) -> Path:
-    """The folder of that name in ComfyUI's input directory.
+    """The folder of that name in ComfyUI's input directory, or the photos of an example.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError, ValueError: there is none.
     """
+    if name.startswith(EXAMPLE_MARK):
+        return mini.subject(name.removeprefix(EXAMPLE_MARK)).photos
     root = Path(folder_paths.get_input_directory()).resolve()
     folder = (root / name).resolve()
     if root not in folder.parents or not folder.is_dir():

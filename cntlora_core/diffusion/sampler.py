@@ -137,14 +137,21 @@ def apply_lora_files(pipeline: StableDiffusionPipeline, loras: Sequence[LoRAUse]
                     str(lora.path.parent), weight_name=lora.path.name, adapter_name=name
                 )
             else:
-                pipeline.load_lora_weights(dict(lora.tensors), adapter_name=name)
+                # Copies, since those of inference mode could not become parameters outside of it.
+                copies = {key: tensor.clone() for key, tensor in lora.tensors.items()}
+                pipeline.load_lora_weights(copies, adapter_name=name)
         except (RuntimeError, KeyError) as error:
             raise ValueError(
-                f"{lora.path} does not fit this model: {error}. A LoRA of SD1.5 and its "
-                "fine-tunes is needed"
+                f"{lora.path} does not fit this model: a LoRA of just such a model (SD1.5 or the "
+                f"small one) is needed. {_shortened(str(error))}"
             ) from error
     if loras:
         pipeline.set_adapters(names, [lora.strength for lora in loras])
+
+
+def _shortened(text: str, length: int = 300) -> str:
+    """The first of what torch may say of each of hundreds of layers."""
+    return text if len(text) <= length else f"{text[:length]} ..."
 
 
 def draw(
