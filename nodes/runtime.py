@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import time
 import traceback
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from cntlora_core.memory import give_back_freed_memory
 from cntlora_core.sheets import loss_thumbnail
 
 from .host import ProgressBar, model_management
+
+logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_TEXTS = 0.5
 SECONDS_BETWEEN_PICTURES = 3.0
@@ -52,6 +55,8 @@ class HostReporter:
 
     def _say(self, stage: str, done: int, total: int, values: dict[str, Any]) -> None:
         now = time.monotonic()
+        if stage not in self._started:
+            logger.info("CNTLoRA: %s", stage)
         started, before = self._started.setdefault(stage, (now, done))
         if now - self._last_text < SECONDS_BETWEEN_TEXTS and done < total:
             return

@@ -54,7 +54,7 @@ def given_photos(images: list[Tensor] | None, folder: str, captions: list[str]) 
     Raises:
         ValueError, OSError: neither or both, or pictures that cannot be used, in words.
     """
-    texts = captions if len(captions) > 1 else list(lines(captions[0] if captions else ""))
+    texts = captions if len(captions) > 1 else list(lines(captions[0]))
     if images is None and folder == NO_FOLDER:
         raise ValueError(
             "there are no photos: connect images, or choose a folder of ComfyUI's input directory"
@@ -111,7 +111,6 @@ class SubjectPhotos(io.ComfyNode):
                     "captions",
                     default="",
                     multiline=True,
-                    optional=True,
                     tooltip="One line for each connected image, or empty. {token} and {class} are "
                     "filled in.",
                 ),
@@ -151,10 +150,10 @@ class SubjectPhotos(io.ComfyNode):
         folder: list[str],
         token: list[str],
         class_name: list[str],
+        captions: list[str],
         flip: list[bool],
         resolution: list[int],
         images: Any = None,
-        captions: Any = None,
     ) -> str:
         """Changes with the content of the folder, not only with its name."""
         return "" if folder[0] == NO_FOLDER else folder_digest(input_folder(folder[0]))
@@ -165,10 +164,10 @@ class SubjectPhotos(io.ComfyNode):
         folder: list[str],
         token: list[str],
         class_name: list[str],
+        captions: list[str],
         flip: list[bool],
         resolution: list[int],
         images: list[Tensor] | None = None,
-        captions: list[str] | None = None,
     ) -> io.NodeOutput:
         from cntlora_core.diffusion.stages import read_subject
 
@@ -179,7 +178,7 @@ class SubjectPhotos(io.ComfyNode):
             resolution=resolution[0] or None,
             flip=flip[0],
         )
-        subject = read_subject(settings, given_photos(images, folder[0], captions or []))
+        subject = read_subject(settings, given_photos(images, folder[0], captions))
         side = settings.resolution or PREVIEW_SIDE
         pictures = [
             ImageOps.fit(photo.image, (side, side), Image.Resampling.LANCZOS)
