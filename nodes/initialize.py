@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, get_args
 
 from cntlora_core.config import CNTLoRAConfig, Factorization, RankBudget, Subspace
-from cntlora_core.diffusion.settings import AdapterSettings, torch_dtype
+from cntlora_core.diffusion.settings import AdapterSettings, Method, torch_dtype
 
 from .host import io
 from .pictures import image_tensor, shown
@@ -25,24 +25,6 @@ if TYPE_CHECKING:
     from cntlora_core.diffusion.stages import Start, Subject
 
 SHIFT_KINDS = ("a number", "random (normal)")
-
-
-def adapter_settings(
-    method: str, rank: int, alpha: float, train_text_encoder: bool, passes: int, **start: object
-) -> AdapterSettings:
-    """The core's settings from what the widgets hold; an alpha of 0 leaves it to the core.
-
-    Raises:
-        ValueError: for values that make no sense together, in words.
-    """
-    return AdapterSettings(
-        method=method,  # pyright: ignore[reportArgumentType]
-        rank=rank,
-        alpha=alpha or None,
-        train_text_encoder=train_text_encoder,
-        init_passes=passes,
-        cntlora=CNTLoRAConfig(**start),  # pyright: ignore[reportArgumentType]
-    )
 
 
 def make_start(model: ModelChoice, subject: Subject, adapter: AdapterSettings, seed: int) -> Start:
@@ -93,16 +75,16 @@ class Initialize(io.ComfyNode):
         cls,
         model: ModelChoice,
         subject: Subject,
-        method: str,
+        method: Method,
         rank: int,
         alpha: float,
         train_text_encoder: bool,
-        rank_budget: str,
+        rank_budget: RankBudget,
         split: float,
         shift: float,
         shift_kind: str,
-        factorization: str,
-        subspace: str,
+        factorization: Factorization,
+        subspace: Subspace,
         damping: float,
         preserve_output: bool,
         min_rank: int,
@@ -112,12 +94,7 @@ class Initialize(io.ComfyNode):
     ) -> io.NodeOutput:
         from cntlora_core.plots import rank_picture
 
-        adapter = adapter_settings(
-            method,
-            rank,
-            alpha,
-            train_text_encoder,
-            passes,
+        cntlora = CNTLoRAConfig(
             rank_budget=rank_budget,
             split=split,
             shift=shift if shift_kind == SHIFT_KINDS[0] else "normal",
@@ -127,6 +104,14 @@ class Initialize(io.ComfyNode):
             preserve_output=preserve_output,
             min_rank=min_rank,
             rho=rho,
+        )
+        adapter = AdapterSettings(
+            method=method,
+            rank=rank,
+            alpha=alpha or None,
+            train_text_encoder=train_text_encoder,
+            init_passes=passes,
+            cntlora=cntlora,
         )
         start = make_start(model, subject, adapter, start_seed)
         picture = rank_picture(start.plan.ranks, f"{method}: ranks")
