@@ -43,10 +43,12 @@ class LoadModel(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, checkpoint: str) -> bool | str:
+    def validate_inputs(cls, checkpoint: str | None) -> bool | str:
         """Say at once, in words, if the file is no Stable Diffusion 1.5 model."""
         from cntlora_core.diffusion.checkpoint import require_sd15
 
+        if checkpoint is None:  # it comes from another node, which has not run yet
+            return True
         try:
             require_sd15(model_path(checkpoint))
         except (OSError, ValueError) as error:

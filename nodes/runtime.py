@@ -50,8 +50,7 @@ class HostReporter:
         if "loss" in values:
             self._losses.append(float(values["loss"]))
         self._say(stage, done, total, values)
-        reached = 1000 * (done + values.get("within", 0.0)) / total
-        self._bar.update_absolute(int(reached), 1000, self._preview(values))
+        self._bar.update_absolute(done + values.get("within", 0.0), total, self._preview(values))
 
     def _say(self, stage: str, done: int, total: int, values: dict[str, Any]) -> None:
         now = time.monotonic()
