@@ -119,7 +119,7 @@ class Sample:
             load_for_sampling,
         )
         from cntlora_core.files import require_writable_folder, safe_name
-        from cntlora_core.plots import save_image
+        from cntlora_core.sheets import save_image
 
         if not self.prompt:
             raise ValueError("give at least one --prompt")

@@ -26,8 +26,8 @@ from cntlora_core.diffusion.settings import (
     TrainingSettings,
 )
 from cntlora_core.files import write_json_atomic
-from cntlora_core.plots import comparison_sheet, save_image
 from cntlora_core.progress import Reporter, silent
+from cntlora_core.sheets import comparison_sheet, save_image
 
 SHEET_NAME = "before_and_after.png"
 PICTURES_PER_PROMPT = 3

@@ -98,6 +98,42 @@ def read_lora_file(
     return LoRAFile(layers, metadata, layout, tuple(unknown))
 
 
+def load_lora_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A LoRA file's tensors by their keys, copied into memory, and its header.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: it is something else, in words.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no LoRA file {path}")
+    tensors, header = _load_tensors(path)
+    _require_lora(path, tensors)
+    return {key: tensor.clone() for key, tensor in tensors.items()}, header
+
+
+def read_lora_tensors(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, name: str = "the LoRA"
+) -> LoRAFile:
+    """The same for the content of one ``.safetensors`` file that is in memory.
+
+    Args:
+        tensors: By key, in kohya's or diffusers' layout.
+        metadata: The file's header.
+        name: What error messages call it.
+
+    Raises:
+        ValueError: it is something else, in words.
+    """
+    header = dict(metadata or {})
+    _require_lora(Path(name), tensors)
+    layers, layout, unknown = _layers_of(Path(name), dict(tensors), header, None, None)
+    if not layers:
+        raise ValueError(f"{name} has no key that fits a layer of SD 1.5; it has {unknown[:5]}")
+    return LoRAFile(layers, header, layout, tuple(unknown))
+
+
 def parts_of_folder(folder: Path) -> dict[str | None, Path]:
     """The weights in a peft folder, by component; None where the folder is one adapter's own.
 

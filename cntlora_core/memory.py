@@ -48,6 +48,13 @@ def freed_memory_kept(active: bool = True) -> Iterator[None]:
     finally:
         for parameter, value in _AFTERWARDS.items():
             libc.mallopt(parameter, value)
+        give_back_freed_memory()
+
+
+def give_back_freed_memory() -> None:
+    """Return what this process has freed to the system, as far as the C library can."""
+    libc = _glibc()
+    if libc is not None:
         libc.malloc_trim(0)
 
 

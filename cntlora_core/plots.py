@@ -1,9 +1,8 @@
-"""Pictures of a run: its loss, its ranks, and what the model draws before and after."""
+"""Plots of a run: its loss and its ranks."""
 
 from __future__ import annotations
 
 import re
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,9 +11,10 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image
 
 from cntlora_core.files import atomic_write
+from cntlora_core.sheets import running_mean
 
 Value = TypeVar("Value")
 
@@ -27,6 +27,15 @@ _PROJECTIONS = {
 
 def plot_loss(history: Sequence[Mapping[str, float]], path: Path, title: str = "") -> None:
     """Loss and gradient norm against steps, with a running mean."""
+    _save(_loss_figure(history, title), path)
+
+
+def loss_picture(history: Sequence[Mapping[str, float]], title: str = "") -> Image.Image:
+    """What :func:`plot_loss` writes, as a picture."""
+    return _picture(_loss_figure(history, title))
+
+
+def _loss_figure(history: Sequence[Mapping[str, float]], title: str) -> Figure:
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     steps = np.arange(1, len(history) + 1)
@@ -37,18 +46,27 @@ def plot_loss(history: Sequence[Mapping[str, float]], path: Path, title: str = "
         values = np.array([record[key] for record in history])
         if values.any():
             left.plot(steps, values, color=colour, alpha=0.18, linewidth=0.8)
-            left.plot(steps, _running_mean(values), color=colour, label=label)
+            left.plot(steps, running_mean(values), color=colour, label=label)
     left.set(xlabel="step", ylabel="denoising loss", yscale="log", title=title or "loss")
     left.legend(frameon=False)
     norms = np.array([record["grad_norm"] for record in history])
     right.plot(steps, norms, color="#666666", alpha=0.18, linewidth=0.8)
-    right.plot(steps, _running_mean(norms), color="#444444")
+    right.plot(steps, running_mean(norms), color="#444444")
     right.set(xlabel="step", ylabel="gradient norm", yscale="log", title="gradient norm")
-    _save(figure, path)
+    return figure
 
 
 def plot_ranks(ranks: Mapping[str, int], path: Path, title: str = "") -> None:
     """Rank against depth: one line for each projection, one panel for each part of the model."""
+    _save(_rank_figure(ranks, title), path)
+
+
+def rank_picture(ranks: Mapping[str, int], title: str = "") -> Image.Image:
+    """What :func:`plot_ranks` writes, as a picture."""
+    return _picture(_rank_figure(ranks, title))
+
+
+def _rank_figure(ranks: Mapping[str, int], title: str) -> Figure:
     panels = rank_lines(ranks)
     figure, axes = _panels(len(panels), title)
     top = max(ranks.values())
@@ -57,7 +75,7 @@ def plot_ranks(ranks: Mapping[str, int], path: Path, title: str = "") -> None:
             axis.plot(range(1, len(values) + 1), values, marker="o", markersize=3, label=projection)
         axis.set(title=part, xlabel="depth", ylabel="rank", ylim=(0, 1.08 * top))
         axis.legend(frameon=False, fontsize=8)
-    _save(figure, path)
+    return figure
 
 
 def plot_spectra(
@@ -174,63 +192,11 @@ def _depth(name: str) -> list[tuple[int, int, str]]:
     return [(stage, 0, "")] + [(0, number, text) for number, text in pieces]
 
 
-def comparison_sheet(
-    photos: Sequence[Image.Image],
-    rows: Sequence[tuple[str, Sequence[Sequence[Image.Image]]]],
-    columns: Sequence[str],
-    *,
-    side: int = 160,
-) -> Image.Image:
-    """The subject's photos above, then for each prompt what each model draws.
-
-    Args:
-        photos: The subject.
-        rows: Prompt, and for each column the pictures drawn for it.
-        columns: A heading for each column.
-        side: Side of a picture in pixels.
-    """
-    gap, label_width, line = 6, 190, 16
-    font = ImageFont.load_default(13)
-    per_cell = max(len(cell) for _, cells in rows for cell in cells)
-    column_width = per_cell * (side + gap) + 2 * gap
-    width = max(label_width + len(columns) * column_width, label_width + len(photos) * (side + gap))
-    height = 2 * (line + gap) + (side + gap) + len(rows) * (side + gap) + gap
-    sheet = Image.new("RGB", (width, height), "white")
-    pen = ImageDraw.Draw(sheet)
-
-    def put(image: Image.Image, x: int, y: int) -> None:
-        resample = Image.Resampling.NEAREST if image.width < side else Image.Resampling.LANCZOS
-        sheet.paste(ImageOps.fit(image.convert("RGB"), (side, side), resample), (x, y))
-
-    y = gap
-    pen.text((gap, y + side // 2), "photos of the subject", fill="black", font=font)
-    for i, photo in enumerate(photos):
-        put(photo, label_width + i * (side + gap), y)
-    y += side + 2 * gap
-    for i, heading in enumerate(columns):
-        pen.text((label_width + i * column_width, y), heading, fill="black", font=font)
-    y += line + gap
-    for prompt, cells in rows:
-        text = "\n".join(textwrap.wrap(prompt, 26))
-        pen.multiline_text((gap, y + side // 3), text, fill="black", font=font)
-        for i, cell in enumerate(cells):
-            for j, image in enumerate(cell):
-                put(image, label_width + i * column_width + j * (side + gap), y)
-        y += side + gap
-    return sheet
-
-
-def save_image(image: Image.Image, path: Path) -> None:
-    """Write a picture whole or not at all; the format is that of the file's ending."""
-    with atomic_write(path) as temporary:
-        image.save(temporary, format=Image.registered_extensions()[path.suffix.lower()])
-
-
-def _running_mean(values: np.ndarray, window: int = 50) -> np.ndarray:
-    sums = np.cumsum(np.insert(values, 0, 0.0))
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(ends - window, 0)
-    return (sums[ends] - sums[starts]) / (ends - starts)
+def _picture(figure: Figure) -> Image.Image:
+    figure.set_dpi(110)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 Reporter = Callable[[str, int, int, dict[str, Any]], None]
 """``reporter(stage, done, total, values)``, called often by the thread that works.
 
-``stage`` is a phrase for a person, ``values`` what there is to show: loss, image or note.
+``stage`` is a phrase for a person, ``values`` what there is to show: loss, image or note;
+``within`` is what unfinished items add to ``done``.
 An exception raised here ends the work cleanly at that point.
 """
 

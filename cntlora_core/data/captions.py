@@ -196,8 +196,7 @@ def training_prompts(
                 f"the caption of {label} has a placeholder ({caption!r}), but the subject was "
                 "given by full prompts. Give a token and a class name, or write the words out."
             )
-        values = {"{token}": subject.token or "", "{class}": subject.class_name or ""}
-        prompt = _PLACEHOLDER.sub(lambda found: values[found[0]], caption)  # noqa: B023
+        prompt = fill_placeholders(caption, subject)
         if subject.token and not _contains_word(prompt, subject.token):
             warnings.append(
                 f"the caption of {label} does not contain the token {subject.token!r}: what this "
@@ -205,6 +204,12 @@ def training_prompts(
             )
         prompts.append(prompt)
     return TrainingPrompts(tuple(prompts), tuple(warnings))
+
+
+def fill_placeholders(text: str, subject: SubjectPrompts) -> str:
+    """The text with the subject's token and class name in place of `{token}` and `{class}`."""
+    values = {"{token}": subject.token or "", "{class}": subject.class_name or ""}
+    return _PLACEHOLDER.sub(lambda found: values[found[0]], text)
 
 
 def check_prompt_length(prompt: str, tokenizer: PreTrainedTokenizerBase) -> PromptLength:

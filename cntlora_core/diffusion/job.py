@@ -12,31 +12,33 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionPipeline
 
-from cntlora_core.data.captions import (
-    SubjectPrompts,
-    encode_prompts,
-    subject_prompts,
-    token_note,
-    training_prompts,
-)
-from cntlora_core.data.latents import encode_latents
-from cntlora_core.data.photos import PhotoSet, load_photos, upscale_warnings
+from cntlora_core.data.photos import PhotoSet
 from cntlora_core.diffusion.export import ExportReport, export_lora
-from cntlora_core.diffusion.initialize import initialize_adapter
 from cntlora_core.diffusion.pipeline import StableDiffusionParts, load_stable_diffusion
 from cntlora_core.diffusion.prior import cache_folder, class_images
 from cntlora_core.diffusion.record import ModelFacts, file_metadata, run_record
-from cntlora_core.diffusion.resume import check_same_run
+from cntlora_core.diffusion.resume import check_same_run, run_identity
 from cntlora_core.diffusion.sampler import SamplingSettings, checked_device, draw
-from cntlora_core.diffusion.settings import JobSettings, SubjectSettings
+from cntlora_core.diffusion.settings import JobSettings
+from cntlora_core.diffusion.stages import (
+    Start,
+    Subject,
+    encode_class_images,
+    encode_subject,
+    plan_start,
+    read_subject,
+    training_data,
+    training_resolution,
+)
 from cntlora_core.diffusion.state import TrainingState
-from cntlora_core.diffusion.trainer import SubjectTrainer, TrainingData
+from cntlora_core.diffusion.trainer import SubjectTrainer
 from cntlora_core.files import require_writable_folder, safe_name, write_json_atomic
 from cntlora_core.initialize import ROUNDING_TO_MENTION
 from cntlora_core.memory import freed_memory_kept
 from cntlora_core.methods import get_method
-from cntlora_core.plots import plot_loss, plot_ranks, save_image
+from cntlora_core.plots import plot_loss, plot_ranks
 from cntlora_core.progress import Reporter, silent, stage_progress
+from cntlora_core.sheets import save_image
 
 STATE_NAME = "state.safetensors"
 RECORD_NAME = "run.json"
@@ -90,6 +92,9 @@ class _Run:
 def personalise(
     settings: JobSettings,
     *,
+    subject: Subject | None = None,
+    class_photos: PhotoSet | None = None,
+    start: Start | None = None,
     resume: bool = False,
     overwrite: bool = False,
     reporter: Reporter = silent,
@@ -98,6 +103,9 @@ def personalise(
 
     Args:
         settings: All there is to decide.
+        subject: The subject, read already; default: read from the settings.
+        class_photos: The class images, drawn already; default: as the settings say.
+        start: The adapter's start, planned already with the adapter settings; default: planned now.
         resume: Go on from the state that an interrupted run left in the output folder.
         overwrite: Start anew even where the output folder holds such a state or a finished run.
         reporter: Told all along what is being done; what it raises ends the run cleanly.
@@ -108,60 +116,75 @@ def personalise(
         OSError: if the output folder cannot be written to.
         NonFiniteLossError: if training blows up; the last good state is kept.
     """
+    if start is not None and start.adapter != settings.adapter:
+        raise ValueError("the start was planned with other adapter settings than the run's")
     device = checked_device(settings.training.device)
-    with torch.inference_mode(False):
-        return _personalise(settings, device, resume, overwrite, reporter)
-
-
-def _personalise(
-    settings: JobSettings, device: torch.device, resume: bool, overwrite: bool, reporter: Reporter
-) -> JobResult:
     run = _Run(reporter)
     folder = require_writable_folder(settings.output.output)
     _check_folder(folder, resume, overwrite)
-    state_path = folder / STATE_NAME
-    state = TrainingState.load(state_path) if resume else None
+    state = TrainingState.load(folder / STATE_NAME) if resume else None
     if state is not None:
         check_same_run(state, {"job": settings.to_dict()})
-    prompts = _prompts(settings.subject)
     with run.timed("photos"):
-        photos = load_photos(settings.subject.images)
-    run.note(*photos.warnings, *(f"skipped {s.path.name}: {s.reason}" for s in photos.skipped))
+        subject = subject or read_subject(settings.subject)
+    run.note(*subject.notes)
+    with torch.inference_mode(False):
+        return _personalise(settings, subject, class_photos, start, state, device, folder, run)
 
-    training = settings.training
+
+def _personalise(
+    settings: JobSettings,
+    subject: Subject,
+    class_photos: PhotoSet | None,
+    start: Start | None,
+    state: TrainingState | None,
+    device: torch.device,
+    folder: Path,
+    run: _Run,
+) -> JobResult:
+    training, reporter = settings.training, run.reporter
+    cache, state_path = cache_folder(settings.prior), folder / STATE_NAME
     with run.timed("loading"):
         reporter("loading the model", 0, 1, {})
         parts = load_stable_diffusion(settings.model, dtype=training.dtype, device=device)
         reporter("loading the model", 1, 1, {})
-    model = ModelFacts.of(parts)
-    texts = _photo_prompts(photos, prompts, parts, run)
-    data, identity = _training_data(parts, photos, prompts, texts, settings, run)
-    unet, text_encoder, tokenizer = parts.unet, parts.text_encoder, parts.tokenizer
+    if start is not None:
+        start.require_model(parts)
+    with run.timed("encoding"):
+        encoded = encode_subject(parts, subject, cache=cache, reporter=reporter)
+    run.note(*encoded.notes)
+    others = None
+    if settings.prior.prior_weight == 0:
+        class_photos = None
+    else:
+        if class_photos is None:
+            class_photos = _class_photos(parts, subject, settings, run)
+        with run.timed("encoding"):
+            others = encode_class_images(
+                parts, subject, class_photos, cache=cache, reporter=reporter
+            )
+        run.note(*others.notes)
+    data = training_data(encoded, others)
+    seed = training.seed if start is None else start.seed
+    identity = run_identity(parts.fingerprint, subject, class_photos, seed)
+    model, unet, text_encoder = ModelFacts.of(parts), parts.unet, parts.text_encoder
     noise_scheduler = parts.noise_scheduler
     preview = parts.pipeline() if training.sample_prompts else None
-    del parts  # and with it the VAE, unless samples are drawn
 
     if state is not None:
         check_same_run(state, {"identity": identity})
-        plan, report = state.plan, None
-        initialization = state.settings.get("initialization")
+        plan, initialization = state.plan, state.settings.get("initialization")
     else:
         state_path.unlink(missing_ok=True)  # of a run that is not gone on with
-        with run.timed("initialization"), freed_memory_kept(device.type == "cpu"):
-            plan, report = initialize_adapter(
-                unet,
-                text_encoder,
-                tokenizer,
-                noise_scheduler,
-                data.photos,
-                texts,
-                settings.adapter,
-                seed=training.seed,
-                reporter=reporter,
+        with run.timed("initialization"):
+            start = start or plan_start(
+                parts, encoded, settings.adapter, seed=seed, reporter=reporter
             )
-        if report is not None:
-            run.note(report.summary())
-        initialization = report.to_dict() if report is not None else None
+        if start.report is not None:
+            run.note(start.report.summary())
+        plan = start.plan
+        initialization = start.report.to_dict() if start.report is not None else None
+    del parts  # and with it the VAE, unless samples are drawn
 
     trainer = SubjectTrainer(
         unet,
@@ -194,20 +217,34 @@ def _personalise(
             state_path=state_path,
             after_step=_previewer(preview, settings, folder, reporter),
         )
-    return _finish(trainer, settings, prompts, photos, model, initialization, run, folder, identity)
+    return _finish(trainer, settings, subject, model, initialization, run, folder, identity)
+
+
+def _class_photos(
+    parts: StableDiffusionParts, subject: Subject, settings: JobSettings, run: _Run
+) -> PhotoSet:
+    with run.timed("class images"):
+        return class_images(
+            parts,
+            subject.prompts.class_prompt,
+            settings.prior,
+            resolution=training_resolution(parts, settings.subject),
+            seed=settings.training.seed,
+            reporter=run.reporter,
+        )
 
 
 def _finish(
     trainer: SubjectTrainer,
     settings: JobSettings,
-    prompts: SubjectPrompts,
-    photos: PhotoSet,
+    subject: Subject,
     model: ModelFacts,
     initialization: dict[str, Any] | None,
     run: _Run,
     folder: Path,
     identity: dict[str, Any],
 ) -> JobResult:
+    prompts = subject.prompts
     name = settings.output.name or "-".join(
         filter(None, [prompts.token, prompts.class_name, settings.adapter.method])
     )
@@ -221,7 +258,7 @@ def _finish(
             trainer.plan,
             target,
             settings.output,
-            file_metadata(stem, settings, prompts, photos, model, trainer),
+            file_metadata(stem, settings, prompts, subject.photos, model, trainer),
             stage_progress(run.reporter, "factoring for the file"),
         )
     run.reporter("writing the LoRA file", 1, 1, {})
@@ -247,78 +284,6 @@ def _finish(
     return result
 
 
-def _prompts(subject: SubjectSettings) -> SubjectPrompts:
-    return subject_prompts(
-        subject.token, subject.class_name, subject.instance_prompt, subject.class_prompt
-    )
-
-
-def _photo_prompts(
-    photos: PhotoSet, prompts: SubjectPrompts, parts: StableDiffusionParts, run: _Run
-) -> tuple[str, ...]:
-    names = [p.path.name if p.path else f"image {i}" for i, p in enumerate(photos.photos, 1)]
-    chosen = training_prompts([photo.caption for photo in photos.photos], prompts, names)
-    note = token_note(prompts.token, parts.tokenizer) if prompts.token else None
-    run.note(*chosen.warnings, *([note] if note else []))
-    return chosen.prompts
-
-
-def _training_data(
-    parts: StableDiffusionParts,
-    photos: PhotoSet,
-    prompts: SubjectPrompts,
-    texts: tuple[str, ...],
-    settings: JobSettings,
-    run: _Run,
-) -> tuple[TrainingData, dict[str, Any]]:
-    """Encode photos and class images, drawing the latter if need be."""
-    subject, prior = settings.subject, settings.prior
-    resolution = subject.resolution or parts.default_resolution
-    tokens = encode_prompts(texts, parts.tokenizer)
-    run.note(*tokens.messages, *upscale_warnings(photos.photos, resolution))
-    latents = {"cache_dir": cache_folder(prior) / "latents", "vae_fingerprint": parts.fingerprint}
-    with run.timed("encoding"):
-        encoded = encode_latents(
-            photos.photos,
-            parts.vae,
-            resolution=resolution,
-            flip=subject.flip,
-            progress=stage_progress(run.reporter, "encoding photos"),
-            **latents,
-        )
-    identity: dict[str, Any] = {
-        "model": parts.fingerprint,
-        "photos": [photo.digest for photo in photos.photos],
-        "prompts": list(texts),
-    }
-    if prior.prior_weight == 0:
-        return TrainingData(encoded, tokens.input_ids), identity
-    with run.timed("class images"):
-        others = class_images(
-            parts,
-            prompts.class_prompt,
-            prior,
-            resolution=resolution,
-            seed=settings.training.seed,
-            reporter=run.reporter,
-        )
-    run.note(*(f"skipped {s.path.name}: {s.reason}" for s in others.skipped))
-    with run.timed("encoding"):
-        encoded_others = encode_latents(
-            others.photos,
-            parts.vae,
-            resolution=resolution,
-            flip=False,
-            progress=stage_progress(run.reporter, "encoding class images"),
-            **latents,
-        )
-    class_tokens = encode_prompts([prompts.class_prompt], parts.tokenizer)
-    run.note(*encoded.notes, *encoded_others.notes, *class_tokens.messages)
-    identity["class_images"] = [photo.digest for photo in others.photos]
-    data = TrainingData(encoded, tokens.input_ids, encoded_others, class_tokens.input_ids)
-    return data, identity
-
-
 def _previewer(
     pipeline: StableDiffusionPipeline | None,
     settings: JobSettings,
@@ -340,7 +305,11 @@ def _previewer(
         pictures = draw(
             pipeline,
             training.sample_prompts,
-            SamplingSettings(resolution=settings.subject.resolution, seed=training.seed),
+            SamplingSettings(
+                steps=training.sample_steps,
+                resolution=settings.subject.resolution,
+                seed=training.seed,
+            ),
             reporter=reporter,
             stage="drawing samples",
         )

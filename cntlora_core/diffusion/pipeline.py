@@ -7,9 +7,8 @@ weights change with the file when somebody overwrites it.)
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from cntlora_core.diffusion.checkpoint import (
     read_json,
     require_sd15,
 )
+from cntlora_core.diffusion.fingerprint import fingerprint_model
 from cntlora_core.diffusion.original_layout import original_key
 
 if TYPE_CHECKING:
@@ -69,7 +69,6 @@ _OLD_VAE_ATTENTION = {
     ".to_v.": ".value.",
     ".to_out.0.": ".proj_attn.",
 }
-_SAMPLE_BYTES = 256
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _FILE_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".bin")
 
@@ -187,18 +186,13 @@ def load_parts(
     Raises:
         CheckpointError: weights are missing or have other shapes.
     """
-    models, used = {}, set()
+    models = {}
     for part in PARTS:
         files = folder_weights(path, part) if path.is_dir() else [path]
         with init_empty_weights():
             models[part] = build_model(part, configs)
         _fill(models[part], files, _names_in(path, part, models[part].config), dtype, device)
-        used.update(files)
-    if path.is_dir():
-        used.update(path / part / "config.json" for part in PARTS)
-    return assemble(
-        **models, configs=configs, source=source, fingerprint=fingerprint_files(sorted(used))
-    )
+    return assemble(**models, configs=configs, source=source, fingerprint=fingerprint_model(path))
 
 
 def assemble(
@@ -254,29 +248,6 @@ def build_model(part: str, configs: Path) -> Any:
         return CLIPTextModel(CLIPTextConfig.from_dict(config))
     kind = UNet2DConditionModel if part == "unet" else AutoencoderKL
     return kind.from_config(config)
-
-
-def fingerprint_files(files: Iterable[Path]) -> str:
-    """16 hex digits that identify the weights in ``files``, whatever their names, places and dates.
-
-    A sha256 of each file's size, of the name, dtype, shape and place of each of its tensors, and of
-    the 256 bytes in the middle of each; JSON files count in full. So about half a megabyte is read
-    of a model of any size. A change that spares the middle of every tensor goes unnoticed; training
-    changes all of a tensor.
-    """
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(f"{path.stat().st_size};".encode())
-        if path.suffix == ".json":
-            digest.update(path.read_bytes())
-            continue
-        with path.open("rb") as stream:
-            for name, entry in sorted(read_header(path).items()):
-                digest.update(f"{name};{entry.dtype};{entry.shape};{entry.start};".encode())
-                middle = (entry.start + entry.end - _SAMPLE_BYTES) // 2
-                stream.seek(max(entry.start, middle))
-                digest.update(stream.read(min(_SAMPLE_BYTES, entry.end - entry.start)))
-    return digest.hexdigest()[:16]
 
 
 def _scheduler(name: str, config: Mapping[str, Any], settings: Mapping[str, Any]) -> Any:

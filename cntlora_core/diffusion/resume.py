@@ -1,11 +1,20 @@
-"""Whether a run that is to go on is the run that was interrupted."""
+"""What makes a run the run that it is: to go on with an interrupted one, to find a finished one."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from cntlora_core.diffusion.state import TrainingState
+
+if TYPE_CHECKING:
+    from cntlora_core.data.photos import PhotoSet
+    from cntlora_core.diffusion.settings import JobSettings
+    from cntlora_core.diffusion.stages import Subject
 
 _MAY_CHANGE = {
     ("job", "output"),
@@ -17,8 +26,74 @@ _MAY_CHANGE = {
     ("job", "training", "save_every"),
     ("job", "training", "sample_prompts"),
     ("job", "training", "sample_every"),
+    ("job", "training", "sample_steps"),
     ("job", "training", "device"),
 }
+
+
+def run_identity(
+    model: str, subject: Subject, class_photos: PhotoSet | None, start_seed: int
+) -> dict[str, Any]:
+    """What a run works on, by content and not by place, as JSON values.
+
+    Args:
+        model: Fingerprint of the model.
+        subject: Photos and prompts.
+        class_photos: Class images, or None.
+        start_seed: Seed of the adapter's start.
+    """
+    identity = {"model": model, **subject.identity(), "start_seed": start_seed}
+    if class_photos is not None:
+        identity["class_images"] = [photo.digest for photo in class_photos.photos]
+    return identity
+
+
+def run_key(settings: JobSettings, identity: dict[str, Any]) -> str:
+    """16 hex digits that two runs share if they lead to the same file."""
+    output = settings.output
+    content = {
+        "run": [
+            [".".join(path), value]
+            for path, value in _leaves(_plain({"job": settings.to_dict(), "identity": identity}))
+            if not any(path[: len(free)] == free for free in _MAY_CHANGE)
+        ],
+        "file": [output.layout, output.file_precision, output.compress],
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """What a run that ended well left in its folder.
+
+    Attributes:
+        lora: The LoRA file (a folder in peft's layout).
+        history: One record per step.
+        notes: What a person was told.
+    """
+
+    lora: Path
+    history: list[dict[str, float]]
+    notes: tuple[str, ...]
+
+
+def finished_run(folder: Path, record_name: str = "run.json") -> FinishedRun | None:
+    """What a finished run left in this folder; None if there is no whole one."""
+    try:
+        record = json.loads((folder / record_name).read_text("utf-8"))
+        lora = folder / record["export"]["file"]
+        found = FinishedRun(lora, record["history"], tuple(record["notes"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if lora.exists() else None
+
+
+def _leaves(values: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if not isinstance(values, dict):
+        yield path, values
+        return
+    for key in sorted(values):
+        yield from _leaves(values[key], (*path, key))
 
 
 def check_same_run(state: TrainingState, given: dict[str, Any]) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +52,12 @@ class LoRAUse:
     Attributes:
         path: The file, in kohya or diffusers layout.
         strength: 1 as trained; less is weaker, 0 is off, negative is the opposite.
+        tensors: The content of the file where it is in memory; the path then only names it.
     """
 
     path: Path
     strength: float = 1.0
+    tensors: Mapping[str, torch.Tensor] | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def parse(cls, text: str) -> LoRAUse:
@@ -115,7 +117,7 @@ def load_for_sampling(
         ValueError: for one that does not fit the model, with the keys that did not.
     """
     for lora in loras:
-        if not lora.path.is_file():
+        if lora.tensors is None and not lora.path.is_file():
             raise FileNotFoundError(f"there is no LoRA file {lora.path}")
     parts = load_stable_diffusion(
         model, dtype=torch_dtype(precision), device=checked_device(device)
@@ -130,16 +132,26 @@ def apply_lora_files(pipeline: StableDiffusionPipeline, loras: Sequence[LoRAUse]
     names = [f"lora_{i}" for i in range(len(loras))]
     for name, lora in zip(names, loras, strict=True):
         try:
-            pipeline.load_lora_weights(
-                str(lora.path.parent), weight_name=lora.path.name, adapter_name=name
-            )
+            if lora.tensors is None:
+                pipeline.load_lora_weights(
+                    str(lora.path.parent), weight_name=lora.path.name, adapter_name=name
+                )
+            else:
+                # Copies, since those of inference mode could not become parameters outside of it.
+                copies = {key: tensor.clone() for key, tensor in lora.tensors.items()}
+                pipeline.load_lora_weights(copies, adapter_name=name)
         except (RuntimeError, KeyError) as error:
             raise ValueError(
-                f"{lora.path} does not fit this model: {error}. A LoRA of SD1.5 and its "
-                "fine-tunes is needed"
+                f"{lora.path} does not fit this model: a LoRA of just such a model (SD1.5 or the "
+                f"small one) is needed. {_shortened(str(error))}"
             ) from error
     if loras:
         pipeline.set_adapters(names, [lora.strength for lora in loras])
+
+
+def _shortened(text: str, length: int = 300) -> str:
+    """The first of what torch may say of each of hundreds of layers."""
+    return text if len(text) <= length else f"{text[:length]} ..."
 
 
 def draw(
@@ -178,8 +190,11 @@ def draw(
             _timestep: Any,
             values: dict[str, Any],
             done: int = fraction_before,
+            pending: int = len(prompts[chosen]),
         ) -> dict[str, Any]:
-            reporter(stage, done, total, {"sampling_step": step + 1})
+            # How many more pictures the steps so far amount to: a bar need not stand still.
+            within = pending * min(1.0, (step + 1) / settings.steps)
+            reporter(stage, done, total, {"sampling_step": step + 1, "within": within})
             return values
 
         pictures += pipeline(

@@ -35,7 +35,8 @@ class SubjectSettings:
     """What is taught.
 
     Attributes:
-        images: Folder of 1 or more photos of the subject, ideally 4 to 6.
+        images: Folder of 1 or more photos of the subject, ideally 4 to 6; empty where they are
+            handed over in memory.
         token: The rare word that will stand for the subject.
         class_name: What kind of thing it is, such as "dog"; with the token it makes the prompts
             "a photo of sks dog" and "a photo of a dog".
@@ -152,6 +153,7 @@ class TrainingSettings:
         save_every: Steps between states from which an interrupted run can go on.
         sample_prompts: Prompts drawn while training.
         sample_every: Steps between those samples; 0 draws them at the end only.
+        sample_steps: Sampling steps of such a sample.
     """
 
     steps: int = 1000
@@ -170,9 +172,10 @@ class TrainingSettings:
     save_every: int = 100
     sample_prompts: tuple[str, ...] = ()
     sample_every: int = 0
+    sample_steps: int = 30
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "gradient_accumulation", "save_every"):
+        for name in ("steps", "batch_size", "gradient_accumulation", "save_every", "sample_steps"):
             _at_least(name, getattr(self, name), 1)
         for name in ("lr_warmup", "sample_every"):
             _at_least(name, getattr(self, name), 0)

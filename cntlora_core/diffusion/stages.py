@@ -1,0 +1,222 @@
+"""The stages of a personalisation, one function each, from finished values to finished values.
+
+``job.personalise`` runs them in one go; a graph runs them one by one and keeps what they give.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cntlora_core.adapter import AdapterPlan
+from cntlora_core.data.captions import (
+    SubjectPrompts,
+    TrainingPrompts,
+    encode_prompts,
+    subject_prompts,
+    token_note,
+    training_prompts,
+)
+from cntlora_core.data.latents import LatentSet, encode_latents
+from cntlora_core.data.photos import PhotoSet, load_photos, upscale_warnings
+from cntlora_core.diffusion.initialize import initialize_adapter
+from cntlora_core.diffusion.pipeline import StableDiffusionParts
+from cntlora_core.diffusion.settings import AdapterSettings, SubjectSettings
+from cntlora_core.diffusion.trainer import TrainingData
+from cntlora_core.initialize import InitReport
+from cntlora_core.memory import freed_memory_kept
+from cntlora_core.progress import Reporter, silent, stage_progress
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """What is taught, read and checked, before any model is needed.
+
+    Attributes:
+        settings: What was asked for.
+        photos: The pictures with their own captions.
+        prompts: The prompts of the subject and of its class.
+        training_prompts: One prompt for each photo, captions filled in.
+    """
+
+    settings: SubjectSettings
+    photos: PhotoSet
+    prompts: SubjectPrompts
+    training_prompts: TrainingPrompts
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a person should know of photos and captions."""
+        skipped = (f"skipped {s.path.name}: {s.reason}" for s in self.photos.skipped)
+        return (*self.photos.warnings, *skipped, *self.training_prompts.warnings)
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this subject from another, as JSON values."""
+        return {
+            "photos": [photo.digest for photo in self.photos.photos],
+            "prompts": list(self.training_prompts.prompts),
+        }
+
+
+def read_subject(settings: SubjectSettings, photos: PhotoSet | None = None) -> Subject:
+    """Photos and prompts, checked.
+
+    Args:
+        settings: Folder, token, class name and so on.
+        photos: Pictures handed over in memory, in place of the folder's.
+
+    Raises:
+        ValueError, OSError: for photos, captions or prompts that cannot be used, in words.
+    """
+    prompts = subject_prompts(
+        settings.token, settings.class_name, settings.instance_prompt, settings.class_prompt
+    )
+    photos = photos if photos is not None else load_photos(settings.images)
+    names = [p.path.name if p.path else f"image {i}" for i, p in enumerate(photos.photos, 1)]
+    texts = training_prompts([photo.caption for photo in photos.photos], prompts, names)
+    return Subject(settings, photos, prompts, texts)
+
+
+def training_resolution(parts: StableDiffusionParts, settings: SubjectSettings) -> int:
+    """Side of the training pictures in pixels."""
+    return settings.resolution or parts.default_resolution
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedSubject:
+    """A subject as the model reads it.
+
+    Attributes:
+        latents: The photos' posteriors.
+        tokens: (n, length) prompt tokens, one row for each photo.
+        prompts: The same prompts as text.
+        notes: What a person should know: cut prompts, odd tokens, small photos.
+    """
+
+    latents: LatentSet
+    tokens: Tensor
+    prompts: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def encode_subject(
+    parts: StableDiffusionParts, subject: Subject, *, cache: Path, reporter: Reporter = silent
+) -> EncodedSubject:
+    """Photos to latents, through the cache on disk, and prompts to tokens.
+
+    Raises:
+        ValueError: for a resolution that does not fit the model.
+    """
+    photos, token = subject.photos.photos, subject.prompts.token
+    resolution = training_resolution(parts, subject.settings)
+    tokens = encode_prompts(subject.training_prompts.prompts, parts.tokenizer)
+    odd_token = token_note(token, parts.tokenizer) if token else None
+    latents = encode_latents(
+        photos,
+        parts.vae,
+        resolution=resolution,
+        flip=subject.settings.flip,
+        cache_dir=cache / "latents",
+        vae_fingerprint=parts.fingerprint,
+        progress=stage_progress(reporter, "encoding photos"),
+    )
+    notes = (
+        *([odd_token] if odd_token else []),
+        *tokens.messages,
+        *upscale_warnings(photos, resolution),
+        *latents.notes,
+    )
+    return EncodedSubject(latents, tokens.input_ids, subject.training_prompts.prompts, notes)
+
+
+def encode_class_images(
+    parts: StableDiffusionParts,
+    subject: Subject,
+    photos: PhotoSet,
+    *,
+    cache: Path,
+    reporter: Reporter = silent,
+) -> EncodedSubject:
+    """Class images to latents, and the class prompt, (1, length), to tokens."""
+    tokens = encode_prompts([subject.prompts.class_prompt], parts.tokenizer)
+    latents = encode_latents(
+        photos.photos,
+        parts.vae,
+        resolution=training_resolution(parts, subject.settings),
+        cache_dir=cache / "latents",
+        vae_fingerprint=parts.fingerprint,
+        progress=stage_progress(reporter, "encoding class images"),
+    )
+    skipped = (f"skipped {s.path.name}: {s.reason}" for s in photos.skipped)
+    notes = (*skipped, *tokens.messages, *latents.notes)
+    return EncodedSubject(latents, tokens.input_ids, (subject.prompts.class_prompt,), notes)
+
+
+def training_data(photos: EncodedSubject, others: EncodedSubject | None) -> TrainingData:
+    """What the trainer takes, with class images or without."""
+    if others is None:
+        return TrainingData(photos.latents, photos.tokens)
+    return TrainingData(photos.latents, photos.tokens, others.latents, others.tokens)
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """Where an adapter starts: ready to be trained, on the model that it was made on.
+
+    Attributes:
+        plan: Ranks and factors of every attachment point.
+        adapter: The settings that it was made with.
+        seed: Seed of its timesteps, noise and random directions.
+        model: Fingerprint of the model.
+        report: What the data-driven start did; None for a start that reads no data.
+    """
+
+    plan: AdapterPlan
+    adapter: AdapterSettings
+    seed: int
+    model: str
+    report: InitReport | None
+
+    def require_model(self, parts: StableDiffusionParts) -> None:
+        """Refuse another model than the one that the start was made on.
+
+        Raises:
+            ValueError: in words.
+        """
+        if parts.fingerprint != self.model:
+            raise ValueError(
+                f"the start was made on another model than {parts.source}: make it anew on this one"
+            )
+
+
+def plan_start(
+    parts: StableDiffusionParts,
+    encoded: EncodedSubject,
+    adapter: AdapterSettings,
+    *,
+    seed: int = 0,
+    reporter: Reporter = silent,
+) -> Start:
+    """Decide ranks and starting factors; the model stays as it is.
+
+    Raises:
+        ValueError: for a rank that the model's layers cannot hold, and the like, in words.
+    """
+    on_cpu = parts.unet.device.type == "cpu"
+    with torch.inference_mode(False), freed_memory_kept(on_cpu):
+        plan, report = initialize_adapter(
+            parts.unet,
+            parts.text_encoder,
+            parts.tokenizer,
+            parts.noise_scheduler,
+            encoded.latents,
+            encoded.prompts,
+            adapter,
+            seed=seed,
+            reporter=reporter,
+        )
+    return Start(plan, adapter, seed, parts.fingerprint, report)

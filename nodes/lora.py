@@ -1,0 +1,129 @@
+"""Keep a LoRA, and put it to work in ComfyUI's own graphs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cntlora_core.files import save_safetensors_atomic
+
+from .host import folder_paths, io
+from .runtime import tell
+from .sockets import LoRAModel, LoRASocket
+from .widgets import CATEGORY
+
+SUBFOLDER = "loras"
+
+
+class SaveLoRA(io.ComfyNode):
+    """Writes a LoRA file where ComfyUI's loaders look."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CNTLoRASave",
+            display_name="Save Subject LoRA",
+            category=CATEGORY,
+            description="Saves the LoRA with all that is known of it (trigger word, settings) into "
+            "output/loras, where Load LoRA finds it after a refresh (R).",
+            is_output_node=True,
+            inputs=[
+                LoRASocket.Input("lora", tooltip="The LoRA to save."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="my_subject",
+                    tooltip="Name of the file; a number is added. Folders are made: dogs/rex.",
+                ),
+            ],
+            outputs=[
+                io.String.Output(
+                    display_name="lora_name", tooltip="The file as Load LoRA names it."
+                ),
+                io.String.Output(display_name="path", tooltip="Where the file is."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, lora: dict[str, Tensor], filename_prefix: str) -> io.NodeOutput:
+        lora = LoRAModel.of(lora)
+        if not filename_prefix.strip():
+            raise ValueError("the file needs a name: fill in filename_prefix")
+        root = Path(folder_paths.get_output_directory()) / SUBFOLDER
+        root.mkdir(parents=True, exist_ok=True)
+        folder, name, counter, *_ = folder_paths.get_save_image_path(filename_prefix, str(root))
+        path = Path(folder) / f"{name}_{counter:05}_.safetensors"
+        save_safetensors_atomic(lora, path, lora.metadata)
+        tell(f"saved {path.name}")
+        return io.NodeOutput(path.relative_to(root).as_posix(), str(path))
+
+
+class ApplyLoRA(io.ComfyNode):
+    """Patches a MODEL and a CLIP of ComfyUI's."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CNTLoRAApply",
+            display_name="Apply Subject LoRA",
+            category=CATEGORY,
+            description="Puts a LoRA that was just trained into a checkpoint's model and text "
+            "encoder, for KSampler, without saving it first.",
+            inputs=[
+                io.Model.Input("model", tooltip="From Load Checkpoint."),
+                io.Clip.Input(
+                    "clip",
+                    tooltip="From Load Checkpoint. The LoRA changes how prompts are read, so both "
+                    "are needed.",
+                ),
+                LoRASocket.Input("lora", tooltip="The LoRA."),
+                io.Float.Input(
+                    "strength_model",
+                    default=1.0,
+                    min=-20.0,
+                    max=20.0,
+                    step=0.05,
+                    tooltip="How strongly it acts on the picture; 1 as trained.",
+                ),
+                io.Float.Input(
+                    "strength_clip",
+                    default=1.0,
+                    min=-20.0,
+                    max=20.0,
+                    step=0.05,
+                    tooltip="How strongly it acts on the reading of prompts; 1 as trained.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="To KSampler."),
+                io.Clip.Output(display_name="clip", tooltip="To CLIP Text Encode."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        clip: Any,
+        lora: dict[str, Tensor],
+        strength_model: float,
+        strength_clip: float,
+    ) -> io.NodeOutput:
+        import comfy.sd  # pyright: ignore[reportMissingImports]
+
+        if clip is None:
+            raise ValueError(
+                "there is no clip: use a checkpoint with a text encoder, as Load Checkpoint gives"
+            )
+        tensors = dict(lora)
+        patched = comfy.sd.load_lora_for_models(model, clip, tensors, strength_model, strength_clip)
+        if len(patched[0].patches) == len(model.patches):
+            raise ValueError(
+                "this LoRA fits no layer of this model: a checkpoint of Stable Diffusion 1.5 is "
+                "needed, and the small model's LoRAs work with Draw Pictures only"
+            )
+        return io.NodeOutput(*patched)
+
+
+NODES = [SaveLoRA, ApplyLoRA]

@@ -1,0 +1,251 @@
+"""Draw with a LoRA, and compare several."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from .host import io
+from .pictures import image_tensor, shown
+from .runtime import HostReporter, device_name, working
+from .sockets import LoRAModel, LoRASocket, ModelChoice, ModelSocket
+from .widgets import ADVANCED, CATEGORY, LARGEST_SEED, lines, numbers
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+    from cntlora_core.diffusion.sampler import LoRAUse, SamplingSettings
+
+SCHEDULERS = ("model's own", "dpm++_karras", "dpm++", "euler", "euler_a", "ddim", "pndm", "unipc")
+COMPARED = 6
+
+
+def lora_use(lora: dict[str, Tensor], strength: float = 1.0) -> LoRAUse:
+    """A LoRA from a socket, as the core draws with it."""
+    from cntlora_core.diffusion.sampler import LoRAUse
+
+    return LoRAUse(Path(LoRAModel.of(lora).label), strength, lora)
+
+
+def sampling_settings(
+    steps: int, guidance: float, negative_prompt: str, resolution: int, scheduler: str
+) -> SamplingSettings:
+    """The core's settings from what the widgets hold."""
+    from cntlora_core.diffusion.sampler import SamplingSettings
+
+    return SamplingSettings(
+        steps=steps,
+        guidance=guidance,
+        negative_prompt=negative_prompt,
+        resolution=resolution or None,
+        scheduler=None if scheduler == SCHEDULERS[0] else scheduler,
+    )
+
+
+def load_pipeline(
+    model: ModelChoice, loras: list[LoRAUse], scheduler: str | None, reporter: HostReporter
+) -> StableDiffusionPipeline:
+    from cntlora_core.diffusion.sampler import load_for_sampling
+
+    reporter("loading the model", 0, 1, {})
+    return load_for_sampling(
+        model.path, loras, precision=model.precision, device=device_name(), scheduler=scheduler
+    )
+
+
+class DrawPictures(io.ComfyNode):
+    """The stock diffusers pipeline, for SD1.5 and for the small model."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CNTLoRASample",
+            display_name="Draw Pictures (diffusers)",
+            category=CATEGORY,
+            description="Draws with the model that was taught, with the LoRA or without. The small "
+            "model draws here only. With SD1.5, Apply Subject LoRA and KSampler do it too.",
+            inputs=[
+                ModelSocket.Input("model", tooltip="The model that draws."),
+                LoRASocket.Input(
+                    "lora", optional=True, tooltip="The LoRA; without it, the model as it was."
+                ),
+                io.String.Input(
+                    "prompts",
+                    default="a photo of sks dog in the snow",
+                    multiline=True,
+                    tooltip="One picture for each line.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-20.0,
+                    max=20.0,
+                    step=0.05,
+                    tooltip="How strongly the LoRA acts; 1 as trained.",
+                ),
+                io.Int.Input(
+                    "per_prompt", default=1, min=1, max=64, tooltip="Pictures for each prompt."
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=LARGEST_SEED,
+                    control_after_generate=True,
+                    tooltip="Seed of the first picture; the next has the next seed.",
+                ),
+                *_sampling_inputs(),
+            ],
+            outputs=[io.Image.Output(display_name="images", tooltip="The pictures, one batch.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: ModelChoice,
+        prompts: str,
+        strength: float,
+        per_prompt: int,
+        seed: int,
+        steps: int,
+        guidance: float,
+        negative_prompt: str,
+        resolution: int,
+        scheduler: str,
+        lora: dict[str, Tensor] | None = None,
+    ) -> io.NodeOutput:
+        from cntlora_core.diffusion.sampler import draw
+
+        asked = [prompt for prompt in lines(prompts) for _ in range(per_prompt)]
+        if not asked:
+            raise ValueError("there is no prompt: write at least one line into prompts")
+        settings = sampling_settings(steps, guidance, negative_prompt, resolution, scheduler)
+        loras = [] if lora is None else [lora_use(lora, strength)]
+        with working() as reporter:
+            pipeline = load_pipeline(model, loras, settings.scheduler, reporter)
+            seeds = list(range(seed, seed + len(asked)))
+            pictures = draw(pipeline, asked, settings, seeds=seeds, reporter=reporter)
+        return io.NodeOutput(image_tensor(pictures), ui=shown(pictures))
+
+
+class CompareLoRAs(io.ComfyNode):
+    """One labelled grid: LoRAs by prompts, strengths and seeds."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CNTLoRACompare",
+            display_name="Compare LoRAs (grid)",
+            category=CATEGORY,
+            description="The same prompts and seeds with each LoRA, side by side and labelled: "
+            "methods, numbers of steps, strengths, seeds.",
+            is_output_node=True,
+            inputs=[
+                ModelSocket.Input("model", tooltip="The model that draws."),
+                *(
+                    LoRASocket.Input(
+                        f"lora_{i}",
+                        optional=i > 1,
+                        tooltip="A LoRA: a row of the grid. Its method and steps label it.",
+                    )
+                    for i in range(1, COMPARED + 1)
+                ),
+                io.String.Input(
+                    "prompts",
+                    default="a photo of sks dog\na photo of sks dog in the snow",
+                    multiline=True,
+                    tooltip="One column for each line.",
+                ),
+                io.String.Input(
+                    "strengths",
+                    default="1.0",
+                    tooltip="Strengths of each LoRA, separated by commas, as in 0.6, 0.8, 1.0.",
+                ),
+                io.String.Input(
+                    "seeds", default="0, 1", tooltip="Seeds of each prompt, separated by commas."
+                ),
+                io.Boolean.Input(
+                    "with_base",
+                    default=True,
+                    label_on="yes",
+                    label_off="no",
+                    tooltip="A row for the model without a LoRA.",
+                ),
+                *_sampling_inputs(),
+            ],
+            outputs=[io.Image.Output(display_name="grid", tooltip="The labelled grid.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: ModelChoice,
+        lora_1: dict[str, Tensor],
+        prompts: str,
+        strengths: str,
+        seeds: str,
+        with_base: bool,
+        steps: int,
+        guidance: float,
+        negative_prompt: str,
+        resolution: int,
+        scheduler: str,
+        lora_2: dict[str, Tensor] | None = None,
+        lora_3: dict[str, Tensor] | None = None,
+        lora_4: dict[str, Tensor] | None = None,
+        lora_5: dict[str, Tensor] | None = None,
+        lora_6: dict[str, Tensor] | None = None,
+    ) -> io.NodeOutput:
+        from cntlora_core.diffusion.compare import Comparison, compare
+
+        comparison = Comparison(
+            lines(prompts),
+            numbers(strengths, float, "strengths"),
+            numbers(seeds, int, "seeds"),
+            with_base,
+            sampling_settings(steps, guidance, negative_prompt, resolution, scheduler),
+        )
+        given = [x for x in (lora_1, lora_2, lora_3, lora_4, lora_5, lora_6) if x is not None]
+        rows = [(LoRAModel.of(lora).label, lora_use(lora)) for lora in given]
+        with working() as reporter:
+            pipeline = load_pipeline(model, [], comparison.sampling.scheduler, reporter)
+            grid = compare(pipeline, rows, comparison, reporter)
+        return io.NodeOutput(image_tensor([grid]), ui=shown([grid]))
+
+
+def _sampling_inputs() -> list[Any]:
+    return [
+        io.Int.Input("steps", default=30, min=1, max=1000, tooltip="Sampling steps."),
+        io.Float.Input(
+            "guidance",
+            default=7.5,
+            min=0.0,
+            max=100.0,
+            step=0.5,
+            tooltip="How closely the picture follows the prompt (CFG). The small model likes 5.",
+        ),
+        io.String.Input(
+            "negative_prompt", default="", tooltip="What the pictures should not show."
+        ),
+        io.Int.Input(
+            "resolution",
+            default=0,
+            min=0,
+            max=2048,
+            step=8,
+            extra_dict=ADVANCED,
+            tooltip="Side of the pictures in pixels; 0 is the model's own.",
+        ),
+        io.Combo.Input(
+            "scheduler",
+            options=list(SCHEDULERS),
+            default=SCHEDULERS[0],
+            extra_dict=ADVANCED,
+            tooltip="The sampler.",
+        ),
+    ]
+
+
+NODES = [DrawPictures, CompareLoRAs]

@@ -1,0 +1,95 @@
+"""What travels between the nodes: choices, and finished values; never a loaded model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from cntlora_core.data.photos import PhotoSet
+from cntlora_core.diffusion.settings import Precision
+
+from .host import io
+
+if TYPE_CHECKING:
+    from cntlora_core.diffusion.stages import Start, Subject
+
+ModelSocket = io.Custom("CNTLORA_MODEL")
+SubjectSocket = io.Custom("CNTLORA_SUBJECT")
+ClassImagesSocket = io.Custom("CNTLORA_CLASS_IMAGES")
+StartSocket = io.Custom("CNTLORA_START")
+LoRASocket = io.Custom("LORA_MODEL")  # ComfyUI's own: its Save LoRA Weights takes it too
+LossSocket = io.Custom("LOSS_MAP")  # likewise, its Plot Loss Graph
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """Which model is to be taught or drawn with; each node that needs it loads it and lets it go.
+
+    Attributes:
+        name: For people.
+        path: A checkpoint file or a diffusers folder.
+        precision: Data type of its weights while it is in use.
+    """
+
+    name: str
+    path: Path
+    precision: Precision
+
+
+@dataclass(frozen=True, eq=False)
+class ClassImages:
+    """Pictures of the class, and the prompt that they go with."""
+
+    photos: PhotoSet
+    prompt: str
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingStart:
+    """A start together with the model and the subject that it was made from."""
+
+    model: ModelChoice
+    subject: Subject
+    start: Start
+
+
+class LoRAModel(dict[str, Tensor]):
+    """The tensors of a LoRA file by their keys, as ComfyUI's own nodes take them, and its header.
+
+    Attributes:
+        metadata: The header of the file.
+        label: For people: the file's name or the method and the steps.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        metadata: Mapping[str, str] | None = None,
+        label: str = "LoRA",
+    ) -> None:
+        super().__init__(tensors)
+        self.metadata = dict(metadata or {})
+        self.label = label
+
+    @classmethod
+    def read(cls, path: Path) -> LoRAModel:
+        """The content of a file, in memory: the file may be replaced afterwards.
+
+        Raises:
+            OSError, ValueError: it cannot be read, in words.
+        """
+        from cntlora_core.lora_reading import load_lora_tensors
+
+        tensors, metadata = load_lora_tensors(path)
+        method, steps = metadata.get("cntlora.method"), metadata.get("ss_steps")
+        label = f"{method}, {steps} steps" if method and steps else path.stem
+        return cls(tensors, metadata, label)
+
+    @classmethod
+    def of(cls, lora: Mapping[str, Tensor]) -> LoRAModel:
+        """Whatever comes through a LORA_MODEL socket, ours or that of another node."""
+        return lora if isinstance(lora, cls) else cls(lora)

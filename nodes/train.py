@@ -1,0 +1,367 @@
+"""Teach the model the subject."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+from PIL import Image
+
+from cntlora_core.data.captions import fill_placeholders
+from cntlora_core.diffusion.settings import (
+    JobSettings,
+    OutputSettings,
+    PriorSettings,
+    Schedule,
+    TrainingSettings,
+)
+from cntlora_core.files import safe_name
+
+from .host import io
+from .pictures import image_tensor, shown
+from .runtime import device_name, tell, working
+from .sockets import (
+    ClassImages,
+    ClassImagesSocket,
+    LoRAModel,
+    LoRASocket,
+    LossSocket,
+    StartSocket,
+    TrainingStart,
+)
+from .widgets import ADVANCED, CATEGORY, LARGEST_SEED, default_of, lines, work_folder
+
+USE_IT, TRAIN_ANEW = "use what is there", "train anew"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run left in its folder: the LoRA file, and the loss of each step."""
+
+    lora: Path
+    history: list[dict[str, float]]
+
+    def pictures(self) -> list[Image.Image]:
+        """The course of the loss, and the pictures that were drawn last."""
+        from cntlora_core.plots import loss_picture
+
+        samples = sorted((self.lora.parent / "samples").glob("*.png"))
+        last = [Image.open(p) for p in samples if p.name[:6] == samples[-1].name[:6]]
+        return [loss_picture(self.history, self.lora.stem), *last]
+
+
+def job_settings(
+    start: TrainingStart,
+    class_images: ClassImages | None,
+    training: TrainingSettings,
+    prior_weight: float,
+    name: str,
+    compress: bool,
+) -> JobSettings:
+    """A whole run's settings: the start's, and those of the training; the folder is still open."""
+    prior = PriorSettings(
+        prior_weight=0.0 if class_images is None else prior_weight,
+        num_class_images=1 if class_images is None else len(class_images.photos.photos),
+        cache=str(work_folder() / "cache"),
+    )
+    return JobSettings(
+        model=str(start.model.path),
+        subject=start.subject.settings,
+        output=OutputSettings(output="", name=name or None, compress=compress),
+        prior=prior,
+        adapter=start.start.adapter,
+        training=training,
+    )
+
+
+def train(
+    job: JobSettings, start: TrainingStart, class_images: ClassImages | None, anew: bool
+) -> Trained:
+    """Find the finished run, go on with the interrupted one, or begin."""
+    from cntlora_core.diffusion.job import STATE_NAME, personalise
+    from cntlora_core.diffusion.resume import finished_run, run_identity, run_key
+
+    without = class_images is None or job.prior.prior_weight == 0
+    photos = None if without else class_images.photos
+    seed, subject = start.start.seed, start.subject
+    key = run_key(job, run_identity(start.start.model, subject, photos, seed))
+    words = (subject.prompts.token, subject.prompts.class_name, job.adapter.method)
+    name = job.output.name or "-".join(word for word in words if word)
+    folder = work_folder() / f"{safe_name(name)}-{key[:8]}"
+    found = None if anew else finished_run(folder)
+    if found is not None:
+        tell(f"trained before, taken from {folder}")
+        return Trained(found.lora, found.history)
+    output = dataclasses.replace(job.output, output=str(folder))
+    with working(job.training.steps) as reporter:
+        result = personalise(
+            dataclasses.replace(job, output=output),
+            subject=subject,
+            class_photos=photos,
+            start=start.start,
+            resume=not anew and (folder / STATE_NAME).is_file(),
+            overwrite=True,
+            reporter=reporter,
+        )
+        tell("\n".join((f"{len(result.history)} steps, {result.lora}", *result.notes)))
+        return Trained(result.lora, result.history)
+
+
+class TrainSubject(io.ComfyNode):
+    """The DreamBooth training."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CNTLoRATrain",
+            display_name="Teach the Subject (train LoRA)",
+            category=CATEGORY,
+            description="Trains the LoRA. Cancel whenever you like: queue the same graph again and "
+            "it goes on where it stopped. A training that is finished is not repeated.",
+            is_output_node=True,
+            inputs=[
+                StartSocket.Input("start", tooltip="Model, subject and start of the LoRA."),
+                ClassImagesSocket.Input(
+                    "class_images",
+                    optional=True,
+                    tooltip="Pictures of the class, so that the model does not forget it. Without "
+                    "them training is faster and forgets more.",
+                ),
+                *_main_inputs(),
+                *_advanced_inputs(),
+            ],
+            outputs=[
+                LoRASocket.Output(display_name="lora", tooltip="The trained LoRA."),
+                LossSocket.Output(display_name="loss", tooltip="The loss of each step."),
+                io.String.Output(display_name="path", tooltip="Where the LoRA file is."),
+                io.Image.Output(display_name="loss picture", tooltip="The course of the loss."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        start: TrainingStart,
+        steps: int,
+        learning_rate: float,
+        prior_weight: float,
+        validation_prompt: str,
+        preview_every: int,
+        training_seed: int,
+        name: str,
+        trained_before: str,
+        batch_size: int,
+        gradient_accumulation: int,
+        weight_decay: float,
+        max_grad_norm: float,
+        lr_schedule: Schedule,
+        lr_warmup: int,
+        min_snr_gamma: float,
+        gradient_checkpointing: bool,
+        preview_steps: int,
+        save_every: int,
+        compress: bool,
+        class_images: ClassImages | None = None,
+    ) -> io.NodeOutput:
+        prompts = lines(fill_placeholders(validation_prompt, start.subject.prompts))
+        training = TrainingSettings(
+            steps=steps,
+            learning_rate=learning_rate,
+            batch_size=batch_size,
+            gradient_accumulation=gradient_accumulation,
+            weight_decay=weight_decay,
+            max_grad_norm=max_grad_norm,
+            lr_schedule=lr_schedule,
+            lr_warmup=lr_warmup,
+            min_snr_gamma=min_snr_gamma or None,
+            precision=start.model.precision,
+            gradient_checkpointing=gradient_checkpointing,
+            device=device_name(),
+            seed=training_seed,
+            save_every=save_every,
+            sample_prompts=prompts if preview_every else (),
+            sample_every=preview_every if prompts else 0,
+            sample_steps=preview_steps,
+        )
+        job = job_settings(start, class_images, training, prior_weight, name, compress)
+        trained = train(job, start, class_images, trained_before == TRAIN_ANEW)
+        pictures = trained.pictures()
+        losses = [record["loss"] for record in trained.history]
+        return io.NodeOutput(
+            LoRAModel.read(trained.lora),
+            {"loss": losses},
+            str(trained.lora),
+            image_tensor(pictures[:1]),
+            ui=shown(pictures),
+        )
+
+
+def _main_inputs() -> list[io.Input]:
+    return [
+        io.Int.Input(
+            "steps",
+            default=default_of(TrainingSettings, "steps"),
+            min=1,
+            max=1_000_000,
+            tooltip="Training steps. 1000 suit 4 to 6 photos; a few hundred already show the "
+            "subject with a start made from the photos.",
+        ),
+        io.Float.Input(
+            "learning_rate",
+            default=default_of(TrainingSettings, "learning_rate"),
+            min=0.0,
+            max=1.0,
+            step=1e-6,
+            round=1e-9,
+            tooltip="How large the steps are. Lower it if pictures look burnt, raise it if the "
+            "subject does not come through.",
+        ),
+        io.Float.Input(
+            "prior_weight",
+            default=default_of(PriorSettings, "prior_weight"),
+            min=0.0,
+            max=10.0,
+            step=0.05,
+            tooltip="How much the class images count.",
+        ),
+        io.String.Input(
+            "validation_prompt",
+            default="a photo of {token} {class}",
+            multiline=True,
+            tooltip="Drawn while training, one picture for each line. {token} and {class} are "
+            "filled in.",
+        ),
+        io.Int.Input(
+            "preview_every",
+            default=200,
+            min=0,
+            max=1_000_000,
+            tooltip="Steps between these pictures; 0 draws none.",
+        ),
+        io.Int.Input(
+            "training_seed",
+            display_name="seed",
+            default=default_of(TrainingSettings, "seed"),
+            min=0,
+            max=LARGEST_SEED,
+            control_after_generate=False,
+            tooltip="The same seed trains the same LoRA.",
+        ),
+        io.String.Input(
+            "name",
+            default="",
+            tooltip="Name of the LoRA file and of its folder in output/cntlora; empty takes token, "
+            "class and method.",
+        ),
+    ]
+
+
+def _advanced_inputs() -> list[io.Input]:
+    return [
+        io.Combo.Input(
+            "trained_before",
+            options=[USE_IT, TRAIN_ANEW],
+            default=USE_IT,
+            extra_dict=ADVANCED,
+            tooltip="If just this training was done before, or begun: use it and go on with it, or "
+            "throw it away.",
+        ),
+        io.Int.Input(
+            "batch_size",
+            default=default_of(TrainingSettings, "batch_size"),
+            min=1,
+            max=1000,
+            extra_dict=ADVANCED,
+            tooltip="Photos for each step; as many class images go with them.",
+        ),
+        io.Int.Input(
+            "gradient_accumulation",
+            default=default_of(TrainingSettings, "gradient_accumulation"),
+            min=1,
+            max=1000,
+            extra_dict=ADVANCED,
+            tooltip="Batches that are averaged for each step: a larger batch without more memory.",
+        ),
+        io.Float.Input(
+            "weight_decay",
+            default=default_of(TrainingSettings, "weight_decay"),
+            min=0.0,
+            max=1.0,
+            step=0.001,
+            round=1e-6,
+            extra_dict=ADVANCED,
+            tooltip="Pulls the LoRA's weights towards zero.",
+        ),
+        io.Float.Input(
+            "max_grad_norm",
+            default=default_of(TrainingSettings, "max_grad_norm"),
+            min=0.0,
+            max=1000.0,
+            step=0.1,
+            extra_dict=ADVANCED,
+            tooltip="Steps that would be larger are held back; 0 lets them be.",
+        ),
+        io.Combo.Input(
+            "lr_schedule",
+            options=list(get_args(Schedule)),
+            default=default_of(TrainingSettings, "lr_schedule"),
+            extra_dict=ADVANCED,
+            tooltip="How the learning rate changes over the training.",
+        ),
+        io.Int.Input(
+            "lr_warmup",
+            default=default_of(TrainingSettings, "lr_warmup"),
+            min=0,
+            max=100_000,
+            extra_dict=ADVANCED,
+            tooltip="Steps over which the learning rate rises at first; not with a constant one.",
+        ),
+        io.Float.Input(
+            "min_snr_gamma",
+            default=0.0,
+            min=0.0,
+            max=100.0,
+            step=0.5,
+            extra_dict=ADVANCED,
+            tooltip="Evens out how much noisy and clear pictures count; 5 is usual, 0 is off.",
+        ),
+        io.Boolean.Input(
+            "gradient_checkpointing",
+            default=default_of(TrainingSettings, "gradient_checkpointing"),
+            label_on="yes",
+            label_off="no",
+            extra_dict=ADVANCED,
+            tooltip="Much less memory for slower steps.",
+        ),
+        io.Int.Input(
+            "preview_steps",
+            default=20,
+            min=1,
+            max=1000,
+            extra_dict=ADVANCED,
+            tooltip="Sampling steps of the preview pictures.",
+        ),
+        io.Int.Input(
+            "save_every",
+            default=default_of(TrainingSettings, "save_every"),
+            min=1,
+            max=1_000_000,
+            extra_dict=ADVANCED,
+            tooltip="Steps between states on the disk from which a crashed training goes on. "
+            "Cancelling saves one too.",
+        ),
+        io.Boolean.Input(
+            "compress",
+            default=default_of(OutputSettings, "compress"),
+            label_on="yes",
+            label_off="no",
+            extra_dict=ADVANCED,
+            tooltip="Half the file size at a small error. Starts made from photos otherwise give "
+            "files of twice the rank, which are exact.",
+        ),
+    ]
+
+
+NODES = [TrainSubject]

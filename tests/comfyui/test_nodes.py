@@ -1,0 +1,313 @@
+"""The nodes' bodies, from photos to a grid, on a tiny random model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from torch import Tensor
+
+from .conftest import Pack
+
+STEPS = 3
+
+
+def pictures(count: int = 3, side: int = 40) -> Tensor:
+    """An IMAGE as ComfyUI hands it over: made in inference mode."""
+    with torch.inference_mode():
+        noise = torch.rand(count, side, side, 3, generator=torch.Generator().manual_seed(1))
+        return noise.clone()
+
+
+def subject_of(pack: Pack, **inputs: Any) -> Any:
+    """The subject node takes lists, one entry for each input but the images."""
+    lists = {name: value if isinstance(value, list) else [value] for name, value in inputs.items()}
+    given = {"folder": ["(none)"], "token": ["sks"], "class_name": ["dog"], "captions": [""],
+             "flip": [False], "resolution": [0]}  # fmt: skip
+    with torch.inference_mode():
+        return pack.nodes["CNTLoRASubject"].execute(**{**given, **lists})
+
+
+def train(pack: Pack, start: Any, class_images: Any = None, **inputs: Any) -> Any:
+    few = {"steps": STEPS, "preview_every": 2, "preview_steps": 1, "learning_rate": 1e-3}
+    return pack.run(
+        "CNTLoRATrain", start=start, class_images=class_images, **{**few, **inputs}
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(pack: Pack) -> SimpleNamespace:
+    """One graph, from photos to a trained LoRA."""
+    model = pack.run("CNTLoRALoadModel", checkpoint="diffusers/tiny").args[0]
+    subject = subject_of(pack, images=[pictures(2), pictures(1, 48)])
+    others = pack.run("CNTLoRAClassImages", model=model, subject=subject.args[0], count=2, steps=1)
+    start = pack.run("CNTLoRAInitialize", model=model, subject=subject.args[0], rank=4, passes=1)
+    trained = train(pack, start.args[0], others.args[0])
+    return SimpleNamespace(
+        model=model, subject=subject, others=others, start=start, trained=trained
+    )
+
+
+def test_images_of_different_sizes_become_a_subject(run: SimpleNamespace) -> None:
+    subject, shown, prompt, report = run.subject.args
+    assert len(subject.photos.photos) == 3
+    assert shown.shape == (3, 512, 512, 3)
+    assert prompt == "a photo of sks dog"
+    assert report.startswith("3 photos")
+
+
+def test_nodes_show_pictures_that_are_there(run: SimpleNamespace, comfy: Path) -> None:
+    for output in (run.subject, run.others, run.start, run.trained):
+        assert output.ui["images"]
+        for image in output.ui["images"]:
+            with Image.open(comfy / image["type"] / image["filename"]) as picture:
+                picture.load()
+    assert len(run.trained.ui["images"]) == 2  # the loss, and the last preview
+
+
+def test_the_start_keeps_the_budget_and_can_be_trained(run: SimpleNamespace) -> None:
+    plan = run.start.args[0].start.plan
+    assert sum(plan.ranks.values()) == 4 * len(plan.ranks)
+    assert not any(f.down.is_inference() or f.up.is_inference() for f in plan.factors.values())
+    assert run.start.args[1].ndim == 4
+
+
+def test_training_gives_a_lora_losses_and_a_file(run: SimpleNamespace, comfy: Path) -> None:
+    lora, losses, path, picture = run.trained.args
+    assert len(losses["loss"]) == STEPS
+    assert all(np.isfinite(losses["loss"]))
+    assert Path(path).parent.parent == comfy / "output" / "cntlora"
+    with safe_open(path, framework="pt") as file:
+        assert set(file.keys()) == set(lora)
+        assert lora.metadata == file.metadata()
+    assert lora.label == f"cross, {STEPS} steps"
+    assert max(float(t.abs().max()) for name, t in lora.items() if "lora_up" in name) > 0
+    assert picture.shape[0] == 1
+    record = json.loads((Path(path).parent / "run.json").read_text("utf-8"))
+    assert record["settings"]["prior"]["num_class_images"] == 2
+    assert all(step["prior_loss"] > 0 for step in record["history"])
+
+
+def test_a_finished_training_is_found_again_and_another_one_is_not(
+    pack: Pack, run: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, others = run.start.args[0], run.others.args[0]
+
+    def refuse(*_args: object, **_options: object) -> None:
+        raise AssertionError("it trains")
+
+    monkeypatch.setattr("cntlora_core.diffusion.job.personalise", refuse)
+    again = train(pack, start, others)
+    assert again.args[2] == run.trained.args[2]
+    assert again.args[1] == run.trained.args[1]
+    for other in ({"training_seed": 1}, {"steps": 2}, {"trained_before": "train anew"}):
+        with pytest.raises(AssertionError, match="it trains"):
+            train(pack, start, others, **other)
+    with pytest.raises(AssertionError, match="it trains"):
+        train(pack, start)
+
+
+def test_the_same_seed_trains_the_same_lora(pack: Pack, run: SimpleNamespace) -> None:
+    again = train(pack, run.start.args[0], run.others.args[0], name="the same again")
+    assert Path(again.args[2]).name == "the_same_again.safetensors"
+    first = run.trained.args[0]
+    assert all(torch.equal(first[name], tensor) for name, tensor in again.args[0].items())
+
+
+def test_cancelling_keeps_a_state_and_queueing_again_goes_on_from_it(
+    pack: Pack, run: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from comfy import model_management  # pyright: ignore[reportMissingImports]
+
+    start, others = run.start.args[0], run.others.args[0]
+    reporter = pack.module("runtime").HostReporter
+    plain = reporter._say
+
+    def press_cancel(self: Any, stage: str, done: int, total: int, values: dict) -> None:
+        plain(self, stage, done, total, values)
+        if stage == "training" and done == 1:
+            model_management.interrupt_current_processing()
+
+    monkeypatch.setattr(reporter, "_say", press_cancel)
+    with pytest.raises(model_management.InterruptProcessingException):
+        train(pack, start, others, name="cancelled", preview_every=0)
+    assert not model_management.processing_interrupted()
+    folder = next((Path(run.trained.args[2]).parent.parent).glob("cancelled-*"))
+    assert [path.name for path in folder.iterdir()] == ["state.safetensors"]
+    monkeypatch.undo()
+    resumed = train(pack, start, others, name="cancelled", preview_every=0)
+    record = json.loads((folder / "run.json").read_text("utf-8"))
+    assert any("going on after step 2" in note for note in record["notes"])
+    assert resumed.args[1] == run.trained.args[1]
+    assert not (folder / "state.safetensors").exists()
+
+
+def test_saving_puts_the_lora_where_loaders_look(
+    pack: Pack, run: SimpleNamespace, comfy: Path
+) -> None:
+    import folder_paths  # pyright: ignore[reportMissingImports]
+
+    lora = run.trained.args[0]
+    first = pack.run("CNTLoRASave", lora=lora, filename_prefix="dogs/rex").args
+    second = pack.run("CNTLoRASave", lora=dict(lora), filename_prefix="dogs/rex").args
+    assert first[0] == "dogs/rex_00001_.safetensors"
+    assert second[0] == "dogs/rex_00002_.safetensors"
+    assert first[0] in folder_paths.get_filename_list("loras")
+    with safe_open(first[1], framework="pt") as file:
+        assert file.metadata()["modelspec.trigger_phrase"] == "sks"
+    with pytest.raises(Exception, match="outside"):
+        pack.run("CNTLoRASave", lora=lora, filename_prefix="../../rex")
+    report = pack.run("CNTLoRAInspect", lora_name=first[0]).args[0]
+    assert "trigger word: sks" in report
+    assert "method: cross" in report
+
+
+def test_drawing_with_the_lora_changes_the_pictures(pack: Pack, run: SimpleNamespace) -> None:
+    few = {"prompts": "a photo of sks dog\n\na red dog", "steps": 1, "per_prompt": 2}
+    plain = pack.run("CNTLoRASample", model=run.model, **few).args[0]
+    drawn = pack.run("CNTLoRASample", model=run.model, lora=run.trained.args[0], **few).args[0]
+    off = pack.run(
+        "CNTLoRASample", model=run.model, lora=run.trained.args[0], strength=0.0, **few
+    ).args[0]
+    assert plain.shape == (4, 32, 32, 3)
+    assert not torch.equal(plain, drawn)
+    assert torch.equal(plain, off)
+    assert not torch.equal(plain[0], plain[1])
+
+
+def test_the_grid_has_a_row_for_each_lora(pack: Pack, run: SimpleNamespace) -> None:
+    lora = run.trained.args[0]
+    few = {"steps": 1, "prompts": "a dog", "strengths": "0.5, 1", "seeds": "0 1"}
+    grid = pack.run("CNTLoRACompare", model=run.model, lora_1=lora, lora_3=dict(lora), **few)
+    smaller = pack.run("CNTLoRACompare", model=run.model, lora_1=lora, with_base=False, **few)
+    assert grid.args[0].shape[1] > smaller.args[0].shape[1]
+    with pytest.raises(ValueError, match="'many' is no number"):
+        pack.run("CNTLoRACompare", model=run.model, lora_1=lora, **{**few, "seeds": "many"})
+
+
+def test_a_lora_of_another_model_is_refused_in_few_words(pack: Pack, run: SimpleNamespace) -> None:
+    other = {name: torch.zeros(t.shape[0], 7) if "lora_down" in name else t
+             for name, t in run.trained.args[0].items()}  # fmt: skip
+    with pytest.raises(ValueError, match="does not fit this model") as caught:
+        pack.run("CNTLoRASample", model=run.model, lora=other, prompts="a dog", steps=1)
+    assert len(str(caught.value)) < 600
+
+
+def test_a_changed_photo_changes_the_fingerprint(pack: Pack, comfy: Path) -> None:
+    folder = comfy / "input" / "my dog"
+    folder.mkdir()
+    widgets = {"token": ["sks"], "class_name": ["dog"], "captions": [""], "flip": [False],
+               "resolution": [0]}  # fmt: skip
+    fingerprint = pack.nodes["CNTLoRASubject"].fingerprint_inputs
+
+    def now() -> str:
+        return fingerprint(folder=["my dog"], **widgets)
+
+    Image.new("RGB", (40, 40), "red").save(folder / "1.png")
+    first = now()
+    (folder / "notes.md").write_text("nothing to do with it")
+    assert now() == first
+    Image.new("RGB", (40, 40), "blue").save(folder / "1.png")
+    second = now()
+    (folder / "1.txt").write_text("a photo of {token} {class} at night")
+    assert len({first, second, now()}) == 3
+    assert fingerprint(folder=["(none)"], **widgets) == ""
+    subject = subject_of(pack, folder="my dog").args[0]
+    assert subject.training_prompts.prompts == ("a photo of sks dog at night",)
+    assert "my dog" in pack.module("widgets").input_folders()
+
+
+def test_a_replaced_checkpoint_changes_the_fingerprint(
+    pack: Pack, comfy: Path, tiny_model: Path
+) -> None:
+    copy = comfy / "models" / "diffusers" / "copy"
+    shutil.copytree(tiny_model, copy)
+    fingerprint = pack.nodes["CNTLoRALoadModel"].fingerprint_inputs
+    tiny = fingerprint("diffusers/tiny", "float32")
+    assert fingerprint("diffusers/copy", "float32") == tiny
+    config = copy / "unet" / "config.json"
+    config.write_text(config.read_text("utf-8") + "\n", "utf-8")
+    assert fingerprint("diffusers/copy", "float32") != tiny
+    assert fingerprint("diffusers/tiny", "bfloat16") != tiny
+
+
+def test_the_small_model_is_among_the_checkpoints(pack: Pack) -> None:
+    widgets = pack.module("widgets")
+    assert widgets.SMALL_MODEL in widgets.model_names()
+    assert pack.nodes["CNTLoRALoadModel"].validate_inputs(widgets.SMALL_MODEL) is True
+
+
+def test_a_wrong_checkpoint_is_said_when_it_is_queued(pack: Pack, comfy: Path) -> None:
+    from safetensors.torch import save_file
+
+    path = comfy / "models" / "checkpoints" / "sdxl.safetensors"
+    save_file({"conditioner.embedders.0.x": torch.zeros(1)}, path)
+    validate = pack.nodes["CNTLoRALoadModel"].validate_inputs
+    assert "Stable Diffusion XL" in validate("sdxl.safetensors")
+    assert "no checkpoint" in validate("../../etc/passwd")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        ({}, "there are no photos"),
+        ({"images": [pictures()], "folder": "my dog"}, "set folder to"),
+        ({"images": [pictures()], "captions": "one\ntwo"}, "3 images but 2 captions"),
+        ({"folder": "example/penguin", "captions": "one"}, "captions are for connected images"),
+        ({"folder": "../models"}, "no folder"),
+        ({"images": [pictures()], "token": "dog"}, "share the word"),
+    ],
+)
+def test_bad_photos_are_an_error_in_words(pack: Pack, inputs: dict[str, Any], words: str) -> None:
+    with pytest.raises((ValueError, OSError), match=words):
+        subject_of(pack, **inputs)
+
+
+def test_bad_settings_are_an_error_in_words(pack: Pack, run: SimpleNamespace) -> None:
+    def start(**inputs: Any) -> Any:
+        subject = run.subject.args[0]
+        return pack.run("CNTLoRAInitialize", model=run.model, subject=subject, passes=1, **inputs)
+
+    with pytest.raises(ValueError, match="more than their widths hold"):
+        start(rank=1280)
+    with pytest.raises(ValueError, match="belongs to constraint='shift'"):
+        start(rank=4, shift=10.0)
+    with pytest.raises(ValueError, match="lr_warmup=5 has no effect"):
+        train(pack, run.start.args[0], lr_warmup=5)
+    other = dataclasses.replace(run.start.args[0].start, model="0" * 16)
+    moved = dataclasses.replace(run.start.args[0], start=other)
+    with pytest.raises(ValueError, match="made on another model"):
+        train(pack, moved)
+
+
+def test_memory_is_asked_for_and_given_back_also_after_an_error(
+    pack: Pack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = pack.module("runtime")
+    said: list[str] = []
+    for name in ("unload_all_models", "soft_empty_cache"):
+        monkeypatch.setattr(runtime.model_management, name, lambda name=name: said.append(name))
+
+    def fail() -> None:
+        with runtime.working():
+            assert not torch.is_inference_mode_enabled()
+            assert torch.is_grad_enabled()
+            hold_and_fail()
+
+    def hold_and_fail() -> None:
+        large = torch.zeros(3)
+        raise ValueError(f"holding {large}")
+
+    with torch.inference_mode(), pytest.raises(ValueError, match="holding") as caught:
+        fail()
+    assert "large" not in caught.traceback[-1].frame.f_locals
+    assert said == ["unload_all_models", "soft_empty_cache", "soft_empty_cache"]

@@ -1,0 +1,91 @@
+"""The whole way at SD1.5's size in a real ComfyUI server: teach, save, load with stock nodes, draw.
+
+Needs COMFYUI_PATH, COMFYUI_PYTHON and a single-file checkpoint in CNTLORA_SD15_CHECKPOINT (one with
+random weights will do: ``python -m cntlora_core.diffusion.random_checkpoint``), 16 GB of memory and
+some ten minutes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from .server import COMFYUI_PATH, Outcome, Server, number_of, workflow
+
+CHECKPOINT = os.environ.get("CNTLORA_SD15_CHECKPOINT")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(7200),
+    pytest.mark.skipif(
+        not (COMFYUI_PATH and CHECKPOINT),
+        reason="COMFYUI_PATH and CNTLORA_SD15_CHECKPOINT name no ComfyUI and no checkpoint",
+    ),
+]
+
+NAME = "sd15.safetensors"
+DRAWN = {
+    "CheckpointLoaderSimple": {"ckpt_name": NAME},
+    "EmptyLatentImage": {"width": 256, "height": 256},
+    "KSampler": {"steps": 2},
+}
+TAUGHT = {
+    **DRAWN,
+    "CNTLoRALoadModel": {"checkpoint": NAME},
+    "CNTLoRASubject": {"resolution": 256},
+    "CNTLoRAClassImages": {"count": 1, "steps": 1},
+    "CNTLoRAInitialize": {"passes": 1},
+    "CNTLoRATrain": {"steps": 2, "learning_rate": 1e-2, "preview_every": 0},
+}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    base = tmp_path_factory.mktemp("full-size")
+    (base / "models" / "checkpoints").mkdir(parents=True)
+    (base / "models" / "checkpoints" / NAME).symlink_to(Path(str(CHECKPOINT)).resolve())
+    server = Server(base)
+    yield server
+    server.stop()
+
+
+def picture(server: Server, outcome: Outcome, graph: dict[str, Any]) -> np.ndarray:
+    shown = outcome.outputs[number_of(graph, "SaveImage")]["images"][0]
+    with Image.open(server.base / "output" / shown["subfolder"] / shown["filename"]) as image:
+        return np.asarray(image.convert("RGB"), dtype=np.int16)
+
+
+def test_teaching_saving_loading_and_drawing(server: Server) -> None:
+    teach = workflow("personalise_sd15", TAUGHT)
+    first = server.run(teach, 5400)
+    assert first.status == "success", first.messages
+    applied = picture(server, first, teach)
+    server.free()
+    settled = server.memory
+
+    def draw(strength: float) -> np.ndarray:
+        strengths = {"strength_model": strength, "strength_clip": strength}
+        graph = workflow("use_a_saved_lora", {**DRAWN, "LoraLoader": strengths})
+        outcome = server.run(graph)
+        assert outcome.status == "success", outcome.messages
+        return picture(server, outcome, graph)
+
+    loaded, base = draw(1.0), draw(0.0)
+    assert np.abs(loaded - base).mean() > 1.0
+    # Load LoRA, from the file, does what Apply Subject LoRA did without it.
+    assert np.abs(loaded - applied).max() <= 1
+    for complaint in ("lora key not loaded", "NOT LOADED"):
+        assert complaint not in server.log
+
+    again = workflow("personalise_sd15", {**TAUGHT, "CNTLoRATrain": {
+        **TAUGHT["CNTLoRATrain"], "training_seed": 1}})  # fmt: skip
+    assert server.run(again, 5400).status == "success"
+    server.free()
+    print(f"resident memory: {settled / 1e6:.0f} MB before, {server.memory / 1e6:.0f} MB after")
+    assert server.memory < 1.1 * settled
