@@ -108,7 +108,7 @@ def load_lora_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, st
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no LoRA file {path}")
-    tensors, header = _load_tensors(path)
+    tensors, header = load_tensors(path)
     _require_lora(path, tensors)
     return {key: tensor.clone() for key, tensor in tensors.items()}, header
 
