@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import nn
+
 from cntlora_core.attachment import AttachmentPoint
 from cntlora_core.capture import CapturedMoments
 from cntlora_core.config import CNTLoRAConfig
@@ -149,10 +152,11 @@ def check_points(
         check_readable(point.name, point.module)
         width = point.in_features
         check_shift_width(repr(point.name), width, config)
-        if point.is_convolution and width > config.max_unfolded_width:
+        conv = point.module
+        if isinstance(conv, nn.Conv2d) and width > config.max_unfolded_width:
             raise ValueError(
                 f"{point.name!r} is a convolution whose unfolded input has {width} features "
-                f"({' x '.join(str(n) for n in point.module.weight.shape[1:])}): its second moment "
+                f"({' x '.join(str(n) for n in conv.weight.shape[1:])}): its second moment "
                 f"would be {width} x {width}, {format_bytes(4 * width**2)}, and solving it takes "
                 f"several times that. Leave it out with exclude_modules, or allow it with "
                 f"max_unfolded_width={width} (now {config.max_unfolded_width})"
@@ -163,7 +167,7 @@ def plan_plain_lora(
     points: Sequence[AttachmentPoint], *, rank: int, scaling: float, seed: int = 0
 ) -> AdapterPlan:
     """Plain LoRA: Kaiming-uniform down, zero up, one rank for all (arXiv 2106.09685)."""
-    generator = seeded_generator(seed)
+    generator = torch.Generator().manual_seed(seed)
     factors = {}
     for point in points:
         down, up = plain_factors(rank, point.in_features, point.out_features, generator)

@@ -60,7 +60,8 @@ def quantised_as(module: nn.Module) -> str | None:
     kind = type(getattr(module, "weight", None))
     if kind.__module__.startswith("torchao."):
         return f"quantised by torchao ({kind.__name__})"
-    if kind.__name__ in _BITSANDBYTES and not module.weight.is_floating_point():
+    packed = kind.__name__ in _BITSANDBYTES
+    if packed and not torch.is_floating_point(module.weight):  # pyright: ignore[reportArgumentType]
         return f"quantised by bitsandbytes ({_BITSANDBYTES[kind.__name__]})"
     return None
 

@@ -166,10 +166,16 @@ def test_tied_weights_are_not_rewritten():
 
 
 def test_a_weight_that_is_computed_is_not_rewritten():
-    base = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)))
-    config = LoraConfig(r=2, target_modules="0")
+    base, x = (
+        nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))),
+        torch.randn(5, 4),
+    )
+    config, before = LoraConfig(r=2, target_modules="0"), base(x)
     with pytest.raises(ValueError, match="computed from other parameters"):
-        get_cntlora_model(base, config, REWRITE, [torch.randn(5, 4)])
+        get_cntlora_model(base, config, REWRITE, [x])
+    model = get_cntlora_model(base, config, KEEP, [x])
+    delta = model.cntlora_plan.factors["0"].delta()
+    torch.testing.assert_close(model(x), before + x @ delta.T, rtol=1e-4, atol=1e-5)
 
 
 def test_a_weight_without_values_is_refused():
