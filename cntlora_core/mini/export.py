@@ -54,13 +54,13 @@ SHEET_PROMPTS = (
     "a photo of a purple elephant on a white background",
     "a cat wearing a hat on a green background",
     "a dog and an apple on a gray background",
-    "a photo of a cactus in the desert",
-    "a shirt on a pink background",
+    "a photo of a tree in the desert",
+    "a strawberry on a pink background",
     "a photo of a clock in front of a brick wall",
     "a balloon in the sky",
-    "a tiger on orange stripes",
+    "a hat on orange stripes",
     "a photo of a sks dog on a blue background",
-    "a teapot on a black background",
+    "a cake on a black background",
 )
 
 
