@@ -166,7 +166,7 @@ def draw_sheet(
     each: int = 2,
     seed: int = 0,
     steps: int = 25,
-    guidance: float = 5.0,
+    guidance: float = 2.5,
 ) -> None:
     """Draw every prompt ``each`` times and lay the pictures out with their prompts."""
     pictures: list[list[Image.Image]] = []
