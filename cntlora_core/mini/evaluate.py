@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--guidance", type=float, default=5.0)
+    parser.add_argument("--guidance", type=float, default=2.5)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     rows = prompts_to_judge(args.count, args.seed)

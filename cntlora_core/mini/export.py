@@ -54,13 +54,13 @@ SHEET_PROMPTS = (
     "a photo of a purple elephant on a white background",
     "a cat wearing a hat on a green background",
     "a dog and an apple on a gray background",
-    "a photo of a cactus in the desert",
-    "a shirt on a pink background",
+    "a photo of a tree in the desert",
+    "a strawberry on a pink background",
     "a photo of a clock in front of a brick wall",
     "a balloon in the sky",
-    "a tiger on orange stripes",
+    "a hat on orange stripes",
     "a photo of a sks dog on a blue background",
-    "a teapot on a black background",
+    "a cake on a black background",
 )
 
 
@@ -166,7 +166,7 @@ def draw_sheet(
     each: int = 2,
     seed: int = 0,
     steps: int = 25,
-    guidance: float = 5.0,
+    guidance: float = 2.5,
 ) -> None:
     """Draw every prompt ``each`` times and lay the pictures out with their prompts."""
     pictures: list[list[Image.Image]] = []

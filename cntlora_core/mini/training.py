@@ -250,7 +250,7 @@ def optimise(
     """
     average = ExponentialAverage(named, schedule.ema)
     optimizer = torch.optim.AdamW(
-        named.values(), lr=schedule.rate, betas=(0.9, 0.99), weight_decay=0.01, foreach=True
+        named.values(), lr=schedule.rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
     )
     work = SharedWork(workers, loss, list(named.values()))
     groups = {"model": dict(named), "ema": average.shadow}
