@@ -60,13 +60,13 @@ def judge(
     Returns:
         Two bool tensors (n,).
     """
-    labels = classifier.config.label2id
-    names = [labels[name] for name in JUDGED_NAMES]
+    labels = {name: int(index) for name, index in (classifier.config.label2id or {}).items()}
+    names = torch.tensor([labels[name] for name in JUDGED_NAMES])
     plain = [Background("plain", colour).phrase for colour in COLOURS]
-    phrases = [labels[phrase] for phrase in [*plain, *SCENES]]
+    phrases = torch.tensor([labels[phrase] for phrase in [*plain, *SCENES]])
     logits = torch.cat([classifier(pixel_values=part).logits for part in pictures.split(100)])
-    thing = torch.tensor(names)[logits[:, names].argmax(1)]
-    behind = torch.tensor(phrases)[logits[:, phrases].argmax(1)]
+    thing = names[logits[:, names].argmax(1)]
+    behind = phrases[logits[:, phrases].argmax(1)]
     wanted = torch.tensor([[labels[name], labels[phrase]] for _, name, phrase in rows])
     return thing == wanted[:, 0], behind == wanted[:, 1]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -96,12 +96,12 @@ class ExponentialAverage:
         decay: limit of the decay per step.
     """
 
-    def __init__(self, parameters: dict[str, torch.Tensor], decay: float) -> None:
+    def __init__(self, parameters: Mapping[str, torch.Tensor], decay: float) -> None:
         self.decay = decay
         self.shadow = {name: p.detach().clone() for name, p in parameters.items()}
 
     @torch.no_grad()
-    def update(self, parameters: dict[str, torch.Tensor], step: int) -> None:
+    def update(self, parameters: Mapping[str, torch.Tensor], step: int) -> None:
         """Move the average towards ``parameters``; ``step`` counts from 1."""
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(
@@ -270,7 +270,7 @@ def optimise(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         budget.advance()
-        average.update(dict(named), budget.step)
+        average.update(named, budget.step)
         if budget.step % report_every == 0:
             mean = float(np.mean(losses))
             log.write(step=budget.step, loss=mean, rate=rate, seconds=round(budget.elapsed, 1))
