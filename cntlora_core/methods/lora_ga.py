@@ -129,7 +129,8 @@ def _gradient_of(point: AttachmentPoint) -> Tensor:
     if gradient is None:
         raise ValueError(
             f"method {NAME!r}: no gradient reached {point.name!r}: leave it out of "
-            "target_modules, or give a loss that depends on it"
+            "target_modules (peft's LoRA-GA knows linear layers only), or give a loss that "
+            "depends on it"
         )
     gradient = gradient.float()
     if not torch.isfinite(gradient).all():

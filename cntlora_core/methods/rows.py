@@ -99,18 +99,21 @@ class RowPasses:
             x, mask = args[0], self._mask
             if mask is not None and x.ndim == 3 and x.shape[:2] == mask.shape:
                 x = x[mask.to(x.device)]
-            rows = point.input_rows(x)
-            if not torch.isfinite(rows).all():
-                raise FloatingPointError(
-                    f"the input of {point.name!r} is not finite in batch {self.batches_done}: look "
-                    "for NaN or infinite values in that batch, or run the model in float32 or "
-                    "bfloat16"
-                )
-            self.rows[point.name] += rows.shape[0]
-            self._sink(point.name, rows)
+            given = point.input_rows(x)
+            for rows in (given,) if isinstance(given, Tensor) else given:  # whole, or in chunks
+                self._take(point.name, rows)
             self.sink_seconds += time.perf_counter() - started
 
         return hook
+
+    def _take(self, name: str, rows: Tensor) -> None:
+        if not torch.isfinite(rows).all():
+            raise FloatingPointError(
+                f"the input of {name!r} is not finite in batch {self.batches_done}: look for NaN "
+                "or infinite values in that batch, or run the model in float32 or bfloat16"
+            )
+        self.rows[name] += rows.shape[0]
+        self._sink(name, rows)
 
 
 @contextmanager

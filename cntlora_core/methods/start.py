@@ -220,6 +220,11 @@ def _check(
             f"use_dora=True has a start of its own, which method {method.name!r} would overwrite: "
             "use method='dora', or leave it out"
         )
+    if method.family == "peft" and (lora_config.rank_pattern or lora_config.alpha_pattern):
+        raise ValueError(
+            f"method {method.name!r} takes one rank and alpha for all layers: leave rank_pattern "
+            "and alpha_pattern out"
+        )
     check_lora_config(lora_config, rewrites_base=False)
 
 

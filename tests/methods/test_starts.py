@@ -206,7 +206,7 @@ def test_misuse_is_refused_in_words(start, make_base, make_config, make_data):
         start("eva", lora_config=make_config(init_lora_weights="pissa"))
     with pytest.raises(ValueError, match="use method='dora'"):
         start("eva", lora_config=make_config(use_dora=True))
-    with pytest.raises(ValueError, match="rank_pattern"):
+    with pytest.raises(ValueError, match="leave rank_pattern and alpha_pattern out"):
         start("pissa", lora_config=make_config(rank_pattern={"query": 2}))
     with pytest.raises(ValueError, match="disagree: give the method alone"):
         start("cross", cntlora_config=CNTLoRAConfig(constraint="self"))
