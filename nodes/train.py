@@ -83,8 +83,9 @@ def train(
     from cntlora_core.diffusion.job import STATE_NAME, personalise
     from cntlora_core.diffusion.resume import finished_run, run_identity, run_key
 
-    without = class_images is None or job.prior.prior_weight == 0
-    photos = None if without else class_images.photos
+    photos = None  # class images that do not count make no other run
+    if class_images is not None and job.prior.prior_weight > 0:
+        photos = class_images.photos
     seed, subject = start.start.seed, start.subject
     key = run_key(job, run_identity(start.start.model, subject, photos, seed))
     words = (subject.prompts.token, subject.prompts.class_name, job.adapter.method)
