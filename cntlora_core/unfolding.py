@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Convolution = nn.Conv1d | nn.Conv2d
+
 CHUNK_ELEMENTS = 2**24
 """How many numbers of an unfolded input are held at once (64 MB in float32)."""
 
@@ -34,7 +36,7 @@ def unfolded_rows(
     Yields:
         (positions, c_in * kh * kw), in x's dtype.
     """
-    x = _padded(conv, x if x.ndim == 4 else x[None])
+    x = padded(conv, x if x.ndim == 4 else x[None])
     (kernel_h, kernel_w), (stride_h, stride_w) = conv.kernel_size, conv.stride
     (dilation_h, dilation_w) = conv.dilation
     count, channels, height, width = x.shape
@@ -64,9 +66,10 @@ def unfolded_rows(
             yield patches[first : first + images, top : top + lines].reshape(-1, features)
 
 
-def _padded(conv: nn.Conv2d, x: Tensor) -> Tensor:
+def padded(conv: Convolution, x: Tensor) -> Tensor:
+    """An input with the margins that a convolution gives it, in its padding mode."""
     margins: list[int] = []  # F.pad begins with the last dimension
-    for i in (1, 0):
+    for i in reversed(range(len(conv.kernel_size))):
         if conv.padding == "same":
             total = conv.dilation[i] * (conv.kernel_size[i] - 1)
             margins += [total // 2, total - total // 2]

@@ -1,0 +1,58 @@
+"""LAVA: adapters that keep a convolution's dimensions, as a peft method.
+
+Importing this package makes the method known to peft: do so before an adapter is loaded.
+
+    from peft import get_peft_model
+    from cntlora_core.lava import LavaConfig, orthogonality_loss
+
+    model = get_peft_model(base, LavaConfig(r=4, target_modules=["conv1", "conv2"]))
+    loss = task_loss(model, batch) + orthogonality_loss(model)
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from cntlora_core.lava.registration import register
+
+register()
+
+from cntlora_core.lava.config import LavaConfig  # noqa: E402
+from cntlora_core.lava.layer import LavaLayer  # noqa: E402
+from cntlora_core.lava.model import LavaModel  # noqa: E402
+
+if TYPE_CHECKING:
+    from cntlora_core.lava.orthogonality import OrthogonalityLoss, orthogonality_loss
+    from cntlora_core.lava.start import get_lava_model
+    from cntlora_core.lava.trainer import with_orthogonality
+
+    from cntlora_core.lava.mixed import MixedLavaModel, get_mixed_model
+
+__all__ = [
+    "LavaConfig",
+    "LavaLayer",
+    "LavaModel",
+    "MixedLavaModel",
+    "OrthogonalityLoss",
+    "get_lava_model",
+    "get_mixed_model",
+    "orthogonality_loss",
+    "with_orthogonality",
+]
+
+_MODULES = {
+    "MixedLavaModel": "mixed",
+    "OrthogonalityLoss": "orthogonality",
+    "get_lava_model": "start",
+    "get_mixed_model": "mixed",
+    "orthogonality_loss": "orthogonality",
+    "with_orthogonality": "trainer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    module = _MODULES.get(name)
+    if module is not None:
+        return getattr(import_module(f"cntlora_core.lava.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

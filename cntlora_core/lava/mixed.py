@@ -1,0 +1,149 @@
+"""LAVA beside peft's own methods in one model: say, LAVA on convolutions and LoRA on attention."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig
+from peft.mixed_model import PeftMixedModel
+from peft.tuners.mixed.model import COMPATIBLE_TUNER_TYPES, Configs, MixedModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import nn
+
+from cntlora_core.files import (
+    require_writable_folder,
+    safe_name,
+    save_safetensors_atomic,
+)
+from cntlora_core.lava.config import LavaConfig
+from cntlora_core.lava.model import LavaModel
+from cntlora_core.lora_reading import PEFT_CONFIG, PEFT_WEIGHTS
+
+
+class _MixedTuner(MixedModel):
+    """peft's own, which knows its methods from fixed lists, with LAVA beside them."""
+
+    prefix = LavaModel.prefix
+    tuner_layer_cls = BaseTunerLayer
+
+    def _check_new_adapter_config(self, config: PeftConfig) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if not isinstance(config, (LavaConfig, *Configs.__args__)):
+            raise TypeError(_refusal(config))
+        BaseTuner._check_new_adapter_config(self, config)
+
+    def _create_and_replace(self, config: PeftConfig, *args: Any, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if isinstance(config, LavaConfig):
+            LavaModel._create_and_replace(self, config, *args, **kwargs)  # pyright: ignore[reportArgumentType]
+        else:
+            super()._create_and_replace(config, *args, **kwargs)  # pyright: ignore[reportArgumentType]
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        BaseTuner._mark_only_adapters_as_trainable(self, model)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        BaseTuner.set_adapter(self, adapter_name, inference_mode=inference_mode)
+
+
+class MixedLavaModel(PeftMixedModel):
+    """A model with adapters of several methods, all active; see :func:`get_mixed_model`."""
+
+    def __init__(self, model: nn.Module, adapters: Mapping[str, PeftConfig]) -> None:
+        nn.Module.__init__(self)
+        if not adapters:
+            raise ValueError("give at least one adapter: a name and its configuration")
+        for config in adapters.values():
+            _check(config)
+        first, *others = adapters
+        self.modules_to_save = None
+        self.base_model = _MixedTuner(model, {first: adapters[first]}, first)  # pyright: ignore[reportArgumentType]
+        self.config = getattr(model, "config", {"model_type": "custom"})
+        self.set_modules_to_save(adapters[first], first)
+        self.base_model._cast_adapter_dtype(first)
+        for name in others:
+            self.add_adapter(name, adapters[name])
+        self.set_adapter(list(adapters))
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Add an adapter of any of the methods; :meth:`set_adapter` then makes it active."""
+        _check(peft_config)
+        if adapter_name in self.peft_config:
+            raise ValueError(f"there is an adapter {adapter_name!r} already: choose another name")
+        self.peft_config[adapter_name] = peft_config
+        try:
+            self.base_model.inject_adapter(
+                self.base_model.model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage
+            )
+        except Exception:
+            del self.peft_config[adapter_name]
+            raise
+        self.base_model._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        self.set_modules_to_save(peft_config, adapter_name)
+
+    def save_pretrained(self, save_directory: str | Path) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Save each adapter in a folder of its own name, as ``PeftModel`` would save it alone."""
+        for name, config in self.peft_config.items():
+            folder = require_writable_folder(Path(save_directory) / safe_name(name))
+            tensors = get_peft_model_state_dict(self, adapter_name=name)
+            save_safetensors_atomic(tensors, folder / PEFT_WEIGHTS, {"format": "pt"})
+            inference = config.inference_mode
+            config.inference_mode = True
+            try:
+                config.save_pretrained(str(folder))
+            finally:
+                config.inference_mode = inference
+
+    @classmethod
+    def load(cls, model: nn.Module, folder: str | Path, *names: str) -> MixedLavaModel:
+        """Put adapters that :meth:`save_pretrained` saved into a base model.
+
+        Args:
+            model: The base model.
+            folder: The folder that they were saved in.
+            names: Which adapters; default: all that are there.
+
+        Raises:
+            FileNotFoundError: if there is none.
+        """
+        folder = Path(folder)
+        names = names or tuple(sorted(p.parent.name for p in folder.glob(f"*/{PEFT_CONFIG}")))
+        missing = [n for n in names if not (folder / safe_name(n) / PEFT_WEIGHTS).is_file()]
+        if missing or not names:
+            raise FileNotFoundError(f"there is no adapter {', '.join(missing) or ''} in {folder}")
+        folders = {name: folder / safe_name(name) for name in names}
+        mixed = cls(
+            model, {name: PeftConfig.from_pretrained(str(at)) for name, at in folders.items()}
+        )
+        for name, at in folders.items():
+            set_peft_model_state_dict(mixed, load_file(at / PEFT_WEIGHTS), adapter_name=name)
+        return mixed
+
+
+def get_mixed_model(model: nn.Module, adapters: Mapping[str, PeftConfig]) -> MixedLavaModel:
+    """Wrap a base model with adapters of several methods, all of them active and trained.
+
+    Example:
+        >>> mixed = get_mixed_model(unet, {
+        ...     "attention": LoraConfig(r=8, target_modules=["to_q", "to_v"]),
+        ...     "convolutions": LavaConfig(r=4, target_modules=["conv1", "conv2"])})
+    """
+    return MixedLavaModel(model, adapters)
+
+
+def _check(config: PeftConfig) -> None:
+    if not isinstance(config, LavaConfig) and config.peft_type not in COMPATIBLE_TUNER_TYPES:
+        raise TypeError(_refusal(config))
+
+
+def _refusal(config: object) -> str:
+    known = ", ".join(kind.value for kind in COMPATIBLE_TUNER_TYPES)
+    return f"LAVA can stand beside adapters of {known}; got a {type(config).__name__}"

@@ -1,0 +1,53 @@
+"""LAVA as a peft tuner: puts adapters into a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from cntlora_core.lava.config import LavaConfig
+from cntlora_core.lava.layer import LavaLayer, check_adaptable
+
+
+class LavaModel(BaseTuner):
+    """A model with LAVA's adapters; ``get_peft_model(model, LavaConfig(...))`` makes one.
+
+    Example:
+        >>> model = get_peft_model(unet, LavaConfig(r=4, target_modules=["conv1", "to_q"]))
+    """
+
+    prefix: str = "lava_"
+    tuner_layer_cls = LavaLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def _create_and_replace(
+        self,
+        peft_config: LavaConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_optional: Any,
+    ) -> None:
+        rank, alpha = rank_and_alpha(peft_config, current_key)
+        if isinstance(target, LavaLayer):
+            target.update_layer(adapter_name, rank, alpha, peft_config)
+            return
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        check_adaptable(current_key, base)
+        layer = LavaLayer(target, adapter_name, rank, alpha, peft_config)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)  # one more adapter is not trained before it is chosen
+        self._replace_module(parent, target_name, layer, target)
+
+
+def rank_and_alpha(config: LavaConfig, name: str) -> tuple[int, float]:
+    """What a configuration gives a module, its patterns included."""
+    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+    rank = ranks.get(get_pattern_key(list(ranks), name), config.r)
+    return rank, alphas.get(get_pattern_key(list(alphas), name), config.lava_alpha)

@@ -1,0 +1,307 @@
+"""LAVA as a peft method: save, load, merge, several adapters and so on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
+from torch import nn
+
+from cntlora_core.lava import LavaConfig, LavaLayer, get_mixed_model
+from cntlora_core.lava.mixed import MixedLavaModel
+from tests.lava.conftest import NAMES, Net
+
+
+def config(**options) -> LavaConfig:
+    return LavaConfig(**{"r": 3, "lava_alpha": 6, "target_modules": NAMES, **options})
+
+
+def layers(model: nn.Module) -> dict[str, LavaLayer]:
+    return {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, LavaLayer)
+    }
+
+
+def trained(model: nn.Module, x: torch.Tensor, steps: int = 3) -> nn.Module:
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(steps):
+        model(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+@pytest.mark.parametrize("start", [True, "lora"])
+def test_the_start_is_the_base_and_all_factors_are_trained(net, x, start):
+    before = net(x)
+    model = get_peft_model(net, config(init_weights=start))
+    assert set(layers(model)) == set(NAMES)
+    assert torch.equal(model(x), before)
+    first = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    trained(model, x)
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (name in first)
+        if name in first:
+            assert not torch.equal(parameter, first[name]), name
+
+
+def test_orthogonal_start_has_orthonormal_columns(net):
+    for layer in layers(get_peft_model(net, config())).values():
+        u = layer.lava_U["default"]
+        torch.testing.assert_close(u.T @ u, torch.eye(3), rtol=0, atol=1e-5)
+
+
+def test_patterns_give_ranks_and_alphas(net):
+    model = get_peft_model(
+        net, config(rank_pattern={"^second": 5, "line": 1}, alpha_pattern={"line": 4})
+    )
+    found = layers(model)
+    assert {name: layer.r["default"] for name, layer in found.items()} == {
+        **dict.fromkeys(NAMES, 3),
+        "second": 5,
+        "line": 1,
+    }
+    assert found["line"].scaling["default"] == 4
+    assert found["second"].scaling["default"] == 6 / 5
+
+
+def test_merge_unmerge_disable_unload(net, x):
+    before, weights = net(x), {n: p.detach().clone() for n, p in net.named_parameters()}
+    model = trained(get_peft_model(net, config()), x)
+    after = model(x)
+    assert (after - before).abs().max() > 1e-2
+    with model.disable_adapter():
+        assert torch.equal(model(x), before)
+    model.merge_adapter()
+    assert (layers(model)["turned"].base_layer.weight - weights["turned.weight"]).abs().max() > 1e-3
+    torch.testing.assert_close(model(x), after, rtol=1e-4, atol=1e-5)
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(x), after, rtol=1e-4, atol=1e-5)
+    model.merge_adapter()
+    with model.disable_adapter():  # takes the merged adapter out again
+        torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
+    assert not layers(model)["first"].merged
+    base = model.unload()
+    assert not layers(base)
+    torch.testing.assert_close(base(x), before, rtol=1e-4, atol=1e-5)
+
+
+def test_merge_and_unload(net, x):
+    model = trained(get_peft_model(net, config()), x)
+    after = model(x)
+    merged = model.merge_and_unload(safe_merge=True)
+    assert type(merged.first) is nn.Conv2d
+    torch.testing.assert_close(merged(x), after, rtol=1e-4, atol=1e-5)
+
+
+def test_safe_merge_refuses_what_is_not_finite(net):
+    model = get_peft_model(net, config())
+    weight = layers(model)["first"].base_layer.weight
+    before = weight.detach().clone()
+    with torch.no_grad():
+        layers(model)["first"].lava_V["default"][0, 0] = float("inf")
+    with pytest.raises(ValueError, match="not finite: nothing was merged"):
+        model.merge_adapter(safe_merge=True)
+    assert torch.equal(weight, before)
+
+
+def test_saved_and_loaded_in_a_fresh_process(net, x, tmp_path):
+    model = trained(get_peft_model(net, config(rank_pattern={"second": 2})), x)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert tensors["base_model.model.second.lava_U"].shape == (8, 2)
+    assert len(tensors) == 3 * 4 + 3 + 2 * 2
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["peft_type"] == "LAVA"
+    torch.save(x, tmp_path / "x.pt")
+    script = (
+        "import sys, torch, cntlora_core.lava\n"
+        "from peft import PeftModel\n"
+        "from tests.lava.conftest import Net\n"
+        "folder = sys.argv[1]\n"
+        "model = PeftModel.from_pretrained(Net(), folder)\n"
+        "x = torch.load(folder + '/x.pt', weights_only=True)\n"
+        "torch.save(model(x), folder + '/y.pt')\n"
+        "assert model.active_peft_config.orthogonal_factors == ['U']\n"
+        "assert not any(p.requires_grad for p in model.parameters())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    there = torch.load(tmp_path / "y.pt", weights_only=True)
+    torch.testing.assert_close(there, model(x), rtol=1e-5, atol=1e-6)
+
+
+def test_loading_without_memory_for_a_first_copy(net, x, tmp_path):
+    model = trained(get_peft_model(net, config()), x)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(Net(), tmp_path, low_cpu_mem_usage=True)
+    torch.testing.assert_close(loaded(x), model(x))
+
+
+def test_several_adapters(net, x, tmp_path):
+    model = trained(get_peft_model(net, config(), adapter_name="one"), x)
+    one = model(x)
+    model.add_adapter("two", config(r=2, target_modules=["second", "head"], init_weights=False))
+    torch.testing.assert_close(model(x), one)  # the first is still the active one
+    model.set_adapter("two")
+    two = model(x)
+    assert (two - one).abs().max() > 1e-3
+    assert not layers(model)["second"].lava_U["one"].requires_grad
+    assert layers(model)["second"].lava_U["two"].requires_grad
+    model.base_model.set_adapter(["one", "two"])
+    both = model(x)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), both, rtol=1e-4, atol=1e-5)
+    model.unmerge_adapter()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(Net(), tmp_path / "one", adapter_name="one")
+    loaded.load_adapter(tmp_path / "two", adapter_name="two")
+    torch.testing.assert_close(loaded(x), one, rtol=1e-4, atol=1e-5)
+    loaded.set_adapter("two")
+    torch.testing.assert_close(loaded(x), two, rtol=1e-4, atol=1e-5)
+    loaded.delete_adapter("two")
+    loaded.set_adapter("one")
+    torch.testing.assert_close(loaded(x), one, rtol=1e-4, atol=1e-5)
+
+
+def test_beside_lora_on_other_modules(net, x, tmp_path):
+    parts = {
+        "matrices": LoraConfig(r=2, target_modules=["head"], init_lora_weights=False),
+        "kernels": config(target_modules=["first", "second", "line"]),
+    }
+    before = net(x)
+    model = get_mixed_model(net, parts)
+    assert isinstance(model.base_model.model.head, LoraLayer)
+    assert set(layers(model)) == {"first", "second", "line"}
+    assert (model(x) - before).abs().max() > 1e-3
+    names = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert len(names) == 2 + 4 + 4 + 3
+    trained(model, x)
+    after = model(x)
+    with model.disable_adapter():
+        assert torch.equal(model(x), before)
+    model.save_pretrained(tmp_path)
+    loaded = MixedLavaModel.load(Net(), tmp_path)
+    torch.testing.assert_close(loaded(x), after, rtol=1e-4, atol=1e-5)
+    # Each part is an adapter that peft reads by itself.
+    alone = PeftModel.from_pretrained(Net(), tmp_path / "kernels")
+    model.set_adapter("kernels")
+    torch.testing.assert_close(alone(x), model(x), rtol=1e-4, atol=1e-5)
+    model.set_adapter(["matrices", "kernels"])
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(x), after, rtol=1e-4, atol=1e-5)
+
+
+def test_on_one_module_with_lora(net, x):
+    model = get_mixed_model(
+        net,
+        {
+            "lora": LoraConfig(r=2, target_modules=["head"], init_lora_weights=False),
+            "lava": config(target_modules=["head"], init_weights=False),
+        },
+    )
+    both = model(x)
+    model.set_adapter("lora")
+    assert (model(x) - both).abs().max() > 1e-3
+    model.set_adapter(["lora", "lava"])
+    merged = model.merge_and_unload()
+    assert type(merged.head) is nn.Linear
+    torch.testing.assert_close(merged(x), both, rtol=1e-4, atol=1e-5)
+
+
+def test_mixed_refuses_other_methods_in_words(net):
+    from peft import IA3Config
+
+    with pytest.raises(TypeError, match="beside adapters of LORA.*got a IA3Config"):
+        get_mixed_model(net, {"a": IA3Config(target_modules=["head"], feedforward_modules=[])})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_bases_keep_adapters_in_float32(net, x, dtype):
+    model = get_peft_model(net.to(dtype), config(init_weights=False))
+    assert layers(model)["first"].lava_U["default"].dtype == torch.float32
+    out = model(x.to(dtype))
+    assert out.dtype == dtype
+    model.merge_adapter()
+    torch.testing.assert_close(model(x.to(dtype)), out, rtol=0.1, atol=0.1)
+    model.unmerge_adapter()
+    trained(model, x.to(dtype))
+
+
+def test_dropout_acts_in_training_only(net, x):
+    model = get_peft_model(net, config(lava_dropout=0.5, init_weights=False))
+    model.train()
+    assert not torch.equal(model(x), model(x))
+    model.eval()
+    assert torch.equal(model(x), model(x))
+
+
+def test_injection_and_scales_as_diffusers_uses_them(net, x):
+    before = net(x)
+    inject_adapter_in_model(config(init_weights=False), net, "style")
+    full = net(x)
+    for layer in layers(net).values():
+        layer.set_scale("style", 0.0)
+    torch.testing.assert_close(net(x), before)
+    for layer in layers(net).values():
+        layer.unscale_layer()
+        layer.scale_layer(2.0)
+        layer.unscale_layer(2.0)
+    torch.testing.assert_close(net(x), full)
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x):
+        return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        (nn.ConvTranspose2d(2, 2, 3), "'0', a ConvTranspose2d; LAVA is for"),
+        (nn.Conv3d(2, 2, 3), "'0', a Conv3d"),
+        (nn.Embedding(3, 2), "'0', a Embedding"),
+        (Standardised(2, 2, 3), "computes something else than Conv2d"),
+    ],
+    ids=lambda case: "" if isinstance(case, str) else type(case).__name__,
+)
+def test_other_modules_are_refused_in_words(module, words):
+    with pytest.raises(ValueError, match=words):
+        get_peft_model(nn.Sequential(module), LavaConfig(target_modules=["0"]))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"r": 0}, "rank is a whole number"),
+        ({"rank_pattern": {"a": 1.5}}, "rank_pattern: a rank"),
+        ({"lava_dropout": 1.0}, "lava_dropout must lie between"),
+        ({"orthogonality": -1.0}, "orthogonality must lie"),
+        ({"orthogonal_factors": ["U", "Z"]}, "may name U, V, Y, X; got 'Z'"),
+        ({"lava_alpha": 0}, "lava_alpha must be"),
+        ({"init_weights": "pissa"}, "orthogonal, lora"),
+        ({"bias": "some"}, "none, all or lava_only"),
+        ({"layers_pattern": ["h"]}, "needs layers_to_transform"),
+        ({"target_modules": "x", "layers_to_transform": 1}, "has no effect"),
+    ],
+)
+def test_settings_are_checked(options, words):
+    with pytest.raises(ValueError, match=words):
+        LavaConfig(**options)
+
+
+def test_a_second_copy_of_the_library_is_refused_in_words():
+    from cntlora_core.lava.registration import register
+
+    with pytest.raises(ImportError, match="registered with peft already"):
+        register()
