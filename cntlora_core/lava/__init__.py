@@ -23,11 +23,11 @@ from cntlora_core.lava.layer import LavaLayer  # noqa: E402
 from cntlora_core.lava.model import LavaModel  # noqa: E402
 
 if TYPE_CHECKING:
-    from cntlora_core.lava.orthogonality import OrthogonalityLoss, orthogonality_loss
     from cntlora_core.lava.start import get_lava_model
-    from cntlora_core.lava.trainer import with_orthogonality
 
     from cntlora_core.lava.mixed import MixedLavaModel, get_mixed_model
+    from cntlora_core.lava.orthogonality import OrthogonalityLoss, orthogonality_loss
+    from cntlora_core.lava.trainer import with_orthogonality
 
 __all__ = [
     "LavaConfig",

@@ -28,7 +28,9 @@ class Net(nn.Module):
         return self.head(torch.tanh(self.turned(h)))
 
 
-NAMES = ["first", "second", "short", "line", "turned", "head"]
+@pytest.fixture
+def make_net() -> type[Net]:
+    return Net
 
 
 @pytest.fixture

@@ -114,9 +114,10 @@ def test_a_forward_pass_builds_nothing_as_large_as_the_kernel():
             return out
 
     torch.manual_seed(0)
-    layer = adapted(nn.Conv2d(64, 64, 3, padding=1), rank=2)
+    conv = nn.Conv2d(64, 64, 3, padding=1)
+    layer = adapted(conv, rank=2)
     layer.base_layer = nn.Identity()  # leaves the adapter's own change
-    layer.get_base_layer = lambda conv=nn.Conv2d(64, 64, 3, padding=1): conv
+    layer.get_base_layer = lambda: conv
     x = torch.randn(1, 64, 4, 4, dtype=torch.float64)
     with Largest() as mode:
         layer(x).square().sum().backward()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from torch import nn
 
 from cntlora_core.lava import LavaConfig, LavaLayer, get_mixed_model
 from cntlora_core.lava.mixed import MixedLavaModel
-from tests.lava.conftest import NAMES, Net
+
+CONFTEST = Path(__file__).with_name("conftest.py")
+NAMES = ["first", "second", "short", "line", "turned", "head"]
 
 
 def config(**options) -> LavaConfig:
@@ -123,10 +126,9 @@ def test_saved_and_loaded_in_a_fresh_process(net, x, tmp_path):
     assert saved["peft_type"] == "LAVA"
     torch.save(x, tmp_path / "x.pt")
     script = (
-        "import sys, torch, cntlora_core.lava\n"
+        "import runpy, sys, torch, cntlora_core.lava\n"
         "from peft import PeftModel\n"
-        "from tests.lava.conftest import Net\n"
-        "folder = sys.argv[1]\n"
+        "Net, folder = runpy.run_path(sys.argv[2])['Net'], sys.argv[1]\n"
         "model = PeftModel.from_pretrained(Net(), folder)\n"
         "x = torch.load(folder + '/x.pt', weights_only=True)\n"
         "torch.save(model(x), folder + '/y.pt')\n"
@@ -134,21 +136,24 @@ def test_saved_and_loaded_in_a_fresh_process(net, x, tmp_path):
         "assert not any(p.requires_grad for p in model.parameters())\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", script, str(tmp_path), str(CONFTEST)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     there = torch.load(tmp_path / "y.pt", weights_only=True)
     torch.testing.assert_close(there, model(x), rtol=1e-5, atol=1e-6)
 
 
-def test_loading_without_memory_for_a_first_copy(net, x, tmp_path):
+def test_loading_without_memory_for_a_first_copy(net, make_net, x, tmp_path):
     model = trained(get_peft_model(net, config()), x)
     model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(Net(), tmp_path, low_cpu_mem_usage=True)
+    loaded = PeftModel.from_pretrained(make_net(), tmp_path, low_cpu_mem_usage=True)
     torch.testing.assert_close(loaded(x), model(x))
 
 
-def test_several_adapters(net, x, tmp_path):
+def test_several_adapters(net, make_net, x, tmp_path):
     model = trained(get_peft_model(net, config(), adapter_name="one"), x)
     one = model(x)
     model.add_adapter("two", config(r=2, target_modules=["second", "head"], init_weights=False))
@@ -164,7 +169,7 @@ def test_several_adapters(net, x, tmp_path):
     torch.testing.assert_close(model(x), both, rtol=1e-4, atol=1e-5)
     model.unmerge_adapter()
     model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(Net(), tmp_path / "one", adapter_name="one")
+    loaded = PeftModel.from_pretrained(make_net(), tmp_path / "one", adapter_name="one")
     loaded.load_adapter(tmp_path / "two", adapter_name="two")
     torch.testing.assert_close(loaded(x), one, rtol=1e-4, atol=1e-5)
     loaded.set_adapter("two")
@@ -174,7 +179,7 @@ def test_several_adapters(net, x, tmp_path):
     torch.testing.assert_close(loaded(x), one, rtol=1e-4, atol=1e-5)
 
 
-def test_beside_lora_on_other_modules(net, x, tmp_path):
+def test_beside_lora_on_other_modules(net, make_net, x, tmp_path):
     parts = {
         "matrices": LoraConfig(r=2, target_modules=["head"], init_lora_weights=False),
         "kernels": config(target_modules=["first", "second", "line"]),
@@ -191,10 +196,10 @@ def test_beside_lora_on_other_modules(net, x, tmp_path):
     with model.disable_adapter():
         assert torch.equal(model(x), before)
     model.save_pretrained(tmp_path)
-    loaded = MixedLavaModel.load(Net(), tmp_path)
+    loaded = MixedLavaModel.load(make_net(), tmp_path)
     torch.testing.assert_close(loaded(x), after, rtol=1e-4, atol=1e-5)
     # Each part is an adapter that peft reads by itself.
-    alone = PeftModel.from_pretrained(Net(), tmp_path / "kernels")
+    alone = PeftModel.from_pretrained(make_net(), tmp_path / "kernels")
     model.set_adapter("kernels")
     torch.testing.assert_close(alone(x), model(x), rtol=1e-4, atol=1e-5)
     model.set_adapter(["matrices", "kernels"])
@@ -222,7 +227,7 @@ def test_on_one_module_with_lora(net, x):
 def test_mixed_refuses_other_methods_in_words(net):
     from peft import IA3Config
 
-    with pytest.raises(TypeError, match="beside adapters of LORA.*got a IA3Config"):
+    with pytest.raises(TypeError, match=r"beside adapters of LORA.*got a IA3Config"):
         get_mixed_model(net, {"a": IA3Config(target_modules=["head"], feedforward_modules=[])})
 
 
