@@ -23,10 +23,10 @@ from cntlora_core.lava.layer import LavaLayer  # noqa: E402
 from cntlora_core.lava.model import LavaModel  # noqa: E402
 
 if TYPE_CHECKING:
-    from cntlora_core.lava.start import get_lava_model
-
+    from cntlora_core.lava.conversion import save_converted
     from cntlora_core.lava.mixed import MixedLavaModel, get_mixed_model
     from cntlora_core.lava.orthogonality import OrthogonalityLoss, orthogonality_loss
+    from cntlora_core.lava.start import get_lava_model
     from cntlora_core.lava.trainer import with_orthogonality
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "get_lava_model",
     "get_mixed_model",
     "orthogonality_loss",
+    "save_converted",
     "with_orthogonality",
 ]
 
@@ -47,6 +48,7 @@ _MODULES = {
     "get_lava_model": "start",
     "get_mixed_model": "mixed",
     "orthogonality_loss": "orthogonality",
+    "save_converted": "conversion",
     "with_orthogonality": "trainer",
 }
 

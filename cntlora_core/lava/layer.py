@@ -56,17 +56,8 @@ class LavaLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True
         self._active_adapter = adapter_name
-        self.factor_names = factor_names(len(self.weight_shape))
+        self.factor_names = factor_names(len(weight_shape(self.get_base_layer())))
         self.update_layer(adapter_name, r, lava_alpha, config)
-
-    @property
-    def weight_shape(self) -> tuple[int, ...]:
-        """(c_out, c_in / groups, kh, kw); (d_out, d_in) of a matrix, whatever way it is stored."""
-        base = self.get_base_layer()
-        if isinstance(base, nn.Linear):  # quantised ones pack their weight
-            return base.out_features, base.in_features
-        shape = tuple(base.weight.shape)  # pyright: ignore[reportArgumentType,reportAttributeAccessIssue]
-        return shape[::-1] if isinstance(base, Conv1D) else shape
 
     def update_layer(
         self, adapter_name: str, r: int, lava_alpha: float, config: LavaConfig
@@ -77,7 +68,8 @@ class LavaLayer(nn.Module, BaseTunerLayer):
         self.lava_config[adapter_name] = config
         dropout = nn.Dropout(config.lava_dropout) if config.lava_dropout else nn.Identity()
         self.lava_dropout[adapter_name] = dropout
-        for name, size in zip(self.factor_names, self.weight_shape, strict=True):
+        shape = weight_shape(self.get_base_layer())
+        for name, size in zip(self.factor_names, shape, strict=True):
             self._factor_dict(name)[adapter_name] = nn.Parameter(torch.empty(size, r))
         self.reset_parameters(adapter_name, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -202,6 +194,15 @@ class LavaLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "lava." + super().__repr__()
+
+
+def weight_shape(module: nn.Module) -> tuple[int, ...]:
+    """(c_out, c_in / groups, kh, kw); (d_out, d_in) of a matrix, whatever way it is stored."""
+    if isinstance(module, nn.Linear):  # quantised ones pack their weight
+        return module.out_features, module.in_features
+    assert isinstance(module.weight, Tensor)
+    shape = tuple(module.weight.shape)
+    return shape[::-1] if isinstance(module, Conv1D) else shape
 
 
 def check_adaptable(name: str, module: nn.Module) -> None:

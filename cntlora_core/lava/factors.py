@@ -1,0 +1,154 @@
+"""What a LAVA adapter starts from, decided before any module is wrapped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cntlora_core.lava import functional
+
+
+@dataclass(frozen=True, eq=False)
+class LavaFactors:
+    """The start of one adapter, or a snapshot of it.
+
+    Attributes:
+        u: (c_out, R) float32.
+        v: (c_in / groups, R) float32.
+        spatial: (kh, R) and (kw, R); (k, R) for one dimension; nothing for a matrix.
+        scaling: alpha / R.
+        filled: How many of the R terms the data did not support; they start as plain ones.
+        error: Frobenius error of the delta against the closed form's, relative to that; 0 for a
+            matrix and for a plain start.
+        size: Frobenius norm of the closed form's delta.
+    """
+
+    u: Tensor
+    v: Tensor
+    spatial: tuple[Tensor, ...]
+    scaling: float
+    filled: int = 0
+    error: float = 0.0
+    size: float = 0.0
+
+    @property
+    def rank(self) -> int:
+        return self.u.shape[1]
+
+    def named(self) -> dict[str, Tensor]:
+        """The factors by their names, in the order of the weight's dimensions."""
+        factors = (self.u, self.v, *self.spatial)
+        return dict(zip(functional.factor_names(len(factors)), factors, strict=True))
+
+    def delta(self) -> Tensor:
+        """The change of weight, (c_out, c_in / groups, kh, kw)."""
+        return self.scaling * functional.delta(self.u, self.v, self.spatial)
+
+
+@dataclass(frozen=True)
+class LavaPlan:
+    """Ranks and starting factors of every attachment point, before any module is wrapped.
+
+    Attributes:
+        factors: By attachment point's name, in the model's order.
+        rewrites_base: Whether the frozen weight becomes ``W - delta`` where the delta is not zero.
+    """
+
+    factors: dict[str, LavaFactors]
+    rewrites_base: bool
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        return {name: factors.rank for name, factors in self.factors.items()}
+
+    @property
+    def filled(self) -> dict[str, int]:
+        """Terms that started as plain ones for want of data, where there are any."""
+        return {name: f.filled for name, f in self.factors.items() if f.filled}
+
+    @property
+    def relative_error(self) -> float:
+        """Of all deltas together, against those of the closed form."""
+        size = sum(f.size**2 for f in self.factors.values())
+        lost = sum((f.error * f.size) ** 2 for f in self.factors.values())
+        return (lost / size) ** 0.5 if size else 0.0
+
+    def under(self, prefix: str) -> LavaPlan:
+        """The part of the plan whose names start with ``prefix``, without it."""
+        return LavaPlan(
+            {n[len(prefix) :]: f for n, f in self.factors.items() if n.startswith(prefix)},
+            self.rewrites_base,
+        )
+
+
+def plain_factors(
+    weight_shape: Sequence[int], rank: int, scaling: float, generator: torch.Generator
+) -> LavaFactors:
+    """A start that reads nothing: U orthonormal, V zero, Y and X random columns of length 1."""
+    c_out, c_in, *kernel = weight_shape
+    spatial = tuple(
+        torch.nn.functional.normalize(torch.randn(n, rank, generator=generator), dim=0)
+        for n in kernel
+    )
+    u = orthonormal_columns(c_out, rank, generator)
+    return LavaFactors(u, torch.zeros(c_in, rank), spatial, scaling)
+
+
+def orthonormal_columns(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    """Random orthonormal columns; where there are more columns than rows, orthonormal rows."""
+    drawn = torch.randn(max(rows, columns), min(rows, columns), generator=generator)
+    q = torch.linalg.qr(drawn).Q
+    return q if rows >= columns else q.T.contiguous()
+
+
+def widened(factors: LavaFactors, rank: int, generator: torch.Generator) -> LavaFactors:
+    """The same delta with plain terms added up to a rank, their U orthonormal to what is there.
+
+    The scaling stays; the added terms are counted in ``filled``.
+    """
+    more = rank - factors.rank
+    if more <= 0:
+        return factors
+    shape = [f.shape[0] for f in factors.named().values()]
+    plain = plain_factors(shape, more, factors.scaling, generator)
+    u = plain.u
+    if factors.rank and shape[0] > factors.rank:
+        known = torch.linalg.qr(factors.u).Q
+        rest = torch.randn(shape[0], more, generator=generator)
+        rest -= known @ (known.T @ rest)
+        u = torch.linalg.qr(rest - known @ (known.T @ rest)).Q
+        if u.shape[1] < more:  # more terms than rows
+            u = torch.cat([u, plain.u[:, u.shape[1] :]], dim=1)
+    return LavaFactors(
+        torch.cat([factors.u, u], dim=1),
+        torch.cat([factors.v, plain.v], dim=1),
+        tuple(torch.cat(pair, dim=1) for pair in zip(factors.spatial, plain.spatial, strict=True)),
+        factors.scaling,
+        factors.filled + more,
+        factors.error,
+        factors.size,
+    )
+
+
+def difference(trained: LavaFactors, initial: LavaFactors) -> LavaFactors:
+    """``trained - initial``, exact: the terms of both, those of ``initial`` with the sign turned.
+
+    The scaling is kept, so that alpha grows with the rank.
+
+    Raises:
+        ValueError: where the two differ in scaling.
+    """
+    if abs(trained.scaling - initial.scaling) > 1e-6 * abs(initial.scaling):
+        raise ValueError(
+            "trained and initial adapter differ in scaling: "
+            f"{trained.scaling:g} against {initial.scaling:g}"
+        )
+    return LavaFactors(
+        torch.cat([trained.u, initial.u], dim=1),
+        torch.cat([trained.v, -initial.v], dim=1),
+        tuple(torch.cat(p, dim=1) for p in zip(trained.spatial, initial.spatial, strict=True)),
+        initial.scaling,
+    )
