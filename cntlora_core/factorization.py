@@ -33,6 +33,10 @@ class Factors:
     def rank(self) -> int:
         return self.down.shape[0]
 
+    def named(self) -> dict[str, Tensor]:
+        """The two matrices by their names."""
+        return {"down": self.down, "up": self.up}
+
     def delta(self) -> Tensor:
         """(d_out, d_in)."""
         return self.scaling * (self.up @ self.down)

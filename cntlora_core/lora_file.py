@@ -59,6 +59,7 @@ __all__ = [
     "collect_adapter",
     "compress",
     "compress_layers",
+    "diffusers_tensors",
     "modelspec_metadata",
     "read_lora_file",
     "relative_error",
@@ -176,12 +177,25 @@ def write_lora_file(
         extra = {}
     elif layout == "diffusers":
         stored = {name: _unscaled(without_mid(layer)) for name, layer in layers.items()}
-        tensors = _factor_tensors(stored, diffusers_name, ("lora_A", "lora_B", ""), dtype)
+        tensors = _in_diffusers_words(stored, dtype)
         extra = {DIFFUSERS_METADATA_KEY: json.dumps(_diffusers_header(stored), sort_keys=True)}
     else:
         raise ValueError(f"layout must be kohya, diffusers or peft, got {layout!r}")
     full = {**own, **tensor_metadata(tensors, stored), **extra}
     return save_safetensors_atomic(tensors, path, full)
+
+
+def diffusers_tensors(
+    layers: Mapping[str, LoRALayer], dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """An adapter as ``load_lora_weights`` takes it in memory: scaled, and without mids."""
+    return _in_diffusers_words(
+        {name: _unscaled(without_mid(layer)) for name, layer in layers.items()}, dtype
+    )
+
+
+def _in_diffusers_words(layers: Mapping[str, LoRALayer], dtype: torch.dtype) -> dict[str, Tensor]:
+    return _factor_tensors(layers, diffusers_name, ("lora_A", "lora_B", ""), dtype)
 
 
 def _with_shared_alpha(layers: Mapping[str, LoRALayer]) -> LoRALayers:

@@ -6,13 +6,20 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import nn
 
 from cntlora_core.adapter import AdapterPlan
 from cntlora_core.diffusion.settings import OutputSettings, torch_dtype
-from cntlora_core.lora_algebra import alpha_for, balance, compress, total_relative_error
+from cntlora_core.lora_algebra import (
+    alpha_for,
+    balance,
+    compress,
+    total_relative_error,
+    without_mid,
+)
 from cntlora_core.lora_file import (
     LoRALayer,
     LoRALayers,
@@ -21,6 +28,12 @@ from cntlora_core.lora_file import (
     write_lora_file,
 )
 from cntlora_core.parallel import map_in_threads
+
+if TYPE_CHECKING:
+    from cntlora_core.diffusion.adapters import Plan
+    from cntlora_core.lava.factors import LavaPlan
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -42,12 +55,16 @@ class ExportReport:
 
 
 def trained_layers(
-    unet: nn.Module, text_encoder: nn.Module, plan: AdapterPlan
+    unet: nn.Module, text_encoder: nn.Module, plan: Plan
 ) -> tuple[LoRALayers, dict[str, int]]:
     """What the adapters add to the stock checkpoint, exactly, and the ranks that were trained.
 
     Where the frozen weight became ``W - s B0 A0`` the start is subtracted, which doubles ranks.
     """
+    if not isinstance(plan, AdapterPlan):
+        from cntlora_core.lava.image_file import lora_layers
+
+        return lora_layers(_lava_factors(unet, text_encoder, plan)), _canonical(plan.ranks)
     layers = collect_adapter(unet, prefix="unet")
     if plan.under("text_encoder.").factors:
         layers |= collect_adapter(text_encoder, prefix="text_encoder")
@@ -60,7 +77,7 @@ def trained_layers(
 def export_lora(
     unet: nn.Module,
     text_encoder: nn.Module,
-    plan: AdapterPlan,
+    plan: Plan,
     path: Path,
     settings: OutputSettings,
     metadata: Mapping[str, str],
@@ -68,13 +85,18 @@ def export_lora(
 ) -> ExportReport:
     """Write the trained adapter in the layout and precision that were asked for.
 
-    For a file in half precision, factors that nearly cancel are factored anew first.
+    For a file in half precision, factors that nearly cancel are factored anew first. LAVA's
+    convolutions go into a kohya file as ``lora_down``, ``lora_mid`` and ``lora_up``; in the other
+    layouts, which know no mid, it is contracted into the down kernel, at the same rank and exactly.
     """
     exact, trained_ranks = trained_layers(unet, text_encoder, plan)
     layers = exact
     dtype = torch_dtype(settings.file_precision)
     names = list(layers)
-    if plan.rewrites_base and (settings.compress or dtype != torch.float32):
+    if not isinstance(plan, AdapterPlan):
+        if settings.compress:
+            layers = _lava_compressed(unet, text_encoder, plan, trained_ranks, progress)
+    elif plan.rewrites_base and (settings.compress or dtype != torch.float32):
 
         def refactored(name: str) -> LoRALayer:
             layer = balance(exact[name])
@@ -88,8 +110,13 @@ def export_lora(
                 layer,
                 down=layer.down.to(dtype).float(),
                 up=layer.up.to(dtype).float(),
+                mid=None if layer.mid is None else layer.mid.to(dtype).float(),
             )
-            for name, layer in layers.items()
+            for name, layer in (
+                layers.items()
+                if settings.layout == "kohya"
+                else ((name, without_mid(layer)) for name, layer in layers.items())
+            )
         }
         error = total_relative_error(stored, exact)
     written = write_lora_file(path, layers, layout=settings.layout, metadata=metadata, dtype=dtype)
@@ -98,10 +125,39 @@ def export_lora(
     )
 
 
+def _lava_factors(unet: nn.Module, text_encoder: nn.Module, plan: LavaPlan):
+    from cntlora_core.lava.image_file import collect_lava
+
+    found = collect_lava(unet, plan.under("unet."), "unet")
+    return found | collect_lava(text_encoder, plan.under("text_encoder."), "text_encoder")
+
+
+def _lava_compressed(
+    unet: nn.Module,
+    text_encoder: nn.Module,
+    plan: LavaPlan,
+    ranks: Mapping[str, int],
+    progress: Callable[[int, int], None] | None,
+) -> LoRALayers:
+    from cntlora_core.lava.image_file import lora_layers, with_trained_rank
+
+    found = _lava_factors(unet, text_encoder, plan)
+    names = list(found)
+    smaller = map_in_threads(lambda n: with_trained_rank(found[n], ranks[n]), names, progress)
+    return lora_layers(dict(zip(names, smaller, strict=True)))
+
+
 def _initial_layers(plan: AdapterPlan) -> LoRALayers:
+    return _canonical(
+        {
+            name: LoRALayer(down=f.down, up=f.up, alpha=alpha_for(f.scaling, f.rank))
+            for name, f in plan.factors.items()
+        }
+    )
+
+
+def _canonical(by_name: Mapping[str, Value]) -> dict[str, Value]:
     return {
-        name.replace("text_encoder.text_model.", "text_encoder."): LoRALayer(
-            down=f.down, up=f.up, alpha=alpha_for(f.scaling, f.rank)
-        )
-        for name, f in plan.factors.items()
+        name.replace("text_encoder.text_model.", "text_encoder."): value
+        for name, value in by_name.items()
     }

@@ -6,14 +6,14 @@ import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from cntlora_core.adapter import AdapterPlan, plan_adapter
+from cntlora_core.adapter import plan_adapter
 from cntlora_core.attachment import AttachmentPoint, find_attachment_points
 from cntlora_core.data.captions import encode_prompts
 from cntlora_core.data.latents import LatentSet
@@ -24,6 +24,10 @@ from cntlora_core.methods import Limits, StartReport, StartRequest, get_method
 from cntlora_core.plan import check_points
 from cntlora_core.processes import Processes, plan_from_first
 from cntlora_core.progress import Reporter, silent, stage_progress
+
+if TYPE_CHECKING:
+    from cntlora_core.diffusion.adapters import Plan
+    from cntlora_core.lava.start import LavaReport
 
 UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -120,7 +124,7 @@ def initialize_adapter(
     *,
     seed: int = 0,
     reporter: Reporter = silent,
-) -> tuple[AdapterPlan, InitReport | StartReport | None]:
+) -> tuple[Plan, InitReport | StartReport | LavaReport | None]:
     """Plan the adapter of both models under one rank budget, on the base models as they are.
 
     Args:
@@ -137,7 +141,6 @@ def initialize_adapter(
         The plan, and a report (None for the plain start, which reads nothing).
     """
     method = get_method(settings.method)
-    points = diffusion_attachment_points(unet, text_encoder, settings)
     tokens = encode_prompts(prompts, tokenizer).input_ids
     batches = NoisedPhotos(latents, tokens, noise_scheduler, passes=settings.init_passes, seed=seed)
     models = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
@@ -153,6 +156,20 @@ def initialize_adapter(
 
     passes_progress = stage_progress(reporter, f"reading {method.needs}")
     solve_progress = stage_progress(reporter, "solving for the start")
+    if settings.adapter == "lava":
+        from cntlora_core.diffusion.initialize_lava import lava_modules, plan_lava
+
+        return plan_lava(
+            models,
+            lava_modules(unet, text_encoder, settings, UNET_TARGETS, TEXT_ENCODER_TARGETS),
+            batches,
+            forward,
+            settings,
+            seed=seed,
+            passes_progress=passes_progress,
+            solve_progress=solve_progress,
+        )
+    points = diffusion_attachment_points(unet, text_encoder, settings)
     if method.plan is not None:
         request = StartRequest(
             model=models,

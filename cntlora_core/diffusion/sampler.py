@@ -10,11 +10,16 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from safetensors import safe_open
 
 from cntlora_core.data.captions import encode_prompts
 from cntlora_core.diffusion.pipeline import StableDiffusionParts, load_stable_diffusion
 from cntlora_core.diffusion.settings import Precision, torch_dtype
+from cntlora_core.lora_file import diffusers_tensors
+from cntlora_core.lora_reading import load_lora_tensors, read_lora_tensors
 from cntlora_core.progress import Reporter, silent
+
+MID = ".lora_mid."
 
 
 @dataclass(frozen=True)
@@ -132,13 +137,14 @@ def apply_lora_files(pipeline: StableDiffusionPipeline, loras: Sequence[LoRAUse]
     names = [f"lora_{i}" for i in range(len(loras))]
     for name, lora in zip(names, loras, strict=True):
         try:
-            if lora.tensors is None:
+            tensors = _without_mids(lora)
+            if tensors is None:
                 pipeline.load_lora_weights(
                     str(lora.path.parent), weight_name=lora.path.name, adapter_name=name
                 )
             else:
                 # Copies, since those of inference mode could not become parameters outside of it.
-                copies = {key: tensor.clone() for key, tensor in lora.tensors.items()}
+                copies = {key: tensor.clone() for key, tensor in tensors.items()}
                 pipeline.load_lora_weights(copies, adapter_name=name)
         except (RuntimeError, KeyError) as error:
             raise ValueError(
@@ -147,6 +153,19 @@ def apply_lora_files(pipeline: StableDiffusionPipeline, loras: Sequence[LoRAUse]
             ) from error
     if loras:
         pipeline.set_adapters(names, [lora.strength for lora in loras])
+
+
+def _without_mids(lora: LoRAUse) -> Mapping[str, torch.Tensor] | None:
+    """The tensors to load where the file itself cannot be: diffusers knows no ``lora_mid``."""
+    tensors, header = lora.tensors, None
+    if tensors is None:
+        with safe_open(lora.path, framework="pt") as file:
+            if not any(MID in key for key in file.keys()):  # noqa: SIM118
+                return None
+        tensors, header = load_lora_tensors(lora.path)
+    if not any(MID in key for key in tensors):
+        return tensors
+    return diffusers_tensors(read_lora_tensors(tensors, header, str(lora.path)).layers)
 
 
 def _shortened(text: str, length: int = 300) -> str:

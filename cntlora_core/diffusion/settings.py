@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from cntlora_core.config import CNTLoRAConfig, Constraint
+from cntlora_core.lava_names import FactorName
 from cntlora_core.methods.cntlora import settings_for
 from cntlora_core.methods.registry import get_method, image_file_methods
 
@@ -20,6 +21,7 @@ else:  # the names are the registry's, and pissa_niter_N stands for more than ar
     Method = Literal[image_file_methods()] | str
 Precision = Literal["float32", "bfloat16", "float16"]
 Layout = Literal["kohya", "diffusers", "peft"]
+AdapterKind = Literal["lora", "lava"]
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine"]
 
 
@@ -92,18 +94,29 @@ class AdapterSettings:
 
     Attributes:
         method: How the adapter starts; `cntlora methods` describes them.
+        adapter: lora, or lava, which keeps a convolution's dimensions and starts by cross, self,
+            shift or lora (plain).
         rank: Rank of each attachment point (their mean where ranks vary).
         alpha: LoRA alpha; the scaling is alpha / rank; default: twice the rank.
         train_text_encoder: Adapt the text encoder's attention too.
+        convolutions: With lava: adapt the denoiser's convolutions beside its attention.
+        orthogonality: With lava: strength of the loss term that keeps a factor's columns
+            orthonormal; 0 for none.
+        orthogonal_factors: With lava: the factors that it acts on: U (outputs), V (inputs), Y and X
+            (kernel height and width).
         init_passes: At how many timesteps each photo is read for the start.
         init_minutes: After how many minutes a start that iterates is given up; only EVA does.
         cntlora: Further settings of the data-driven start.
     """
 
     method: Method = "cross"
+    adapter: AdapterKind = "lora"
     rank: int = 128
     alpha: float | None = None
     train_text_encoder: bool = True
+    convolutions: bool = True
+    orthogonality: float = 0.1
+    orthogonal_factors: tuple[FactorName, ...] = ("U",)
     init_passes: int = 4
     init_minutes: float = 60.0
     cntlora: CNTLoRAConfig = field(default_factory=CNTLoRAConfig)
@@ -121,7 +134,25 @@ class AdapterSettings:
             constraint = cast(Constraint, self.method)
             object.__setattr__(self, "cntlora", settings_for(constraint, self.cntlora))
             self.cntlora.require_consistent()
+        _choice("adapter", self.adapter, AdapterKind)
+        _finite("orthogonality", self.orthogonality, 0)
+        for name in self.orthogonal_factors:
+            _choice("orthogonal_factors", name, FactorName)
+        if self.adapter == "lava":
+            self._check_lava(method.family == "cntlora")
         self.cntlora.to_dict()  # a run is recorded as JSON: refuse now what has no such form
+
+    def _check_lava(self, closed_form: bool) -> None:
+        if not closed_form and self.method != "lora":
+            raise ValueError(
+                f"method={self.method!r} makes the two matrices of a LoRA; with adapter='lava' use "
+                "cross, self, shift or lora"
+            )
+        if self.cntlora.rank_budget == "parameters":
+            raise ValueError(
+                "rank_budget='parameters' counts a LoRA's parameters; with adapter='lava' use "
+                "'ranks' or 'fixed'"
+            )
 
     @property
     def lora_alpha(self) -> float:

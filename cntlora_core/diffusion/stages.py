@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from cntlora_core.adapter import AdapterPlan
 from cntlora_core.data.captions import (
     SubjectPrompts,
     TrainingPrompts,
@@ -31,6 +30,10 @@ from cntlora_core.initialize import InitReport
 from cntlora_core.memory import freed_memory_kept
 from cntlora_core.methods import StartReport
 from cntlora_core.progress import Reporter, silent, stage_progress
+
+if TYPE_CHECKING:
+    from cntlora_core.diffusion.adapters import Plan
+    from cntlora_core.lava.start import LavaReport
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,11 +179,11 @@ class Start:
         report: What the start did; None for the plain one, which reads nothing.
     """
 
-    plan: AdapterPlan
+    plan: Plan
     adapter: AdapterSettings
     seed: int
     model: str
-    report: InitReport | StartReport | None
+    report: InitReport | StartReport | LavaReport | None
 
     def require_model(self, parts: StableDiffusionParts) -> None:
         """Refuse another model than the one that the start was made on.

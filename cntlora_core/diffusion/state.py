@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,6 +15,9 @@ from torch import Tensor
 from cntlora_core.adapter import AdapterPlan
 from cntlora_core.factorization import Factors
 from cntlora_core.files import save_safetensors_atomic
+
+if TYPE_CHECKING:
+    from cntlora_core.diffusion.adapters import Plan
 
 FORMAT = "cntlora-training-state-1"
 
@@ -26,15 +29,16 @@ class TrainingState:
     Attributes:
         step: Optimizer steps done.
         plan: The start of every adapter (also what an export subtracts).
-        parameters: By ``<point>.down`` and ``<point>.up``, float32.
-        moments: AdamW's ``exp_avg`` and ``exp_avg_sq`` by ``<kind>.<point>.down`` and ``.up``.
+        parameters: By ``<point>.down`` and ``<point>.up``, with LAVA by ``<point>.U`` and so on,
+            float32.
+        moments: AdamW's ``exp_avg`` and ``exp_avg_sq``, by ``<kind>.`` and the same.
         history: One record per step: loss, prior loss, gradient norm, learning rate.
         settings: The settings of the run as JSON values, to compare with those of a resumed one.
         extra: Anything small that must survive, such as the loss scale.
     """
 
     step: int
-    plan: AdapterPlan
+    plan: Plan
     parameters: dict[str, Tensor]
     moments: dict[str, Tensor]
     history: list[dict[str, float]]
@@ -46,13 +50,13 @@ class TrainingState:
         tensors = {f"parameter.{n}": t for n, t in self.parameters.items()}
         tensors |= {f"moment.{n}": t for n, t in self.moments.items()}
         for name, factors in self.plan.factors.items():
-            tensors[f"initial.{name}.down"] = factors.down
-            tensors[f"initial.{name}.up"] = factors.up
+            tensors |= {f"initial.{name}.{key}": t for key, t in factors.named().items()}
         header = {
             "step": self.step,
             "history": self.history,
             "settings": self.settings,
             "extra": self.extra,
+            "adapter": "lora" if isinstance(self.plan, AdapterPlan) else "lava",
             "rewrites_base": self.plan.rewrites_base,
             "points": {n: [f.scaling, f.filled] for n, f in self.plan.factors.items()},
         }
@@ -83,15 +87,7 @@ class TrainingState:
         except SafetensorError as error:
             raise ValueError(f"{path} cannot be read as a training state: {error}") from error
         header = json.loads(metadata["header"])
-        plan = AdapterPlan(
-            {
-                name: Factors(
-                    tensors[f"initial.{name}.down"], tensors[f"initial.{name}.up"], scaling, filled
-                )
-                for name, (scaling, filled) in header["points"].items()
-            },
-            header["rewrites_base"],
-        )
+        plan = _plan_of(header, tensors)
         return cls(
             step=header["step"],
             plan=plan,
@@ -101,6 +97,24 @@ class TrainingState:
             settings=header["settings"],
             extra=header["extra"],
         )
+
+
+def _plan_of(header: dict[str, Any], tensors: dict[str, Tensor]) -> Plan:
+    def initial(name: str, *keys: str) -> list[Tensor]:
+        found = (tensors.get(f"initial.{name}.{key}") for key in keys)
+        return [tensor for tensor in found if tensor is not None]
+
+    points, rewrites_base = header["points"], header["rewrites_base"]
+    if header.get("adapter", "lora") == "lora":
+        factors = {n: Factors(*initial(n, "down", "up"), *rest) for n, rest in points.items()}
+        return AdapterPlan(factors, rewrites_base)
+    from cntlora_core.lava.factors import LavaFactors, LavaPlan
+
+    terms = {}
+    for name, (scaling, filled) in points.items():
+        u, v, *spatial = initial(name, "U", "V", "Y", "X")
+        terms[name] = LavaFactors(u, v, tuple(spatial), scaling, filled)
+    return LavaPlan(terms, rewrites_base)
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,13 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
-from cntlora_core.adapter import AdapterPlan, adapter_layers, adapter_weights, inject_adapter
 from cntlora_core.data.latents import LatentSet
-from cntlora_core.diffusion.initialize import text_encoder_lora_config, unet_lora_config
+from cntlora_core.diffusion.adapters import (
+    Plan,
+    extra_loss,
+    inject_plan,
+    trained_parameters,
+)
 from cntlora_core.diffusion.objective import dreambooth_loss, min_snr_weights, training_target
 from cntlora_core.diffusion.settings import AdapterSettings, TrainingSettings
 from cntlora_core.diffusion.state import TrainingState, all_finite
@@ -61,7 +65,8 @@ class SubjectTrainer:
     Attributes:
         step: Optimizer steps done.
         history: One record per step.
-        parameters: The trained tensors, by ``<point>.down`` and ``<point>.up``.
+        parameters: The trained tensors, by ``<point>.down`` and ``<point>.up``; with LAVA by
+            ``<point>.U`` and so on.
         largest_rounding: The most that a rewritten base weight lost by rounding to its data type,
             relative to its norm.
 
@@ -82,7 +87,7 @@ class SubjectTrainer:
         unet: nn.Module,
         text_encoder: nn.Module,
         noise_scheduler: Any,
-        plan: AdapterPlan,
+        plan: Plan,
         data: TrainingData,
         *,
         adapter: AdapterSettings,
@@ -99,16 +104,13 @@ class SubjectTrainer:
         self._settings = settings or {}
         self._device = next(unet.parameters()).device
         self._dtype = next(unet.parameters()).dtype
-        text_plan = plan.under("text_encoder.")
-        self._trains_text = bool(text_plan.factors)
-        _, rounding = inject_adapter(unet, unet_lora_config(adapter), plan.under("unet."))
-        if self._trains_text:
-            _, more = inject_adapter(text_encoder, text_encoder_lora_config(adapter), text_plan)
-            rounding |= more
+        self._trains_text = bool(plan.under("text_encoder.").factors)
+        rounding = inject_plan(unet, text_encoder, adapter, plan)
         self.largest_rounding = max(rounding.values())
         if training.gradient_checkpointing:
             _checkpoint_gradients(unet, text_encoder)
-        self.parameters = dict(self._named_parameters())
+        self.parameters = dict(trained_parameters(unet, text_encoder, plan))
+        self._extra_loss = extra_loss(unet, text_encoder, plan)
         self._fused = self._device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.AdamW(
             list(self.parameters.values()),
@@ -127,13 +129,6 @@ class SubjectTrainer:
         )
         self._between_steps = True
         self._fixed_states: dict[tuple[int, ...], Tensor] = {}
-
-    def _named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        for prefix, model in (("unet.", self.unet), ("text_encoder.", self.text_encoder)):
-            for name, layer in adapter_layers(model).items():
-                down, up = adapter_weights(layer)
-                yield f"{prefix}{name}.down", down
-                yield f"{prefix}{name}.up", up
 
     def run(
         self,
@@ -189,6 +184,8 @@ class SubjectTrainer:
         sums = torch.zeros(3)
         for micro in range(accumulation):
             loss, *parts = self._loss(self._batch(self.step, micro))
+            if self._extra_loss is not None:
+                loss = loss + self._extra_loss()
             values = torch.stack([loss.detach(), *(p.detach() for p in parts)]).cpu()
             if not torch.isfinite(values).all():
                 self.optimizer.zero_grad()

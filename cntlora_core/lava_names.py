@@ -1,4 +1,4 @@
-"""Names that settings use; imports nothing slow."""
+"""Names in LAVA's settings, apart from its package, which imports peft: help must be quick."""
 
 from __future__ import annotations
 

@@ -1,0 +1,202 @@
+"""LAVA in the image pipeline: training, the file, and diffusers with the file."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+
+from cntlora_core.config import CNTLoRAConfig
+from cntlora_core.diffusion import job
+from cntlora_core.diffusion.pipeline import load_stable_diffusion
+from cntlora_core.diffusion.sampler import LoRAUse, apply_lora_files
+from cntlora_core.diffusion.settings import (
+    AdapterSettings,
+    JobSettings,
+    OutputSettings,
+    PriorSettings,
+    SubjectSettings,
+    TrainingSettings,
+)
+from cntlora_core.lava.cp import decompose
+from cntlora_core.lora_file import read_lora_file
+
+FEW = {"rank": 3, "alpha": 6, "adapter": "lava", "init_passes": 1}
+ADAPTERS = {
+    "cross": AdapterSettings(**FEW),
+    "fixed": AdapterSettings(**FEW, cntlora=CNTLoRAConfig(rank_budget="fixed")),
+    "plain": AdapterSettings(**FEW, method="lora", orthogonality=0.0),
+}
+
+
+def prediction(unet, text_encoder) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, 4, 16, 16, generator=generator)
+    tokens = torch.randint(5, 200, (2, 77), generator=generator)
+    with torch.no_grad():
+        states = text_encoder(tokens)[0]
+        return unet(latents, torch.tensor([30, 700]), encoder_hidden_states=states).sample
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.fixture
+def train(tiny_model: Path, photo_folder: Path, tmp_path: Path, monkeypatch):
+    """Train with given settings; returns the job's result and the prediction in memory."""
+    kept = {}
+    finish = job._finish
+
+    def keep(trainer, *rest):
+        kept["prediction"] = prediction(trainer.unet, trainer.text_encoder)
+        kept["trainer"] = trainer
+        return finish(trainer, *rest)
+
+    monkeypatch.setattr(job, "_finish", keep)
+
+    def run(adapter: AdapterSettings, steps: int = 3, reporter=None, resume=False, **output):
+        settings = JobSettings(
+            model=str(tiny_model),
+            subject=SubjectSettings(images=str(photo_folder), token="sks", class_name="dog"),
+            output=OutputSettings(**{"output": str(tmp_path / "out"), **output}),
+            prior=PriorSettings(prior_weight=0.0, cache=str(tmp_path / "cache")),
+            adapter=adapter,
+            training=TrainingSettings(steps=steps, learning_rate=3e-3, device="cpu"),
+        )
+        given = {} if reporter is None else {"reporter": reporter}
+        return job.personalise(settings, resume=resume, **given), kept
+
+    return run
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_the_file_is_what_was_trained(train, tiny_model, tmp_path, name):
+    adapter = ADAPTERS[name]
+    result, kept = train(adapter)
+    pipeline = load_stable_diffusion(tiny_model).pipeline()
+    stock = prediction(pipeline.unet, pipeline.text_encoder)
+    assert relative(stock, kept["prediction"]) > 1e-3
+    apply_lora_files(pipeline, [LoRAUse(result.lora)])
+    assert relative(prediction(pipeline.unet, pipeline.text_encoder), kept["prediction"]) < 1e-4
+    layers = read_lora_file(result.lora).layers
+    kernels = {n for n, layer in layers.items() if layer.mid is not None}
+    assert "unet.down_blocks.0.resnets.0.conv1" in kernels
+    assert "unet.conv_in" in kernels
+    assert "text_encoder.encoder.layers.0.self_attn.q_proj" in layers
+    for layer in (layers[n] for n in kernels):
+        off_diagonal = layer.mid[~torch.eye(layer.rank, dtype=torch.bool)]
+        assert not off_diagonal.any()
+    assert result.history[0]["loss"] > 0
+    if name == "cross":
+        report = result.initialization
+        assert 0 < report["relative_error"] < 1
+        assert any("convolutions miss" in note for note in result.notes)
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "peft"])
+def test_layouts_that_know_no_mid_hold_the_same_change(train, tiny_model, layout):
+    result, kept = train(ADAPTERS["fixed"], layout=layout)
+    assert result.export.relative_error < 1e-6
+    if layout == "diffusers":
+        pipeline = StableDiffusionPipeline.from_pretrained(str(tiny_model), safety_checker=None)
+        pipeline.load_lora_weights(str(result.lora))
+        unet, text_encoder = pipeline.unet, pipeline.text_encoder
+    else:
+        from peft import PeftModel
+
+        parts = load_stable_diffusion(tiny_model)
+        unet = PeftModel.from_pretrained(parts.unet, result.lora / "unet")
+        text_encoder = PeftModel.from_pretrained(parts.text_encoder, result.lora / "text_encoder")
+    assert relative(prediction(unet, text_encoder), kept["prediction"]) < 1e-4
+
+
+def test_compressed_and_rounded_files_say_what_that_cost(train, tmp_path):
+    result, _ = train(ADAPTERS["fixed"], compress=True, file_precision="bfloat16")
+    assert result.export.ranks == result.export.trained_ranks
+    assert 1e-3 < result.export.relative_error < 1
+    assert any("relative error" in note for note in result.notes)
+    exact = read_lora_file(train(ADAPTERS["fixed"], output=str(tmp_path / "exact"))[0].lora).layers
+    stored = read_lora_file(result.lora).layers
+    lost = sum((stored[n].delta() - layer.delta()).norm() ** 2 for n, layer in exact.items())
+    size = sum(layer.delta().norm() ** 2 for layer in exact.values())
+    assert result.export.relative_error == pytest.approx(float((lost / size) ** 0.5), rel=0.05)
+
+
+class Stop:
+    def __call__(self, stage, done, total, values):
+        if stage == "training" and done == 2:
+            raise KeyboardInterrupt
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(train, tmp_path):
+    whole, _ = train(ADAPTERS["cross"], steps=4)
+    again = {"output": str(tmp_path / "again")}
+    with pytest.raises(KeyboardInterrupt):
+        train(ADAPTERS["cross"], steps=4, reporter=Stop(), **again)
+    resumed, _ = train(ADAPTERS["cross"], steps=4, resume=True, **again)
+    a, b = load_file(whole.lora), load_file(resumed.lora)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_the_term_is_part_of_the_loss(train):
+    strong = dataclasses.replace(ADAPTERS["fixed"], orthogonality=5.0)
+    result, kept = train(strong, steps=2)
+    first, second = result.history
+    assert first["loss"] == pytest.approx(first["instance_loss"], abs=1e-4)  # orthonormal at first
+    assert second["loss"] > second["instance_loss"] + 1e-6
+    names = {name.rsplit(".", 1)[1] for name in kept["trainer"].parameters}
+    assert names == {"U", "V", "Y", "X"}
+
+
+def test_attention_only(train):
+    result, _ = train(dataclasses.replace(ADAPTERS["plain"], convolutions=False))
+    layers = read_lora_file(result.lora).layers
+    assert all(layer.mid is None and layer.down.ndim == 2 for layer in layers.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"method": "pissa"}, "use cross, self, shift or lora"),
+        ({"cntlora": CNTLoRAConfig(rank_budget="parameters")}, "counts a LoRA's parameters"),
+        ({"orthogonal_factors": ("W",)}, "one of U, V, Y, X"),
+        ({"adapter": "loha"}, "one of lora, lava"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        AdapterSettings(**{**FEW, **options})
+
+
+def test_the_command_line_takes_it(monkeypatch):
+    from cntlora_core import cli
+
+    seen = {}
+    monkeypatch.setattr(cli.Train, "run", lambda self, reporter: seen.update(adapter=self.adapter))
+    arguments = ["train", "--model", "m", "--images", "i", "--token", "a", "--class-name", "b"]
+    arguments += ["--output", "o", "--adapter", "lava", "--rank", "4", "--method", "self"]
+    arguments += ["--orthogonality", "0.2", "--orthogonal-factors", "U", "V", "--no-convolutions"]
+    assert cli.main(arguments) == 0
+    adapter = seen["adapter"]
+    assert (adapter.adapter, adapter.rank, adapter.convolutions) == ("lava", 4, False)
+    assert adapter.orthogonal_factors == ("U", "V")
+
+
+def test_a_delta_of_one_term_survives_the_whole_way():
+    """A check of the checks: the file's mid form is the sum of rank-1 tensors."""
+    from cntlora_core.lava.factors import LavaFactors
+    from cntlora_core.lava.image_file import lora_layer
+
+    torch.manual_seed(2)
+    factors = LavaFactors(
+        torch.randn(6, 2), torch.randn(5, 2), (torch.randn(3, 2), torch.randn(2, 2)), 0.5
+    )
+    torch.testing.assert_close(lora_layer(factors).delta(), factors.delta())
+    again = decompose(torch.eye(6), lora_layer(factors).delta(), 2)
+    assert again.error < 1e-4
