@@ -8,12 +8,13 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
 
 from cntlora_core.benchmark.init_settings import InitBenchmark
+from cntlora_core.benchmark.lava.settings import LavaBenchmark
 from cntlora_core.console import Cancelled, ConsoleReporter
 from cntlora_core.diffusion.settings import (
     AdapterSettings,
@@ -240,36 +241,61 @@ class Inspect:
 
 
 @dataclass(frozen=True)
+class BenchInit(InitBenchmark):
+    __doc__ = InitBenchmark.__doc__
+
+    def after_cancel(self) -> str:
+        return f"; what was measured so far is in {self.output}"
+
+    def run(self, reporter: ConsoleReporter) -> None:
+        if self.scaling:
+            from cntlora_core.benchmark.init_scaling import run_scaling, show_scaling
+
+            show_scaling(run_scaling(self, reporter))
+        elif self.tried:
+            from cntlora_core.benchmark.init_tried import run_tried, show_tried
+
+            show_tried(run_tried(self, reporter))
+        else:
+            from cntlora_core.benchmark.init import run_cases, show_cases
+
+            show_cases(run_cases(self, reporter))
+        print(self.output)
+
+
+@dataclass(frozen=True)
+class BenchLava(LavaBenchmark):
+    __doc__ = LavaBenchmark.__doc__
+
+    def after_cancel(self) -> str:
+        return "; the same command goes on from there"
+
+    def run(self, reporter: ConsoleReporter) -> None:
+        from cntlora_core.benchmark.lava.run import run_lava, show_lava
+
+        show_lava(run_lava(self, reporter), self)
+        print(self.output)
+
+
+@dataclass(frozen=True)
 class Bench:
     """Measure, against named peers, in one run.
 
     Attributes:
-        what: The start of an adapter.
-        settings: What is measured.
+        what: init: the start of an adapter. lava: adapters that keep a convolution's dimensions.
     """
 
-    what: tyro.conf.Positional[Literal["init"]]
-    settings: Annotated[InitBenchmark, tyro.conf.arg(name="")] = field(
-        default_factory=InitBenchmark
-    )
+    what: Annotated[
+        Annotated[BenchInit, tyro.conf.subcommand("init")]
+        | Annotated[BenchLava, tyro.conf.subcommand("lava")],
+        tyro.conf.arg(name=""),
+    ]
 
     def after_cancel(self) -> str:
-        return f"; what was measured so far is in {self.settings.output}"
+        return self.what.after_cancel()
 
     def run(self, reporter: ConsoleReporter) -> None:
-        if self.settings.scaling:
-            from cntlora_core.benchmark.init_scaling import run_scaling, show_scaling
-
-            show_scaling(run_scaling(self.settings, reporter))
-        elif self.settings.tried:
-            from cntlora_core.benchmark.init_tried import run_tried, show_tried
-
-            show_tried(run_tried(self.settings, reporter))
-        else:
-            from cntlora_core.benchmark.init import run_cases, show_cases
-
-            show_cases(run_cases(self.settings, reporter))
-        print(self.settings.output)
+        self.what.run(reporter)
 
 
 @dataclass(frozen=True)

@@ -54,9 +54,9 @@ def test_every_key_is_known_and_every_weight_is_changed_as_ours(tmp_path: Path) 
     (tmp_path / "shapes.json").write_text(json.dumps(shapes))
     outputs = tmp_path / "outputs.safetensors"
     script = Path(__file__).with_name("lava_in_comfyui.py")
+    python = os.environ.get("COMFYUI_PYTHON", sys.executable)
     done = subprocess.run(
-        [os.environ.get("COMFYUI_PYTHON", sys.executable), str(script), str(path), str(outputs)]
-        + [str(tmp_path / "shapes.json")],
+        [python, str(script), str(path), str(outputs), str(tmp_path / "shapes.json")],
         cwd=COMFYUI_PATH,
         env={**os.environ, "PYTHONPATH": str(COMFYUI_PATH)},
         capture_output=True,

@@ -1,0 +1,1 @@
+"""The LAVA paper's claims, tried on what two cores can carry."""

@@ -1,0 +1,55 @@
+"""LAVA on a network under one of its starts."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, cast
+
+from cntlora_core.benchmark.lava.finetuning import Adapted, adapt
+from cntlora_core.benchmark.lava.networks import Network, convolutions
+from cntlora_core.benchmark.lava.pictures import Pictures
+from cntlora_core.benchmark.lava.settings import LavaBenchmark
+from cntlora_core.config import CNTLoRAConfig, Constraint
+from cntlora_core.lava import LavaConfig, OrthogonalityLoss, get_lava_model
+
+
+def started(
+    network: Network, start: str, data: Pictures, settings: LavaBenchmark, seed: int
+) -> tuple[Adapted, dict[str, Any]]:
+    """Wrap a network's convolutions, and what there is to say of the start.
+
+    Args:
+        network: A pre-trained network; it is changed.
+        start: ``orthogonal`` or ``lora``, which read nothing, or a constraint of CNTLoRA's.
+        data: What the closed forms read: up to four batches of its ``train`` part.
+        settings: The benchmark's.
+        seed: Of what is random in the start.
+    """
+    began = time.perf_counter()
+    if start in ("orthogonal", "lora"):
+        adapted = adapt(network, "lava_term", settings, init_weights=start)
+        return adapted, {"start_seconds": time.perf_counter() - began, "start_error": 0.0}
+    config = LavaConfig(
+        r=settings.rank,
+        lava_alpha=settings.rank,
+        target_modules=list(convolutions(network)),
+        orthogonality=settings.orthogonality,
+    )
+    closed_form = CNTLoRAConfig(constraint=cast(Constraint, start), rank_budget="fixed", seed=seed)
+    network.eval()
+    batches = list(data.train[0].split(settings.batch))[:4]
+    model = get_lava_model(
+        network.requires_grad_(False),
+        config,
+        closed_form,
+        batches,
+        forward_fn=lambda model, batch: model(batch),
+    )
+    network.head.requires_grad_(True)
+    report = model.lava_report
+    found = {
+        "start_seconds": time.perf_counter() - began,
+        "start_error": report.relative_error,
+        "start_plain": len(report.plain),
+    }
+    return Adapted(model, OrthogonalityLoss(model), settings.rank), found
