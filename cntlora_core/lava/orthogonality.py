@@ -51,7 +51,8 @@ class OrthogonalityLoss:
         """The term, a float32 scalar; 0 where no adapter asks for it."""
         total = torch.zeros((), device=self._device)
         for strength, group in self._groups:
-            total = total + strength * gram_deviation(torch.stack(group)).square().sum()
+            term = strength * gram_deviation(torch.stack(group)).square().sum()
+            total = total + term.to(total.device)
         return total
 
     @torch.no_grad()

@@ -14,7 +14,7 @@ from cntlora_core.benchmark.lava.dynamics import gradient_variance, shape_of, sp
 from cntlora_core.benchmark.lava.experiments import at_best_rates
 from cntlora_core.benchmark.lava.finetuning import Task, accuracy, adapt
 from cntlora_core.benchmark.lava.ledger import Ledger
-from cntlora_core.benchmark.lava.networks import build_network, convolutions
+from cntlora_core.benchmark.lava.networks import adapted_modules, build_network
 from cntlora_core.benchmark.lava.pictures import (
     SHAPES,
     draw_shapes,
@@ -75,7 +75,7 @@ def test_photographs_are_split_by_photograph(tmp_path: Path):
 def test_networks_take_every_kind_of_adapter(name):
     torch.manual_seed(0)
     network = build_network(name, 5, 0.05)
-    shapes = [conv.weight.shape for conv in convolutions(network).values()]
+    shapes = [conv.weight.shape for conv in adapted_modules(network).values()]
     x = torch.randn(2, 3, 32, 32)
     task = Task(name, network, TINY, {0: target_pictures(TINY, 0)})
     before = task.fresh(0).eval()(x)

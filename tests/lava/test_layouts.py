@@ -119,7 +119,8 @@ def test_it_attaches_trains_a_step_and_comes_back(name, tmp_path):
     base.eval()
     stock = copy.deepcopy(base)
     kinds = (nn.Linear, nn.Conv2d, nn.Conv1d)
-    targets = [n for n, m in base.named_modules() if isinstance(m, kinds)]
+    # An output layer is tied to the embeddings, which merging would change as well.
+    targets = [n for n, m in base.named_modules() if isinstance(m, kinds) and n != "lm_head"]
     before = read(base(**inputs))
     model = get_peft_model(base, LavaConfig(r=2, target_modules=targets))
     found = lava_layers(model)
@@ -132,8 +133,9 @@ def test_it_attaches_trains_a_step_and_comes_back(name, tmp_path):
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.1)
     (read(model(**inputs)).square().mean() + term()).backward()
-    reached = sum(p.grad is not None and bool(p.grad.any()) for p in trained)
-    assert reached > 0.8 * len(targets)  # V of all layers but those whose output is not read
+    gradients = [layer.lava_V["default"].grad for layer in found.values()]
+    reached = sum(gradient is not None and bool(gradient.any()) for gradient in gradients)
+    assert reached >= len(targets) - 1  # all but a layer whose output is not read
     optimizer.step()
     after = read(model(**inputs))
     assert not torch.equal(after, before)

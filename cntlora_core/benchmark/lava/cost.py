@@ -15,7 +15,7 @@ from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from cntlora_core.benchmark.lava.experiments import Cell, Experiment, grid
 from cntlora_core.benchmark.lava.finetuning import Task
-from cntlora_core.benchmark.lava.networks import build_network, convolutions
+from cntlora_core.benchmark.lava.networks import adapted_modules, build_network
 from cntlora_core.benchmark.lava.settings import LavaBenchmark
 from cntlora_core.lava import LavaConfig, OrthogonalityLoss
 
@@ -45,7 +45,7 @@ def _run(cell: Cell, _task: Task | None, settings: LavaBenchmark) -> dict[str, A
     else:
         base = build_network("resnet18", 10, 0.125 if quick else 1.0)
         pictures = torch.randn(4 if quick else 32, 3, 64, 64)
-        targets, rank = list(convolutions(base)), settings.rank
+        targets, rank = list(adapted_modules(base)), settings.rank
 
         def loss_of(model: nn.Module) -> torch.Tensor:
             return nn.functional.cross_entropy(model(pictures), torch.arange(len(pictures)) % 10)
@@ -72,9 +72,9 @@ def _stepper(
     loss_of: Callable[[nn.Module], torch.Tensor],
 ) -> Callable[[], None]:
     penalty = None
-    if method == "frozen":  # what no method can be faster than: its input is trained
+    if method == "frozen":  # a gradient that goes all the way back, and next to nothing to train
         model = base.requires_grad_(False)
-        first = next(p for p in model.parameters() if p.ndim > 1)
+        first = next(p for p in model.parameters() if p.ndim == 1)
         first.requires_grad_(True)
     elif method in ("lora", "dora"):
         lora = LoraConfig(

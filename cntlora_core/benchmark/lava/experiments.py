@@ -8,7 +8,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from cntlora_core.benchmark.lava.finetuning import METHODS, Task, accuracy, adapt, finetune
-from cntlora_core.benchmark.lava.settings import ExperimentName, LavaBenchmark, ModelName
+from cntlora_core.benchmark.lava.settings import ExperimentName, LavaBenchmark, TaskName
 
 Cell = dict[str, Any]
 """One run: JSON values that say which; ``model`` names its network."""
@@ -45,8 +45,8 @@ def grid(**values: Iterable[Any]) -> list[Cell]:
     return cells
 
 
-def some_models(settings: LavaBenchmark) -> tuple[ModelName, ...]:
-    return settings.models[:3]
+def some_models(settings: LavaBenchmark) -> tuple[TaskName, ...]:
+    return (*settings.models[:3], *(("minilm",) if settings.text else ()))
 
 
 def judged(adapted: Any, task: Task, cell: Cell, **more: Any) -> dict[str, Any]:
@@ -183,7 +183,7 @@ _STARTS = ("orthogonal", "lora", "cross", "self", "shift")
 
 def _start_cells(settings: LavaBenchmark) -> list[Cell]:
     return grid(
-        model=some_models(settings)[:1] if settings.quick else some_models(settings),
+        model=some_models(settings),
         seed=range(settings.seeds),
         start=_STARTS,
         rate=settings.rates,

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from peft import get_peft_model
@@ -16,12 +16,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from cntlora_core.benchmark.lava.networks import Network, build_network, convolutions
+from cntlora_core.benchmark.lava.networks import Network, build_network, adapted_modules
 from cntlora_core.benchmark.lava.pictures import Pictures, source_pictures, target_pictures
-from cntlora_core.benchmark.lava.settings import LavaBenchmark, ModelName
+from cntlora_core.benchmark.lava.settings import LavaBenchmark, ModelName, TaskName
 from cntlora_core.files import save_safetensors_atomic, write_json_atomic
 from cntlora_core.lava import LavaConfig, OrthogonalityLoss
 from cntlora_core.progress import Reporter
+
+if TYPE_CHECKING:
+    from cntlora_core.benchmark.lava.text import TextNetwork
 
 MethodName = Literal["head", "full", "lora", "lava", "lava_term", "lava_wide"]
 METHODS: tuple[MethodName, ...] = get_args(MethodName)
@@ -35,20 +38,23 @@ class Task:
         name: Whose layout the network has.
         network: The network, as it was pre-trained.
         settings: The benchmark's.
-        pictures: By seed.
+        pictures: By seed; of a text, tokens (n, length) in place of pictures.
+        draw: Makes those of a seed; default: the settings' pictures.
     """
 
-    name: ModelName
-    network: Network
+    name: TaskName
+    network: Network | TextNetwork
     settings: LavaBenchmark
     pictures: dict[int, Pictures] = field(default_factory=dict)
+    draw: Callable[[int], Pictures] | None = None
 
     def data(self, seed: int) -> Pictures:
         if seed not in self.pictures:
-            self.pictures[seed] = target_pictures(self.settings, seed)
+            draw = self.draw or (lambda seed: target_pictures(self.settings, seed))
+            self.pictures[seed] = draw(seed)
         return self.pictures[seed]
 
-    def fresh(self, seed: int) -> Network:
+    def fresh(self, seed: int) -> Network | TextNetwork:
         """A copy, with a new head where the classes are others."""
         torch.manual_seed(seed)
         network = copy.deepcopy(self.network)
@@ -93,6 +99,11 @@ def prepare_task(
     save_safetensors_atomic(state, weights)
     write_json_atomic(note, {"settings": kind, "accuracy": judged})
     return Task(name, network.eval(), settings)
+
+
+def _weight(module: nn.Module) -> Tensor:
+    assert isinstance(module.weight, Tensor)
+    return module.weight
 
 
 class FlattenedLoRA(nn.Module):
@@ -147,7 +158,7 @@ class Adapted:
 
 
 def adapt(
-    network: Network,
+    network: Network | TextNetwork,
     method: MethodName,
     settings: LavaBenchmark,
     *,
@@ -155,7 +166,7 @@ def adapt(
     strength: float | None = None,
     **lava: Any,
 ) -> Adapted:
-    """Give a network's convolutions adapters; the head is always trained.
+    """Give a network's convolutions (or what else it names) adapters; the head is always trained.
 
     Args:
         network: A pre-trained network; it is changed.
@@ -168,27 +179,27 @@ def adapt(
         lava: Further settings of :class:`LavaConfig`.
     """
     rank = rank or settings.rank
-    convs = convolutions(network)
+    modules = adapted_modules(network)
     if method == "full":
         return Adapted(network.requires_grad_(True))
     network.requires_grad_(False)
     if method == "lora":
-        for conv in convs.values():
-            change = FlattenedLoRA(conv.weight, rank, 1.0)
-            parametrize.register_parametrization(conv, "weight", change)
-            conv.parametrizations.weight.original.requires_grad_(False)
+        for module in modules.values():
+            change = FlattenedLoRA(_weight(module), rank, 1.0)
+            parametrize.register_parametrization(module, "weight", change)
+            module.parametrizations.weight.original.requires_grad_(False)  # pyright: ignore
     penalty, used = None, rank if method != "head" else None
     if method.startswith("lava"):
         if method == "lava_wide":
-            flat = sum(c.out_channels + c.weight[0].numel() for c in convs.values())
-            rank = used = max(
-                1, round(rank * flat / sum(sum(c.weight.shape) for c in convs.values()))
-            )
+            shapes = [_weight(module).shape for module in modules.values()]
+            flat = sum(shape[0] + shape[1:].numel() for shape in shapes)
+            sides = sum(sum(shape) for shape in shapes)
+            rank = used = max(1, round(rank * flat / sides))
         lam = settings.orthogonality if strength is None else strength
         config = LavaConfig(
             r=rank,
             lava_alpha=rank,
-            target_modules=list(convs),
+            target_modules=list(modules),
             orthogonality=0.0 if method == "lava" else lam,
             **lava,
         )

@@ -164,6 +164,11 @@ def _googlenet(scaled) -> tuple[nn.Module, int]:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), before
 
 
-def convolutions(network: nn.Module) -> dict[str, nn.Conv2d]:
-    """All convolutions by name."""
-    return {n: m for n, m in network.named_modules() if isinstance(m, nn.Conv2d)}
+def adapted_modules(network: nn.Module) -> dict[str, nn.Module]:
+    """What gets adapters, by name: all convolutions, or the linear layers that a network names."""
+    endings = getattr(network, "adapted_endings", None)
+    return {
+        name: module
+        for name, module in network.named_modules()
+        if (isinstance(module, nn.Conv2d) if endings is None else name.endswith(endings))
+    }

@@ -15,6 +15,7 @@ from cntlora_core.benchmark.lava.finetuning import Task, prepare_task
 from cntlora_core.benchmark.lava.ledger import Ledger
 from cntlora_core.benchmark.lava.plots import plot_experiment
 from cntlora_core.benchmark.lava.settings import ExperimentName, LavaBenchmark
+from cntlora_core.benchmark.lava.text import prepare_text_task
 from cntlora_core.console import result_console
 from cntlora_core.files import require_writable_folder
 from cntlora_core.progress import Reporter, silent
@@ -73,8 +74,11 @@ def _run_experiment(
         if "model" in cell:
             model = cell["model"]
             if model not in tasks:
-                pretrained = require_writable_folder(folder / "pretrained")
-                tasks[model] = prepare_task(model, settings, pretrained, reporter)
+                if model == "minilm":
+                    tasks[model] = prepare_text_task(settings)
+                else:
+                    pretrained = require_writable_folder(folder / "pretrained")
+                    tasks[model] = prepare_task(model, settings, pretrained, reporter)
             task = tasks[model]
         reporter(experiment.name, number, len(missing), {})
         ledger.keep(key_of(cell), lambda c=cell, t=task: experiment.run(c, t))  # pyright: ignore[reportArgumentType]

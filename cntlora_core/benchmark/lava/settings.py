@@ -11,6 +11,7 @@ ExperimentName = Literal[
     "structure", "factors", "variance", "robustness", "spectrum", "starts", "cost"
 ]
 ModelName = Literal["resnet18", "resnet34", "vgg11", "alexnet", "googlenet", "convnext"]
+TaskName = ModelName | Literal["minilm"]
 TargetName = Literal["shapes", "emoji", "photos"]
 EXPERIMENTS: tuple[ExperimentName, ...] = get_args(ExperimentName)
 MODELS: tuple[ModelName, ...] = get_args(ModelName)
@@ -32,6 +33,8 @@ class LavaBenchmark:
             others the first three.
         target: What is fine-tuned on. shapes: sketches, after flat shapes; emoji: 3-D renderings,
             after flat drawings; photos: crops of photographs, after flat shapes.
+        text: Take the text encoder and the definitions of docs/text.md into factors, variance,
+            robustness, spectrum and starts, where its attention gets adapters.
         sprites: The node_modules folder that `python -m cntlora_core.mini.fetch` filled, for emoji.
         photos: A folder with one folder of photographs for each class, for photos.
         seeds: How many runs of each kind.
@@ -51,6 +54,7 @@ class LavaBenchmark:
     experiments: tuple[ExperimentName, ...] = EXPERIMENTS
     models: tuple[ModelName, ...] = MODELS
     target: TargetName = "shapes"
+    text: bool = False
     sprites: Path | None = None
     photos: Path | None = None
     seeds: int = 3

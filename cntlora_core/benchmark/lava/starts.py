@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import time
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import Tensor
 
 from cntlora_core.benchmark.lava.finetuning import Adapted, adapt
-from cntlora_core.benchmark.lava.networks import Network, convolutions
+from cntlora_core.benchmark.lava.networks import Network, adapted_modules
 from cntlora_core.benchmark.lava.pictures import Pictures
 from cntlora_core.benchmark.lava.settings import LavaBenchmark
 from cntlora_core.config import CNTLoRAConfig, Constraint
 from cntlora_core.lava import LavaConfig, OrthogonalityLoss, get_lava_model
 
+if TYPE_CHECKING:
+    from cntlora_core.benchmark.lava.text import TextNetwork
+
 
 def started(
-    network: Network, start: str, data: Pictures, settings: LavaBenchmark, seed: int
+    network: Network | TextNetwork, start: str, data: Pictures, settings: LavaBenchmark, seed: int
 ) -> tuple[Adapted, dict[str, Any]]:
     """Wrap a network's convolutions, and what there is to say of the start.
 
@@ -32,18 +37,19 @@ def started(
     config = LavaConfig(
         r=settings.rank,
         lava_alpha=settings.rank,
-        target_modules=list(convolutions(network)),
+        target_modules=list(adapted_modules(network)),
         orthogonality=settings.orthogonality,
     )
     closed_form = CNTLoRAConfig(constraint=cast(Constraint, start), rank_budget="fixed", seed=seed)
     network.eval()
-    batches = list(data.train[0].split(settings.batch))[:4]
+    batches = [_without_empty_columns(b) for b in data.train[0].split(settings.batch)[:4]]
     model = get_lava_model(
         network.requires_grad_(False),
         config,
         closed_form,
         batches,
         forward_fn=lambda model, batch: model(batch),
+        mask_fn=None if batches[0].is_floating_point() else lambda batch: batch != 0,
     )
     network.head.requires_grad_(True)
     report = model.lava_report
@@ -53,3 +59,8 @@ def started(
         "start_plain": len(report.plain),
     }
     return Adapted(model, OrthogonalityLoss(model), settings.rank), found
+
+
+def _without_empty_columns(batch: Tensor) -> Tensor:
+    """Tokens (n, length) up to the longest text, as the network cuts them; pictures as they are."""
+    return batch if batch.is_floating_point() else batch[:, : int((batch != 0).sum(1).max())]

@@ -1,0 +1,72 @@
+"""A pre-trained text encoder on dictionary definitions, as a network like the others."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import torch
+from torch import Tensor, nn
+
+from cntlora_core.benchmark.lava.finetuning import Task
+from cntlora_core.benchmark.lava.pictures import Pictures
+from cntlora_core.benchmark.lava.settings import LavaBenchmark
+
+_LENGTH = 24  # tokens; most definitions are shorter
+
+
+class TextNetwork(nn.Module):
+    """An encoder, the mean of its token states, and a linear head."""
+
+    adapted_endings = (".query", ".key", ".value")
+
+    def __init__(self, encoder: nn.Module, width: int, classes: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(n, length), 0 where there is no token -> (n, classes)."""
+        mask = tokens != 0
+        longest = int(mask.sum(1).max())
+        tokens, mask = tokens[:, :longest], mask[:, :longest]
+        states = self.encoder(input_ids=tokens, attention_mask=mask.long())[0]
+        return self.head((states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
+
+
+def prepare_text_task(settings: LavaBenchmark) -> Task:
+    """The task of docs/text.md, in batches of half as many definitions as there are pictures.
+
+    Raises:
+        FileNotFoundError, ImportError: encoder or WordNet are missing; says how to get them.
+    """
+    from transformers import AutoModel, AutoTokenizer
+
+    from cntlora_core.tasks.glosses import find_encoder, find_wordnet, read_glosses
+
+    folder = str(find_encoder())
+    glosses = read_glosses(find_wordnet())
+    categories = sorted({gloss.category for gloss in glosses})
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    encoder = AutoModel.from_pretrained(folder, local_files_only=True)
+    torch.manual_seed(0)
+    network = TextNetwork(encoder, encoder.config.hidden_size, len(categories))
+    judged = min(1000, 2 * settings.pictures)
+    # Ten times as many as pictures: they are shorter, and of more classes.
+    sizes = (10 * settings.pictures, judged // 2, judged)
+
+    def draw(seed: int) -> Pictures:
+        drawn = random.Random(seed).sample(glosses, sum(sizes))
+        tokens = tokenizer(
+            [gloss.text for gloss in drawn],
+            padding="max_length",
+            truncation=True,
+            max_length=_LENGTH,
+            return_tensors="pt",
+        )["input_ids"]
+        labels = torch.tensor([categories.index(gloss.category) for gloss in drawn])
+        parts = list(zip(tokens.split(sizes), labels.split(sizes)))
+        return Pictures(len(categories), *parts)
+
+    smaller = dataclasses.replace(settings, batch=max(8, settings.batch // 2))
+    return Task("minilm", network.eval(), smaller, draw=draw)
