@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from cntlora_core.benchmark.lava.experiments import Cell, Experiment, grid, some_models
-from cntlora_core.benchmark.lava.finetuning import Adapted, Task, accuracy, adapt, finetune
+from cntlora_core.benchmark.lava.finetuning import (
+    Adapted,
+    FlattenedLoRA,
+    Task,
+    accuracy,
+    adapt,
+    finetune,
+)
 from cntlora_core.benchmark.lava.settings import LavaBenchmark
 from cntlora_core.lava.inject import lava_layers
 
@@ -145,8 +152,6 @@ def _run_spectrum(cell: Cell, task: Task) -> dict[str, Any]:
 
 def trained_deltas(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """What was added to each kernel, as a matrix (c_out, c_in kh kw)."""
-    from cntlora_core.benchmark.lava.finetuning import FlattenedLoRA
-
     for name, layer in lava_layers(network).items():
         yield name, layer.get_delta_weight("default").detach().flatten(1)
     for name, module in network.named_modules():

@@ -14,8 +14,6 @@ from transformers import ConvNextConfig, ConvNextModel, ResNetConfig, ResNetMode
 
 from cntlora_core.benchmark.lava.settings import ModelName
 
-HEAD = "head"
-
 
 class Network(nn.Module):
     """Features, and a linear head on them, which is called ``head``."""
