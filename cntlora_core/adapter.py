@@ -175,7 +175,7 @@ def copy_factors(
             layer.lora_variant[adapter_name].init(layer, adapter_name=adapter_name)
         stored = _stored(layer, adapter_name, factors)
         rounding[name] = (
-            subtract_from_weight(layer.get_base_layer(), stored.delta())
+            subtract_from_weight(layer.get_base_layer(), stored.up, stored.down, stored.scaling)
             if plan.rewrites_base
             else 0.0
         )

@@ -14,7 +14,13 @@ from torch import Tensor
 
 from cntlora_core.config import CNTLoRAConfig
 from cntlora_core.factorization import seeded_generator
-from cntlora_core.linalg import PrincipalSubspace, Spectrum, thin_spectrum
+from cntlora_core.linalg import (
+    RELATIVE_CUTOFF,
+    PrincipalSubspace,
+    Spectrum,
+    singular_values,
+    thin_spectrum,
+)
 
 
 def cross_gain(eigenvalues: Tensor, damping: float) -> Tensor:
@@ -54,12 +60,34 @@ def delta_spectrum(
     Raises:
         ValueError: if the shift is a matrix of another width than the weight's inputs.
     """
+    return thin_spectrum(*_delta_on_basis(weight, subspace, config))
+
+
+def delta_energies(weight: Tensor, subspace: PrincipalSubspace, config: CNTLoRAConfig) -> Tensor:
+    """The singular values of that delta alone, descending, as `delta_spectrum` keeps them.
+
+    Args:
+        weight: See `delta_spectrum`, like the others.
+        subspace: See there.
+        config: See there.
+
+    Raises:
+        ValueError: as there.
+    """
+    values = singular_values(_delta_on_basis(weight, subspace, config)[0])
+    return values[values > RELATIVE_CUTOFF * values[:1]]
+
+
+def _delta_on_basis(
+    weight: Tensor, subspace: PrincipalSubspace, config: CNTLoRAConfig
+) -> tuple[Tensor, Tensor]:
+    """M and V."""
     vectors = subspace.vectors.to(weight.dtype)
     gain = GAINS[config.constraint](subspace.values, config.damping).to(weight.dtype)
     seen = weight @ vectors
     if config.constraint == "shift":
         seen = _shifted(seen, subspace, vectors, config)
-    return thin_spectrum(seen * gain, vectors)
+    return seen * gain, vectors
 
 
 def check_shift_width(name: str, width: int, config: CNTLoRAConfig) -> None:

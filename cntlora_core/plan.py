@@ -11,7 +11,7 @@ from torch import nn
 from cntlora_core.attachment import AttachmentPoint
 from cntlora_core.capture import CapturedMoments
 from cntlora_core.config import CNTLoRAConfig
-from cntlora_core.constraints import check_shift_width, delta_spectrum
+from cntlora_core.constraints import check_shift_width, delta_energies, delta_spectrum
 from cntlora_core.factorization import Factors, factorize, plain_factors, seeded_generator
 from cntlora_core.files import format_bytes
 from cntlora_core.linalg import PrincipalSubspace, principal_subspace
@@ -57,6 +57,7 @@ def plan_adapter(
     rank: int | Mapping[str, int],
     scaling: float | Mapping[str, float],
     progress: Callable[[int, int], None] | None = None,
+    release: bool = False,
 ) -> AdapterPlan:
     """The closed-form start of every point, under one rank budget.
 
@@ -68,6 +69,7 @@ def plan_adapter(
             it may be one for each point, by name.
         scaling: alpha / r, the same for every point or one for each, by name.
         progress: Called with (eigenproblems solved, total).
+        release: Whether each moment's memory may be given back once its eigenproblem is solved.
 
     Raises:
         ValueError: if the budget is too small, or as :func:`check_points`.
@@ -88,10 +90,12 @@ def plan_adapter(
         subspace = principal_subspace(
             captured.moments[index], None if config.subspace == "full" else k
         )
+        if release:
+            captured.moments[index].release()
         return subspace, {} if fixed else {p.name: offer_of(p, subspace) for p in group}
 
     def offer_of(point: AttachmentPoint, subspace: PrincipalSubspace) -> RankOffer:
-        values = delta_spectrum(point.weight().cpu(), subspace, config).values
+        values = delta_energies(point.weight().cpu(), subspace, config)
         cost = point.in_features + point.out_features if config.rank_budget == "parameters" else 1
         return RankOffer(values, cost, point.max_rank)
 
