@@ -28,8 +28,13 @@ from rich.table import Table
 
 from cntlora_core.benchmark.init_cases import INIT_CASES
 from cntlora_core.benchmark.init_plots import plot_cases
-from cntlora_core.benchmark.init_settings import InitBenchmark, MethodName
-from cntlora_core.benchmark.init_worker import InitTask, peak_bytes, task_to_json
+from cntlora_core.benchmark.init_settings import InitBenchmark
+from cntlora_core.benchmark.init_worker import (
+    InitTask,
+    check_method,
+    peak_bytes,
+    task_to_json,
+)
 from cntlora_core.console import result_console
 from cntlora_core.files import format_bytes, require_writable_folder, write_json_atomic
 from cntlora_core.progress import Reporter, silent
@@ -112,11 +117,14 @@ def run_cases(settings: InitBenchmark, reporter: Reporter = silent) -> dict[str,
 
     Raises:
         OSError: the output folder cannot be written to.
+        ValueError: for a method that there is not, or that cannot be measured.
     """
+    for method in settings.methods:
+        check_method(method)
     folder = require_writable_folder(settings.output)
     log = folder / "cases.log"
     log.unlink(missing_ok=True)
-    methods: list[MethodName] = [
+    methods = [
         "cntlora",
         *(m for m in dict.fromkeys(settings.methods) if m != "cntlora"),
     ]

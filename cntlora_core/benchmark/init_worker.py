@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from json import loads
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from torch import nn
 
 from cntlora_core.attachment import find_attachment_points
 from cntlora_core.benchmark.init_cases import INIT_CASES, InitCase, batches_of, build_case
-from cntlora_core.benchmark.init_settings import CaseName, MethodName
+from cntlora_core.benchmark.init_settings import CaseName
 from cntlora_core.config import CNTLoRAConfig
 from cntlora_core.files import write_json_atomic
 from cntlora_core.initialize import collect_moments, get_cntlora_model
@@ -42,7 +43,7 @@ class InitTask:
 
     Attributes:
         case: The model and its data.
-        method: The start.
+        method: The start: "cntlora", "eva", "corda", or a name of the registry of methods.
         quick: Tiny sizes.
         model: A checkpoint; None for random weights.
         threads: Of torch; None for its own choice.
@@ -50,7 +51,7 @@ class InitTask:
     """
 
     case: CaseName
-    method: MethodName
+    method: str
     quick: bool = False
     model: str | None = None
     threads: int | None = None
@@ -111,6 +112,34 @@ def _corda(
     return peft_model
 
 
+def _of_registry(
+    name: str, model: nn.Module, case: InitCase, quick: bool, batches: list, forward: Forwards
+) -> PeftModel:
+    from cntlora_core.methods import start_adapter
+
+    started = start_adapter(model, case.lora_config(quick), name, batches, forward_fn=forward)
+    assert isinstance(started.model, PeftModel)
+    return started.model
+
+
+def check_method(name: str) -> None:
+    """Refuse what cannot be measured.
+
+    Raises:
+        ValueError: saying what can.
+    """
+    from cntlora_core.methods import get_method
+
+    if name in _STARTS:
+        return
+    method = get_method(name)
+    if method.needs == "gradients" or name == "full":
+        raise ValueError(
+            f"method {name!r} {'needs a loss' if name != 'full' else 'has no start'}, which these "
+            "cases do not have: choose cntlora, eva, corda, or another of `cntlora methods`"
+        )
+
+
 _STARTS = {"cntlora": _cntlora, "eva": _eva, "corda": _corda}
 
 
@@ -161,7 +190,9 @@ def measure(task: InitTask, report: Callable[[dict[str, Any]], None]) -> dict[st
     report(result | {"started": True, "forwards_run": 0})
     forward = Forwards(lambda count: report(result | {"started": True, "forwards_run": count}))
     start = time.perf_counter()
-    peft_model = _STARTS[task.method](model, case, task.quick, batches, forward)
+    direct = _STARTS.get(task.method)
+    method = direct if direct is not None else partial(_of_registry, task.method)
+    peft_model = method(model, case, task.quick, batches, forward)
     result["total_seconds"] = time.perf_counter() - start
     result["method_peak"] = peak_bytes()
     result["forwards_run"] = forward.count

@@ -19,12 +19,12 @@ from cntlora_core.benchmark.init_scaling import (
     measure_shape,
     run_scaling,
 )
-from cntlora_core.benchmark.init_settings import CASES, METHODS, InitBenchmark
+from cntlora_core.benchmark.init_settings import CASES, DIRECT, InitBenchmark
 from cntlora_core.benchmark.init_worker import InitTask, measure, peak_bytes, reset_peak
 from cntlora_core.cli import main
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*DIRECT, "pissa", "self"])
 @pytest.mark.parametrize("case", CASES)
 def test_every_start_runs_on_every_case(case: Any, method: Any):
     reports: list[dict[str, Any]] = []
@@ -43,6 +43,13 @@ def test_every_start_runs_on_every_case(case: Any, method: Any):
         if case != "sd15":
             assert found["distinct_inputs"] == 2 * 2
             assert found["moment_bytes"] == 4 * 32 * 32 * 4
+
+
+def test_what_cannot_be_measured_is_refused_before_anything_runs(tmp_path: Path):
+    for name, words in (("lora_ga", "needs a loss"), ("evaa", "no method 'evaa'")):
+        with pytest.raises(ValueError, match=words):
+            run_cases(InitBenchmark(tmp_path / "out", methods=(name,), quick=True))
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_full_size_cases_have_the_sizes_that_they_claim():
