@@ -31,7 +31,7 @@ def test_every_start_runs_on_every_case(case: Any, method: Any):
     found = measure(InitTask(case, method, quick=True), reports.append)
     assert reports[0]["started"]
     assert found["forward_seconds"] > 0
-    assert found["forwards_run"] >= found["batches"]
+    assert found["forwards_run"] >= (0 if method == "pissa" else found["batches"])
     assert found["method_peak"] > 0
     if method == "corda":  # one sample at a time, one pass
         assert found["forwards_run"] == found["batches"] == (5 if case == "sd15" else 4)
