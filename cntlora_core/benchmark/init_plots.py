@@ -94,7 +94,7 @@ def plot_tried(result: Mapping[str, Any], path: Path) -> None:
             axis.text(ratio, row, said, va="center", fontsize=7)
         axis.set_yticks(range(len(entries)), [e["variant"] for e in entries], fontsize=7)
         axis.set_ylim(len(entries) - 0.4, -0.6)
-                axis.set_xlabel("time over that of what is used", fontsize=7)
+        axis.set_xlabel("time over that of what is used", fontsize=7)
         axis.set_xlim(0, 1.45 * max(entry.get("over_used", 0.0) for entry in entries))
         axis.set_title(title, fontsize=8, loc="left")
     _save(figure, path)
