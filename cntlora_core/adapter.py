@@ -86,8 +86,17 @@ def inject_adapter(
         anchored(n): alpha_of(f.scaling, f.rank, lora_config.use_rslora)
         for n, f in plan.factors.items()
     }
-    peft_model = get_peft_model(model, lora_config, adapter_name=adapter_name)
+    # peft would draw random numbers for weights that are overwritten at once. Only DoRA reads them.
+    bare = not lora_config.use_dora
+    peft_model = get_peft_model(
+        model, lora_config, adapter_name=adapter_name, low_cpu_mem_usage=bare
+    )
     assert isinstance(peft_model, PeftModel)
+    if bare:
+        for layer in adapter_layers(peft_model).values():
+            device = layer.get_base_layer().weight.device
+            layer.lora_A.get_submodule(adapter_name).to_empty(device=device)
+            layer.lora_B.get_submodule(adapter_name).to_empty(device=device)
     return peft_model, copy_factors(peft_model, plan, adapter_name)
 
 

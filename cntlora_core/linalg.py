@@ -73,9 +73,10 @@ def principal_subspace(
         matrix = matrix.double()
     matrix = matrix / mean.to(matrix.dtype)
     if not exact and width > _SMALL_WIDTH:
-        found = _all_of_few(matrix)
+        sketch = matrix @ _random_columns(matrix, _SKETCH)
+        found = _all_of_few(matrix, sketch)
         if found is None and limit + _extra_columns(limit) <= _FEW * width:
-            found = subspace_iteration(matrix, limit)
+            found = subspace_iteration(matrix, limit, sketch)
     if found is None:
         values, vectors = torch.linalg.eigh(matrix)
         found = values.flip(0), vectors.flip(1)
@@ -84,15 +85,18 @@ def principal_subspace(
     return PrincipalSubspace(vectors[:, :kept], values[:kept])
 
 
-def _all_of_few(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
-    """All eigenpairs that are no rounding, where there are at most `_SKETCH` of them; else None.
+def _random_columns(matrix: Tensor, count: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(matrix.shape[0], count, generator=generator).to(matrix.dtype)
 
-    As where all samples have one text: its tokens are far fewer than the features. Sought in the
-    range of a random sketch, which is all of the matrix's if nothing of its trace is left out.
+
+def _all_of_few(matrix: Tensor, sketch: Tensor) -> tuple[Tensor, Tensor] | None:
+    """All eigenpairs that are no rounding, where a sketch ``C @ random`` has them all; else None.
+
+    As where all samples have one text: its tokens are far fewer than the features. The sketch's
+    range is all of the matrix's if nothing of its trace is left out.
     """
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(matrix.shape[0], _SKETCH, generator=generator).to(matrix.dtype)
-    basis = torch.linalg.qr(matrix @ start).Q
+    basis = torch.linalg.qr(sketch).Q
     inner = basis.T @ (matrix @ basis)
     left_out = matrix.diagonal().double().sum() - inner.diagonal().double().sum()
     if left_out > RELATIVE_CUTOFF * inner.diagonal().max():
@@ -106,7 +110,12 @@ def _extra_columns(k: int) -> int:
 
 
 def subspace_iteration(
-    matrix: Tensor, k: int, *, tolerance: float = 2e-2, rounds: int = 6
+    matrix: Tensor,
+    k: int,
+    sketch: Tensor | None = None,
+    *,
+    tolerance: float = 2e-2,
+    rounds: int = 6,
 ) -> tuple[Tensor, Tensor] | None:
     """About the ``k`` leading eigenpairs, by randomised subspace iteration.
 
@@ -118,6 +127,7 @@ def subspace_iteration(
     Args:
         matrix: (d, d), symmetric, positive semi-definite.
         k: How many pairs.
+        sketch: (d, any), ``matrix`` times random columns, if there is one already.
         tolerance: When it is done.
         rounds: At most so many.
 
@@ -125,14 +135,16 @@ def subspace_iteration(
         Eigenvalues (k,), descending, and eigenvectors (d, k); None if it did not settle, as where
         all eigenvalues are nearly alike.
     """
-    width = matrix.shape[0]
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(width, min(width, k + _extra_columns(k)), generator=generator)
-    image = matrix @ start.to(matrix.dtype)
+    columns = min(matrix.shape[0], k + _extra_columns(k))
+    have = 0 if sketch is None else sketch.shape[1]
+    more = matrix @ _random_columns(matrix, max(columns - have, 0), seed=1)
+    image = more if sketch is None else torch.cat([sketch[:, :columns], more], dim=1)
     before = None
-    for _ in range(rounds + 1):
+    for done in range(rounds + 1):
         basis = torch.linalg.qr(image).Q
         image = matrix @ basis
+        if done == 0:
+            continue  # never settled so soon, and the small eigenproblem is a fifth of a round
         inner = basis.T @ image
         values = torch.linalg.eigvalsh(inner).flip(0)[:k]
         if before is not None:
@@ -175,16 +187,20 @@ class Spectrum:
         return (self.left * self.values) @ (self.basis @ self.coordinates).T
 
 
-def thin_spectrum(matrix: Tensor, basis: Tensor) -> Spectrum:
+def thin_spectrum(matrix: Tensor, basis: Tensor, gram: Tensor | None = None) -> Spectrum:
     """The spectrum of ``matrix @ basis.T``.
 
     Args:
         matrix: (d_out, m).
         basis: (d_in, m), orthonormal columns.
+        gram: (m, m) float64, ``matrix.T @ matrix``, where it is known.
     """
-    if matrix.shape[0] >= matrix.shape[1]:
-        values, right = _right_singular(matrix)
-        if values.numel() and values[-1] > _GRAM_CUTOFF * values[0]:
+    if matrix.shape[0] >= matrix.shape[1] > 0:
+        # Half the time of an SVD. Left vectors of values near 1e-8 of the largest would not be
+        # orthonormal.
+        squares, right = torch.linalg.eigh(gram_matrix(matrix) if gram is None else gram)
+        values, right = squares.flip(0).clamp_min(0).sqrt(), right.flip(1)
+        if values[-1] > _GRAM_CUTOFF * values[0]:
             left = (matrix.double() @ right).div_(values).to(matrix.dtype)
             return Spectrum(left, values.to(matrix.dtype), right.to(matrix.dtype), basis)
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
@@ -192,23 +208,17 @@ def thin_spectrum(matrix: Tensor, basis: Tensor) -> Spectrum:
     return Spectrum(left[:, :kept], values[:kept], right[:kept].T, basis)
 
 
-def _right_singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Singular values (k,) and right vectors (k, k), from the eigenproblem of ``M.T M``, float64.
-
-    Half the time of an SVD. Values below about 1e-8 of the largest are rounding, and left vectors
-    made from values near that are not orthonormal.
-    """
+def gram_matrix(matrix: Tensor) -> Tensor:
+    """``M.T @ M``, float64."""
     double = matrix.double()
-    squares, right = torch.linalg.eigh(double.T @ double)
-    return squares.flip(0).clamp_min(0).sqrt(), right.flip(1)
+    return double.T @ double
 
 
-def singular_values(matrix: Tensor) -> Tensor:
-    """The singular values of a tall matrix, (k,) float64, descending.
+def singular_values(gram: Tensor) -> Tensor:
+    """The singular values of M, descending, those left out that `thin_spectrum` leaves out.
 
-    From the eigenvalues of ``M.T M`` in float64: half the time of an SVD. Those below about 1e-8 of
-    the largest are rounding, which is below what `thin_spectrum` keeps.
+    Args:
+        gram: (m, m) float64, ``M.T @ M``. What is below 1e-8 of the largest value is rounding.
     """
-    double = matrix.double()
-    gram = double.T @ double if matrix.shape[0] >= matrix.shape[1] else double @ double.T
-    return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0).sqrt()
+    values = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0).sqrt()
+    return values[values > RELATIVE_CUTOFF * values[:1]]
