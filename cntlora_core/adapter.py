@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
-from torch import nn
+from torch import Tensor, nn
 
 from cntlora_core.factorization import Factors
 from cntlora_core.plan import AdapterPlan, plan_adapter, plan_plain_lora
@@ -94,9 +94,10 @@ def inject_adapter(
     assert isinstance(peft_model, PeftModel)
     if bare:
         for layer in adapter_layers(peft_model).values():
-            device = layer.get_base_layer().weight.device
-            layer.lora_A.get_submodule(adapter_name).to_empty(device=device)
-            layer.lora_B.get_submodule(adapter_name).to_empty(device=device)
+            weight = layer.get_base_layer().weight
+            assert isinstance(weight, Tensor)
+            layer.lora_A.get_submodule(adapter_name).to_empty(device=weight.device)
+            layer.lora_B.get_submodule(adapter_name).to_empty(device=weight.device)
     return peft_model, copy_factors(peft_model, plan, adapter_name)
 
 
