@@ -167,7 +167,7 @@ class Demo:
 
     Attributes:
         output: Folder for everything that the demo leaves.
-        subject: Which of the embedded subjects; default: the first.
+        subject: Which of the embedded subjects; default: the penguin.
         method: How the adapter starts.
         steps: Training steps.
     """

@@ -30,7 +30,9 @@ from cntlora_core.progress import Reporter, silent
 from cntlora_core.sheets import comparison_sheet, save_image
 
 SHEET_NAME = "before_and_after.png"
+DEFAULT_SUBJECT = "penguin"
 PICTURES_PER_PROMPT = 3
+GUIDANCE = 2.5  # the small model: more makes colours glare
 
 
 def demo_settings(
@@ -51,7 +53,7 @@ def demo_settings(
         output=OutputSettings(output=str(output)),
         prior=PriorSettings(
             num_class_images=class_images,
-            class_guidance=5.0,
+            class_guidance=GUIDANCE,
             class_steps=sampling_steps,
             cache=str(output / "cache"),
         ),
@@ -79,7 +81,7 @@ def run_demo(
         ValueError: for a subject that is not embedded, or settings that make no sense.
     """
     started = time.perf_counter()
-    subject = mini.subject(subject_name or mini.subjects()[0])
+    subject = mini.subject(subject_name or DEFAULT_SUBJECT)
     settings = demo_settings(
         output,
         subject,
@@ -91,7 +93,7 @@ def run_demo(
     result = personalise(settings, overwrite=True, reporter=reporter)
 
     pipeline = load_for_sampling(settings.model, device="cpu")
-    sampling = SamplingSettings(steps=sampling_steps, guidance=5.0, batch_size=15)
+    sampling = SamplingSettings(steps=sampling_steps, guidance=GUIDANCE, batch_size=15)
     prompts = demo_prompts(subject)
     asked = [prompt for prompt in prompts for _ in range(PICTURES_PER_PROMPT)]
     before = draw(pipeline, asked, sampling, reporter=reporter, stage="drawing: base model")

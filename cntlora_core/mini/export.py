@@ -54,13 +54,13 @@ SHEET_PROMPTS = (
     "a photo of a purple elephant on a white background",
     "a cat wearing a hat on a green background",
     "a dog and an apple on a gray background",
-    "a photo of a cactus in the desert",
-    "a shirt on a pink background",
+    "a photo of a tree in the desert",
+    "a strawberry on a pink background",
     "a photo of a clock in front of a brick wall",
     "a balloon in the sky",
-    "a tiger on orange stripes",
+    "a hat on orange stripes",
     "a photo of a sks dog on a blue background",
-    "a teapot on a black background",
+    "a cake on a black background",
 )
 
 
@@ -110,6 +110,8 @@ def export(run: Path, vae: Path, data: Path, autoencoder_record: Path, target: P
     pipeline = assemble(run, vae, data / "tokenizer").to(dtype=torch.float16)
     pipeline.save_pretrained(temporary, safe_serialization=True)
     _name_as_stable_diffusion(temporary / "text_encoder" / "model.safetensors")
+    for path in temporary.glob("*/config.json"):
+        _make_portable(path)
     for path in temporary.rglob("*.safetensors"):
         path.chmod(0o644)
     shutil.rmtree(temporary / "tokenizer")
@@ -134,6 +136,19 @@ def export(run: Path, vae: Path, data: Path, autoencoder_record: Path, target: P
     shutil.rmtree(old, ignore_errors=True)
 
 
+def _make_portable(path: Path) -> None:
+    """Take out of a part's config where it lay, and what makes it load in half precision.
+
+    transformers 5 loads in the data type that a config names, diffusers in float32: a pipeline
+    loaded without ``torch_dtype`` would have parts of both.
+    """
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.pop("_name_or_path", None)
+    if "dtype" in config:
+        config["dtype"] = "float32"
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def _name_as_stable_diffusion(path: Path) -> None:
     """Put ``text_model.`` before the text encoder's names, as in SD1.5's own files.
 
@@ -151,7 +166,7 @@ def draw_sheet(
     each: int = 2,
     seed: int = 0,
     steps: int = 25,
-    guidance: float = 5.0,
+    guidance: float = 2.5,
 ) -> None:
     """Draw every prompt ``each`` times and lay the pictures out with their prompts."""
     pictures: list[list[Image.Image]] = []

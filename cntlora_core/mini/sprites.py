@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,9 @@ from cntlora_core.mini.things import HELD_OUT_NAMES, THINGS
 __all__ = ["TRAINED_STYLES", "SpriteSource"]
 
 TRAINED_STYLES = ("google", "twitter")
+
+
+_SKIN_TONE = re.compile("1f3f[b-f]")
 
 
 class SpriteSource:
@@ -53,15 +57,29 @@ class SpriteSource:
             if thing.name in HELD_OUT_NAMES
             for emoji in thing.emoji
         }
-        sprites = []
-        for style in TRAINED_STYLES:
-            folder = self.root / f"emoji-datasource-{style}" / "img" / style / "64"
-            for path in sorted(folder.glob("*.png")):
-                if path.stem not in hidden:
-                    with Image.open(path) as file:
-                        image = file.convert("RGBA")
-                    if image.getchannel("A").getbbox() is not None:
-                        sprites.append(crop_premultiplied(image))
+        return [
+            sprite
+            for style in TRAINED_STYLES
+            for code, sprite in self.all_of(style).items()
+            if code not in hidden
+        ]
+
+    def all_of(self, style: str, skin_tones: bool = True) -> dict[str, Image.Image]:
+        """Every emoji of a style by its code points, in their order.
+
+        Args:
+            style: ``"google"``, ``"twitter"`` or ``"3d"``.
+            skin_tones: with those that differ from another in the colour of the skin only.
+        """
+        sprites = {}
+        sample = self.path(style, "dog")
+        for path in sorted(sample.parent.glob(f"*{sample.suffix}")):
+            if not skin_tones and _SKIN_TONE.search(path.stem):
+                continue
+            with Image.open(path) as file:
+                image = file.convert("RGBA")
+            if image.getchannel("A").getbbox() is not None:
+                sprites[path.stem] = crop_premultiplied(image)
         return sprites
 
 

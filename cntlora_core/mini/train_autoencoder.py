@@ -26,15 +26,7 @@ from cntlora_core.mini.compose import (
     render_background,
 )
 from cntlora_core.mini.sprites import SpriteSource
-from cntlora_core.mini.training import (
-    Budget,
-    ExponentialAverage,
-    RunLog,
-    SharedWork,
-    load_state,
-    save_state,
-    write_json,
-)
+from cntlora_core.mini.training import Budget, ExponentialAverage, optimise, write_json
 
 __all__ = ["AutoencoderConfig", "build_autoencoder", "psnr", "to_tensor", "train"]
 
@@ -247,44 +239,26 @@ def train(
     named = dict(model.named_parameters())
     if config.decoder_only:
         named = {n: p for n, p in named.items() if n.startswith(("decoder.", "post_quant_conv."))}
-    average = ExponentialAverage(named, config.ema)
-    optimizer = torch.optim.AdamW(
-        named.values(), lr=config.rate, betas=(0.9, 0.99), weight_decay=0.01, foreach=True
-    )
-    work = SharedWork(workers, partial(autoencoder_loss, model, config), list(named.values()))
-    groups = {"model": named, "ema": average.shadow}
-    state = output / "state.safetensors"
-    if state.is_file():
-        load_state(state, groups, optimizer, named, budget)
-        print(f"resumed: {budget.describe()}", flush=True)
-    source, log = SpriteSource(node_modules), RunLog(output / "log.jsonl")
+    source = SpriteSource(node_modules)
     stream = PictureStream(source, config.seed)
     check = to_tensor(PictureStream(source, 999).batch(0, 256))
-    saved, losses = budget.elapsed, []
-    while budget.progress < 1:
-        torch.manual_seed(config.seed * 1_000_003 + budget.step)
-        rate = budget.rate(config.rate, config.warmup_steps, config.decay_from)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        pictures = to_tensor(stream.batch(budget.step, config.batch))
-        noise = torch.randn(config.batch, config.latent_channels, 16, 16)
-        losses.append(work.backward((pictures, noise)))
-        torch.nn.utils.clip_grad_norm_(named.values(), 1.0, foreach=True)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        budget.advance()
-        average.update(named, budget.step)
-        if budget.step % 25 == 0:
-            mean = float(np.mean(losses))
-            log.write(step=budget.step, loss=mean, rate=rate, seconds=round(budget.elapsed, 1))
-            print(f"{budget.describe()} · loss {mean:.4f}", flush=True)
-            losses = []
-        if budget.elapsed - saved > every or budget.progress >= 1:
-            save_state(state, groups, optimizer, named, budget)
-            _write_result(output, model, average, check, config, budget)
-            saved = budget.elapsed
-            budget.skip()
-    _write_result(output, model, average, check, config, budget)
+
+    def batch_of(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        pictures = to_tensor(stream.batch(step, config.batch))
+        return pictures, torch.randn(config.batch, config.latent_channels, 16, 16)
+
+    optimise(
+        output,
+        named,
+        partial(autoencoder_loss, model, config),
+        batch_of,
+        config,
+        budget,
+        lambda average: _write_result(output, model, average, check, config, budget),
+        workers=workers,
+        every=every,
+        report_every=25,
+    )
 
 
 def _write_result(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -18,15 +19,7 @@ from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from cntlora_core.memory import keep_freed_memory
-from cntlora_core.mini.training import (
-    Budget,
-    ExponentialAverage,
-    RunLog,
-    SharedWork,
-    load_state,
-    save_state,
-    write_json,
-)
+from cntlora_core.mini.training import Budget, ExponentialAverage, optimise, write_json
 
 __all__ = [
     "DiffusionConfig",
@@ -252,50 +245,32 @@ def train(
     text_encoder = build_text_encoder(config, tokenizer)
     if text is not None:
         text_encoder.load_state_dict(load_file(text))
-    named = trained_parameters(unet, text_encoder)
-    average = ExponentialAverage(named, config.ema)
-    optimizer = torch.optim.AdamW(
-        named.values(), lr=config.rate, betas=(0.9, 0.99), weight_decay=0.01, foreach=True
-    )
     signal = build_scheduler().alphas_cumprod
     limits = (config.snr_limit, config.snr_power, config.thing_weight)
-    loss = partial(diffusion_loss, unet, text_encoder, signal, *limits)
-    work = SharedWork(workers, loss, list(named.values()))
-    groups = {"model": named, "ema": average.shadow}
-    state = output / "state.safetensors"
-    if state.is_file():
-        load_state(state, groups, optimizer, named, budget)
-        print(f"resumed: {budget.describe()}", flush=True)
     scaling = json.loads((vae / "config.json").read_text(encoding="utf-8"))["scaling_factor"]
-    stream, log = LatentStream(data, tokenizer, scaling, config), RunLog(output / "log.jsonl")
-    saved, losses = budget.elapsed, []
-    budget.skip()
-    while budget.progress < 1:
-        torch.manual_seed(config.seed * 1_000_003 + budget.step)
-        rate = budget.rate(config.rate, config.warmup_steps, config.decay_from)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        latents, tokens, covers = stream.batch(budget.step, config.batch)
+    stream = LatentStream(data, tokenizer, scaling, config)
+
+    def batch_of(step: int) -> Sequence[torch.Tensor]:
+        latents, tokens, covers = stream.batch(step, config.batch)
         tokens[torch.rand(len(tokens)) < config.caption_dropout] = stream.empty.long()
         steps = stratified_steps(config.batch, len(signal))
-        batch = (latents, tokens, covers, torch.randn_like(latents), steps)
-        losses.append(work.backward(batch))
-        torch.nn.utils.clip_grad_norm_(named.values(), 1.0, foreach=True)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        budget.advance()
-        average.update(named, budget.step)
-        if budget.step % 50 == 0:
-            mean = float(np.mean(losses))
-            log.write(step=budget.step, loss=mean, rate=rate, seconds=round(budget.elapsed, 1))
-            print(f"{budget.describe()} · loss {mean:.4f}", flush=True)
-            losses = []
-        if budget.elapsed - saved > every or budget.progress >= 1:
-            save_state(state, groups, optimizer, named, budget)
-            record = {"config": asdict(config), "steps": budget.step}
-            write_json(output / "diffusion.json", {**record, "seconds": round(budget.elapsed)})
-            saved = budget.elapsed
-            budget.skip()
+        return latents, tokens, covers, torch.randn_like(latents), steps
+
+    def note(_average: ExponentialAverage) -> None:
+        record = {"config": asdict(config), "steps": budget.step, "seconds": round(budget.elapsed)}
+        write_json(output / "diffusion.json", record)
+
+    optimise(
+        output,
+        trained_parameters(unet, text_encoder),
+        partial(diffusion_loss, unet, text_encoder, signal, *limits),
+        batch_of,
+        config,
+        budget,
+        note,
+        workers=workers,
+        every=every,
+    )
 
 
 def stratified_steps(count: int, total: int) -> torch.Tensor:

@@ -1,15 +1,17 @@
-"""What both training scripts share: a schedule by the clock, EMA, and states on disk."""
+"""What the training scripts share: the loop, a schedule by the clock, EMA, states on disk."""
 
 from __future__ import annotations
 
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Protocol
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -20,8 +22,10 @@ __all__ = [
     "Budget",
     "ExponentialAverage",
     "RunLog",
+    "Schedule",
     "SharedWork",
     "load_state",
+    "optimise",
     "save_state",
     "write_json",
 ]
@@ -92,17 +96,40 @@ class ExponentialAverage:
         decay: limit of the decay per step.
     """
 
-    def __init__(self, parameters: dict[str, torch.Tensor], decay: float) -> None:
+    def __init__(self, parameters: Mapping[str, torch.Tensor], decay: float) -> None:
         self.decay = decay
         self.shadow = {name: p.detach().clone() for name, p in parameters.items()}
 
     @torch.no_grad()
-    def update(self, parameters: dict[str, torch.Tensor], step: int) -> None:
+    def update(self, parameters: Mapping[str, torch.Tensor], step: int) -> None:
         """Move the average towards ``parameters``; ``step`` counts from 1."""
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(
             list(self.shadow.values()), [parameters[n].detach() for n in self.shadow], 1 - decay
         )
+
+
+class Schedule(Protocol):
+    """What a script's config says of its optimiser.
+
+    Attributes:
+        rate: peak learning rate of AdamW.
+        warmup_steps: steps of linear warm-up.
+        decay_from: part of the run after which the rate falls.
+        ema: decay of the averaged weights.
+        seed: of weights, data order and noise.
+    """
+
+    @property
+    def rate(self) -> float: ...
+    @property
+    def warmup_steps(self) -> int: ...
+    @property
+    def decay_from(self) -> float: ...
+    @property
+    def ema(self) -> float: ...
+    @property
+    def seed(self) -> int: ...
 
 
 class SharedWork:
@@ -191,6 +218,69 @@ class RunLog:
         """Append one line."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
+
+
+def optimise(
+    output: Path,
+    named: dict[str, torch.nn.Parameter],
+    loss: Callable[..., torch.Tensor],
+    batch_of: Callable[[int], Sequence[torch.Tensor]],
+    schedule: Schedule,
+    budget: Budget,
+    on_save: Callable[[ExponentialAverage], None],
+    *,
+    workers: int = 2,
+    every: float = 180,
+    report_every: int = 50,
+) -> None:
+    """AdamW on ``loss`` until the budget is spent; ``output/state.safetensors`` resumes it.
+
+    Args:
+        output: folder of state and log.
+        named: what is trained.
+        loss: picklable; of a batch's tensors, a mean over samples.
+        batch_of: tensors of a step; torch's global generator is seeded before each call, so that
+            the same step gives the same batch.
+        schedule: rates and seed.
+        budget: minutes or steps.
+        on_save: called with the averaged weights whenever a state was written, at the end too.
+        workers: processes that share a batch.
+        every: seconds between states.
+        report_every: steps between two lines of the log.
+    """
+    average = ExponentialAverage(named, schedule.ema)
+    optimizer = torch.optim.AdamW(
+        named.values(), lr=schedule.rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+    )
+    work = SharedWork(workers, loss, list(named.values()))
+    groups = {"model": dict(named), "ema": average.shadow}
+    state, log = output / "state.safetensors", RunLog(output / "log.jsonl")
+    if state.is_file():
+        load_state(state, groups, optimizer, named, budget)
+        print(f"resumed: {budget.describe()}", flush=True)
+    saved, losses = budget.elapsed, []
+    budget.skip()
+    while budget.progress < 1:
+        torch.manual_seed(schedule.seed * 1_000_003 + budget.step)
+        rate = budget.rate(schedule.rate, schedule.warmup_steps, schedule.decay_from)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        losses.append(work.backward(batch_of(budget.step)))
+        torch.nn.utils.clip_grad_norm_(named.values(), 1.0, foreach=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        budget.advance()
+        average.update(named, budget.step)
+        if budget.step % report_every == 0:
+            mean = float(np.mean(losses))
+            log.write(step=budget.step, loss=mean, rate=rate, seconds=round(budget.elapsed, 1))
+            print(f"{budget.describe()} · loss {mean:.4f}", flush=True)
+            losses = []
+        if budget.elapsed - saved > every or budget.progress >= 1:
+            save_state(state, groups, optimizer, named, budget)
+            on_save(average)
+            saved = budget.elapsed
+            budget.skip()
 
 
 def write_json(path: Path, value: object) -> None:

@@ -116,7 +116,7 @@ def test_the_autoencoder_keeps_pictures_of_the_style_it_never_saw(vae: Autoencod
     assert latents.shape == (len(pictures), 4, 16, 16)
     error = (drawn - pictures).pow(2).flatten(1).mean(1)
     decibels = 10 * torch.log10(4 / error)
-    assert decibels.mean() > 20
+    assert decibels.mean() > 26
 
 
 @torch.no_grad()
@@ -135,7 +135,7 @@ def test_a_background_prompt_decides_the_background():
         pictures = pipeline(
             [f"a photo of a dog on a {colour} background"] * 2,
             num_inference_steps=12,
-            guidance_scale=5.0,
+            guidance_scale=2.5,
             height=64,
             width=64,
             generator=torch.Generator().manual_seed(0),

@@ -1,0 +1,116 @@
+"""Let the judge look at what the model draws: ``python -m cntlora_core.mini.evaluate``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import ResNetForImageClassification
+
+from cntlora_core.diffusion.sampler import SamplingSettings, sample
+from cntlora_core.mini import model_path
+from cntlora_core.mini.backgrounds import COLOURS, SCENES
+from cntlora_core.mini.compose import Background
+from cntlora_core.mini.dataset import save_sheet
+from cntlora_core.mini.things import with_article
+from cntlora_core.mini.training import write_json
+
+__all__ = ["JUDGED_NAMES", "judge", "prompts_to_judge"]
+
+JUDGED_NAMES = (
+    *("cat", "dog", "bird", "penguin", "octopus", "fish", "owl", "fox", "elephant", "teddy bear"),
+    *("apple", "banana", "strawberry", "hamburger", "car", "rocket", "tent", "boot", "clock"),
+    "tree",
+)
+"""The twenty things that the judge chooses among."""
+
+
+def prompts_to_judge(count: int, seed: int) -> list[tuple[str, str, str]]:
+    """``(prompt, thing, background)``: every thing alike often, half plain and half scenes."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for index in range(count):
+        name = JUDGED_NAMES[index % len(JUDGED_NAMES)]
+        if (index // len(JUDGED_NAMES)) % 2:
+            background = Background("scene", str(rng.choice(list(SCENES))))
+        else:
+            background = Background("plain", str(rng.choice(list(COLOURS))))
+        prompt = f"a photo of {with_article(name)} {background.phrase}"
+        rows.append((prompt, name, background.phrase))
+    return rows
+
+
+@torch.no_grad()
+def judge(
+    classifier: ResNetForImageClassification, pictures: Tensor, rows: list[tuple[str, str, str]]
+) -> tuple[Tensor, Tensor]:
+    """Which pictures show the right thing, and which the right background.
+
+    The thing is chosen among ``JUDGED_NAMES``, the background among the plain ones and scenes.
+
+    Args:
+        classifier: made by ``mini.train_classifier``.
+        pictures: (n, 3, 64, 64) in -1..1.
+        rows: of :func:`prompts_to_judge`.
+
+    Returns:
+        Two bool tensors (n,).
+    """
+    labels = {name: int(index) for name, index in (classifier.config.label2id or {}).items()}
+    names = torch.tensor([labels[name] for name in JUDGED_NAMES])
+    plain = [Background("plain", colour).phrase for colour in COLOURS]
+    phrases = torch.tensor([labels[phrase] for phrase in [*plain, *SCENES]])
+    logits = torch.cat([classifier(pixel_values=part).logits for part in pictures.split(100)])
+    thing = names[logits[:, names].argmax(1)]
+    behind = phrases[logits[:, phrases].argmax(1)]
+    wanted = torch.tensor([[labels[name], labels[phrase]] for _, name, phrase in rows])
+    return thing == wanted[:, 0], behind == wanted[:, 1]
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, help="folder of the model; the shipped one if left")
+    parser.add_argument("--classifier", type=Path, required=True, help="of mini.train_classifier")
+    parser.add_argument("--output", type=Path, required=True, help="folder of figures and sheet")
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--guidance", type=float, default=2.5)
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    rows = prompts_to_judge(args.count, args.seed)
+    settings = SamplingSettings(
+        steps=args.steps, guidance=args.guidance, seed=args.seed, batch_size=20
+    )
+    model = args.model or model_path()
+    drawn = sample(str(model), [prompt for prompt, _, _ in rows], (), settings, device="cpu")
+    stack = np.stack([np.asarray(picture.convert("RGB"), np.float32) for picture in drawn])
+    pictures = torch.from_numpy(stack).permute(0, 3, 1, 2) / 127.5 - 1
+    classifier = ResNetForImageClassification.from_pretrained(args.classifier).eval()
+    things, backgrounds = judge(classifier, pictures, rows)
+    figures = {
+        "pictures": len(rows),
+        "things": round(things.float().mean().item(), 4),
+        "backgrounds": round(backgrounds.float().mean().item(), 4),
+        "steps": args.steps,
+        "guidance": args.guidance,
+        "seed": args.seed,
+        "right_by_thing": {
+            name: f"{int(sum(things[i] for i in at))} of {len(at)}"
+            for name in JUDGED_NAMES
+            for at in [[i for i, row in enumerate(rows) if row[1] == name]]
+        },
+    }
+    write_json(args.output / "judged.json", figures)
+    first = [Image.fromarray(np.asarray(picture)) for picture in drawn[: 3 * len(JUDGED_NAMES)]]
+    save_sheet(args.output / "judged.png", first, 10)
+    print(f"right things {figures['things']:.1%}, right backgrounds {figures['backgrounds']:.1%}")
+
+
+if __name__ == "__main__":
+    main()
