@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, get_args
 
+from comfy_api.latest import io  # pyright: ignore[reportMissingImports]
+
 from cntlora_core.config import CNTLoRAConfig, Factorization, RankBudget, Subspace
 from cntlora_core.diffusion.settings import AdapterSettings, Method, torch_dtype
 
-from .host import io
 from .pictures import image_tensor, shown
 from .runtime import device_name, tell, working
 from .sockets import ModelChoice, ModelSocket, StartSocket, SubjectSocket, TrainingStart

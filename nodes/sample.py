@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from comfy_api.latest import io  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-from .host import io
 from .pictures import image_tensor, shown
 from .runtime import HostReporter, device_name, working
 from .sockets import LoRAModel, LoRASocket, ModelChoice, ModelSocket

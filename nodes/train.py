@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
+from comfy_api.latest import io  # pyright: ignore[reportMissingImports]
 from PIL import Image
 
 from cntlora_core.data.captions import fill_placeholders
@@ -19,7 +20,6 @@ from cntlora_core.diffusion.settings import (
 )
 from cntlora_core.files import safe_name
 
-from .host import io
 from .pictures import image_tensor, shown
 from .runtime import device_name, tell, working
 from .sockets import (
@@ -83,8 +83,9 @@ def train(
     from cntlora_core.diffusion.job import STATE_NAME, personalise
     from cntlora_core.diffusion.resume import finished_run, run_identity, run_key
 
-    without = class_images is None or job.prior.prior_weight == 0
-    photos = None if without else class_images.photos
+    photos = None
+    if class_images is not None and job.prior.prior_weight > 0:
+        photos = class_images.photos
     seed, subject = start.start.seed, start.subject
     key = run_key(job, run_identity(start.start.model, subject, photos, seed))
     words = (subject.prompts.token, subject.prompts.class_name, job.adapter.method)
