@@ -4,10 +4,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint test-slow clean
+.PHONY: demo test lint test-slow test-quantised clean
 
 demo: $(INSTALLED)
-	$(BIN)/cntlora demo --output demo_output
+	@# The small model's tensors are too small to share: two threads wait for each other.
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/cntlora demo --output demo_output
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow"
@@ -20,6 +21,11 @@ lint: $(INSTALLED)
 # Full-size models: minutes to hours, up to 16 GB of memory and 10 GB of disk.
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
+
+# Two libraries that everything else does without: they make each start of Python slower.
+test-quantised: $(INSTALLED)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev,quantised]"
+	$(BIN)/python -m pytest tests/core/test_quantised.py
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

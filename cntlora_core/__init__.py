@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from cntlora_core.config import CNTLoRAConfig
 
 if TYPE_CHECKING:
+    from cntlora_core.adapter import match_convolutions
+    from cntlora_core.conversion import ConversionReport, save_converted
     from cntlora_core.initialize import (
         InitReport,
         get_cntlora_model,
@@ -16,15 +18,28 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CNTLoRAConfig",
+    "ConversionReport",
     "InitReport",
     "get_cntlora_model",
     "initialize_lora_cntlora_weights",
+    "match_convolutions",
+    "save_converted",
 ]
 __version__ = "0.1.0"
+
+_MODULES = {
+    "ConversionReport": "conversion",
+    "InitReport": "initialize",
+    "get_cntlora_model": "initialize",
+    "initialize_lora_cntlora_weights": "initialize",
+    "match_convolutions": "adapter",
+    "save_converted": "conversion",
+}
 
 
 def __getattr__(name: str) -> Any:
     """Import what needs torch only when it is asked for, so that a command's help is quick."""
-    if name in __all__:
-        return getattr(import_module("cntlora_core.initialize"), name)
+    module = _MODULES.get(name)
+    if module is not None:
+        return getattr(import_module(f"cntlora_core.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

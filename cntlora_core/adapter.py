@@ -1,164 +1,51 @@
-"""Plan an adapter (ranks and factors of every attachment point), then put it into a model once."""
+"""Put a plan into a model, through peft: wrap once, copy the factors in, rewrite the base."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
 from torch import nn
 
-from cntlora_core.attachment import AttachmentPoint, subtract_from_weight
-from cntlora_core.capture import CapturedMoments
-from cntlora_core.config import CNTLoRAConfig
-from cntlora_core.constraints import delta_spectrum
-from cntlora_core.factorization import Factors, factorize, plain_factors
-from cntlora_core.linalg import PrincipalSubspace, principal_subspace
-from cntlora_core.parallel import map_in_threads
-from cntlora_core.ranks import RankOffer, allocate_ranks
+from cntlora_core.factorization import Factors
+from cntlora_core.plan import AdapterPlan, plan_adapter, plan_plain_lora
+from cntlora_core.unfolding import same_geometry, with_geometry_of
+from cntlora_core.weights import check_rewritable, subtract_from_weight
 
+__all__ = [
+    "AdapterPlan",
+    "adapter_layers",
+    "adapter_weights",
+    "check_lora_config",
+    "configured_ranks",
+    "copy_factors",
+    "inject_adapter",
+    "match_convolutions",
+    "plan_adapter",
+    "plan_plain_lora",
+    "stored_plan",
+]
 
-@dataclass(frozen=True)
-class AdapterPlan:
-    """Ranks and starting factors of every attachment point, before any module is wrapped.
+logger = logging.getLogger(__name__)
 
-    Attributes:
-        factors: By attachment point's name, in the model's order.
-        rewrites_base: Whether the frozen weight becomes ``W - scaling * B @ A``.
-    """
-
-    factors: dict[str, Factors]
-    rewrites_base: bool
-
-    @property
-    def ranks(self) -> dict[str, int]:
-        return {name: factors.rank for name, factors in self.factors.items()}
-
-    @property
-    def filled(self) -> dict[str, int]:
-        """Directions that started as plain LoRA for want of data, where there are any."""
-        return {name: f.filled for name, f in self.factors.items() if f.filled}
-
-    def under(self, prefix: str) -> AdapterPlan:
-        """The part of the plan whose names start with ``prefix``, without it."""
-        return AdapterPlan(
-            {n[len(prefix) :]: f for n, f in self.factors.items() if n.startswith(prefix)},
-            self.rewrites_base,
-        )
-
-
-def plan_adapter(
-    points: Sequence[AttachmentPoint],
-    captured: CapturedMoments,
-    config: CNTLoRAConfig,
-    *,
-    rank: int,
-    scaling: float,
-    progress: Callable[[int, int], None] | None = None,
-) -> AdapterPlan:
-    """The closed-form start of every point, under one rank budget.
-
-    Args:
-        points: Attachment points of one or several models.
-        captured: Second moments of what they read.
-        config: The method's settings.
-        rank: Rank of a point; under a shared budget, the mean rank.
-        scaling: alpha / r, the same for every point.
-        progress: Called with (eigenproblems solved, total).
-
-    Raises:
-        ValueError: if the rank is wider than the points are, or the budget too small.
-    """
-    config.require_consistent()
-    _check_rank(points, rank, config)
-    ceiling = rank if config.rank_budget == "fixed" else max(rank, int(config.rho * rank))
-    groups: dict[int, list[AttachmentPoint]] = {}
-    for point in points:
-        groups.setdefault(captured.input_of[point.name], []).append(point)
-
-    def solve(index: int) -> tuple[PrincipalSubspace, dict[str, RankOffer]]:
-        k = None if config.subspace == "full" else ceiling
-        subspace = principal_subspace(captured.moments[index], k)
-        return subspace, {
-            p.name: RankOffer(
-                delta_spectrum(p.weight().cpu(), subspace, config).values, 0, p.max_rank
-            )
-            for p in groups[index]
-        }
-
-    # The widest first: they take longest, and none should be left for the end.
-    order = sorted(groups, key=lambda index: -groups[index][0].in_features)
-    solved = dict(zip(order, map_in_threads(solve, order, progress), strict=True))
-    if config.rank_budget == "fixed":
-        ranks = {point.name: rank for point in points}
-    else:
-        by_parameters = config.rank_budget == "parameters"
-        offers = {}
-        for point in points:
-            offer = solved[captured.input_of[point.name]][1][point.name]
-            cost = point.in_features + point.out_features if by_parameters else 1
-            offers[point.name] = dataclasses.replace(offer, cost=cost)
-        ranks = allocate_ranks(
-            offers,
-            budget=rank * sum(offer.cost for offer in offers.values()),
-            min_rank=config.min_rank,
-            ceiling=ceiling,
-        )
-
-    def factors_of(point: AttachmentPoint) -> Factors:
-        # Ranks are decided over all that a point may get; its delta then acts in the principal
-        # subspace of just its rank. Truncating the larger delta instead would keep the directions
-        # of the smallest eigenvalues, where the gains are largest and the data says least.
-        subspace = solved[captured.input_of[point.name]][0]
-        if config.subspace == "principal":
-            subspace = subspace.leading(ranks[point.name])
-        spectrum = delta_spectrum(point.weight().cpu(), subspace, config)
-        return factorize(spectrum, ranks[point.name], scaling, config, generators[point.name])
-
-    generators = {
-        p.name: torch.Generator().manual_seed(config.seed * 1_000_003 + i)
-        for i, p in enumerate(points)
-    }
-    factors = map_in_threads(factors_of, points)
-    by_name = {p.name: f for p, f in zip(points, factors, strict=True)}
-    return AdapterPlan(by_name, rewrites_base=config.preserve_output)
-
-
-def plan_plain_lora(
-    points: Sequence[AttachmentPoint], *, rank: int, scaling: float, seed: int = 0
-) -> AdapterPlan:
-    """Plain LoRA: Kaiming-uniform down, zero up, one rank for all (arXiv 2106.09685)."""
-    generator = torch.Generator().manual_seed(seed)
-    factors = {}
-    for point in points:
-        down, up = plain_factors(rank, point.in_features, point.out_features, generator)
-        factors[point.name] = Factors(down, up, scaling)
-    return AdapterPlan(factors, rewrites_base=False)
-
-
-def _check_rank(points: Sequence[AttachmentPoint], rank: int, config: CNTLoRAConfig) -> None:
-    if rank < 1:
-        raise ValueError(f"rank must be at least 1, got {rank}")
-    narrow = min(points, key=lambda p: p.max_rank)
-    wide = max(points, key=lambda p: p.max_rank)
-    if config.rank_budget == "fixed" and rank > narrow.max_rank:
-        raise ValueError(
-            f"rank {rank} is above the width of {narrow.name!r} "
-            f"({narrow.in_features} -> {narrow.out_features}): use a rank of at most "
-            f"{narrow.max_rank}, or rank_budget='ranks', which gives narrow layers fewer"
-        )
-    room = sum(point.max_rank for point in points)
-    if rank * len(points) > room:
-        raise ValueError(
-            f"rank {rank} at {len(points)} attachment points is more than their widths hold "
-            f"(the widest takes {wide.max_rank}): use a rank of at most {room // len(points)}"
-        )
+VARIANTS = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "use_bdlora",
+    "use_qalora",
+    "velora_config",
+)
+"""Fields of peft's configuration that change what an adapter computes (DoRA apart)."""
 
 
 def inject_adapter(
@@ -174,10 +61,19 @@ def inject_adapter(
         The wrapped model, and what :func:`copy_factors` returns.
 
     Raises:
-        ValueError: for a configuration that changes what an adapter computes (DoRA) under a plan
-            that rewrites the base weight, or that has rank patterns of its own.
+        ValueError: as :func:`check_lora_config`, for rank patterns that the plan does not follow,
+            or a base weight that cannot be rewritten where the plan says so.
     """
     check_lora_config(lora_config, plan.rewrites_base)
+    if configured_ranks(lora_config, plan.factors)[0] != plan.ranks and (
+        lora_config.rank_pattern or lora_config.alpha_pattern
+    ):
+        raise ValueError(
+            "the configuration has a rank_pattern or alpha_pattern of its own, which the planned "
+            "ranks would overwrite: leave them out"
+        )
+    if plan.rewrites_base:
+        check_rewritable(model, {name: model.get_submodule(name) for name in plan.factors})
     lora_config = copy.deepcopy(lora_config)
     lora_config.init_lora_weights = False  # the factors are copied in below
     lora_config.target_modules = list(plan.factors)
@@ -185,9 +81,10 @@ def inject_adapter(
     matched = {n for n, _ in model.named_modules() if check_target_module_exists(lora_config, n)}
     if matched != set(plan.factors):  # peft takes names as suffixes
         lora_config.target_modules = "|".join(re.escape(name) for name in plan.factors)
-    lora_config.rank_pattern = {_anchored(n): f.rank for n, f in plan.factors.items()}
+    lora_config.rank_pattern = {anchored(n): f.rank for n, f in plan.factors.items()}
     lora_config.alpha_pattern = {
-        _anchored(n): _alpha(f, lora_config.use_rslora) for n, f in plan.factors.items()
+        anchored(n): alpha_of(f.scaling, f.rank, lora_config.use_rslora)
+        for n, f in plan.factors.items()
     }
     peft_model = get_peft_model(model, lora_config, adapter_name=adapter_name)
     assert isinstance(peft_model, PeftModel)
@@ -205,11 +102,34 @@ def check_lora_config(lora_config: LoraConfig, rewrites_base: bool) -> None:
             "use_dora=True normalises by the frozen weight, which preserve_output=True rewrites: "
             "use preserve_output=False"
         )
-    if lora_config.rank_pattern or lora_config.alpha_pattern:
-        raise ValueError(
-            "the configuration has a rank_pattern or alpha_pattern of its own, which the planned "
-            "ranks would overwrite: leave them out"
+    for name in VARIANTS:
+        if getattr(lora_config, name, None):
+            raise ValueError(
+                f"{name} changes what an adapter computes, and the closed forms are for scaling * "
+                "B @ A: leave it out"
+            )
+    for name in ("layer_replication", "target_parameters"):
+        if getattr(lora_config, name, None):
+            raise ValueError(
+                f"{name} adapts what is no module of the base model, whose inputs are what a "
+                "data-driven start is made from: leave it out"
+            )
+
+
+def configured_ranks(
+    lora_config: LoraConfig, names: Iterable[str]
+) -> tuple[dict[str, int], dict[str, float]]:
+    """Rank and scaling that peft would give each module, its patterns included."""
+    ranks, scalings = {}, {}
+    rank_pattern, alpha_pattern = lora_config.rank_pattern or {}, lora_config.alpha_pattern or {}
+    for name in names:
+        rank = rank_pattern.get(get_pattern_key(list(rank_pattern), name), lora_config.r)
+        alpha = alpha_pattern.get(
+            get_pattern_key(list(alpha_pattern), name), lora_config.lora_alpha
         )
+        ranks[name] = rank
+        scalings[name] = alpha / (rank**0.5 if lora_config.use_rslora else rank)
+    return ranks, scalings
 
 
 @torch.no_grad()
@@ -218,43 +138,109 @@ def copy_factors(
 ) -> dict[str, float]:
     """Copy a plan's factors into the adapter of a wrapped model, rewriting the base if planned.
 
+    Nothing is changed unless everything fits.
+
     Returns:
         For each point, what rounding the rewritten weight to its dtype lost, relative to the
         weight's norm; zeros where the base stays.
 
     Raises:
-        ValueError: if a point is not wrapped, or wrapped at another rank or scaling.
+        ValueError: if a point is not wrapped, or wrapped at another rank or scaling, or if its
+            weight cannot be rewritten as planned.
     """
     layers = adapter_layers(peft_model)
-    more = {n for n, layer in layers.items() if adapter_name in layer.lora_A} - set(plan.factors)
-    if more:
-        raise ValueError(f"{sorted(more)[:3]} carry the adapter but are not in the plan")
+    _check_fits(layers, plan, adapter_name)
+    if plan.rewrites_base:
+        bases = {name: layers[name].get_base_layer() for name in plan.factors}
+        check_rewritable(peft_model, bases)
+    mended = match_convolutions(peft_model)
+    if mended:
+        logger.warning(
+            "the installed peft leaves dilation or padding_mode out of the adapters of "
+            "convolutions (%s): where this adapter is loaded, call "
+            "cntlora_core.match_convolutions(model) after PeftModel.from_pretrained",
+            ", ".join(mended[:3]),
+        )
     rounding = {}
     for name, factors in plan.factors.items():
-        layer = layers.get(name)
-        if layer is None or adapter_name not in layer.lora_A:
-            raise ValueError(f"{name!r} carries no adapter {adapter_name!r}")
+        layer = layers[name]
         down, up = adapter_weights(layer, adapter_name)
-        if down.shape[0] != factors.rank:
-            raise ValueError(f"{name!r} has rank {down.shape[0]}, the plan has {factors.rank}")
-        if abs(layer.scaling[adapter_name] - factors.scaling) > 1e-6 * abs(factors.scaling):
-            raise ValueError(
-                f"{name!r} has scaling {layer.scaling[adapter_name]}, the plan {factors.scaling}"
-            )
-        down.copy_(factors.down)
-        up.copy_(factors.up)
+        down.copy_(factors.down.reshape(down.shape))
+        up.copy_(factors.up.reshape(up.shape))
+        bias = getattr(layer.lora_B.get_submodule(adapter_name), "bias", None)
+        if bias is not None:
+            bias.zero_()
+        if layer.use_dora.get(adapter_name):
+            # Its magnitudes were taken from the factors that have just been replaced.
+            layer.lora_variant[adapter_name].init(layer, adapter_name=adapter_name)
+        stored = _stored(layer, adapter_name, factors)
         rounding[name] = (
-            subtract_from_weight(layer.get_base_layer(), factors.delta())
+            subtract_from_weight(layer.get_base_layer(), stored.delta())
             if plan.rewrites_base
             else 0.0
         )
     return rounding
 
 
+def _check_fits(layers: Mapping[str, LoraLayer], plan: AdapterPlan, adapter_name: str) -> None:
+    more = {n for n, layer in layers.items() if adapter_name in layer.lora_A} - set(plan.factors)
+    if more:
+        raise ValueError(f"{sorted(more)[:3]} carry the adapter but are not in the plan")
+    for name, factors in plan.factors.items():
+        layer = layers.get(name)
+        if layer is None or adapter_name not in layer.lora_A:
+            raise ValueError(f"{name!r} carries no adapter {adapter_name!r}")
+        rank, scaling = layer.r[adapter_name], layer.scaling[adapter_name]
+        if rank != factors.rank:
+            raise ValueError(f"{name!r} has rank {rank}, the plan has {factors.rank}")
+        if abs(scaling - factors.scaling) > 1e-6 * abs(factors.scaling):
+            raise ValueError(f"{name!r} has scaling {scaling}, the plan {factors.scaling}")
+
+
+def stored_plan(
+    peft_model: nn.Module, plan: AdapterPlan, adapter_name: str = "default"
+) -> AdapterPlan:
+    """The plan as a model has just taken it: rounded where its adapter is in half precision."""
+    layers = adapter_layers(peft_model)
+    factors = {name: _stored(layers[name], adapter_name, f) for name, f in plan.factors.items()}
+    return dataclasses.replace(plan, factors=factors)
+
+
+def _stored(layer: LoraLayer, adapter_name: str, factors: Factors) -> Factors:
+    down, up = (weight.detach() for weight in adapter_weights(layer, adapter_name))
+    if down.dtype == up.dtype == torch.float32:
+        return factors
+    return dataclasses.replace(
+        factors, down=down.float().flatten(1).cpu(), up=up.float().flatten(1).cpu()
+    )
+
+
+def match_convolutions(model: nn.Module) -> list[str]:
+    """Make adapters of convolutions look at their inputs as the convolutions themselves do.
+
+    peft builds the down convolution without the base's dilation and padding mode (as of 0.21). A
+    start is put right when it is copied in; an adapter that ``PeftModel.from_pretrained`` loads
+    needs this call afterwards. Kernels stay the same parameters, and merging needs no such care.
+
+    Returns:
+        The names of what was changed.
+    """
+    changed = []
+    for name, layer in adapter_layers(model).items():
+        base = layer.get_base_layer()
+        for adapter_name, down in list(layer.lora_A.items()):
+            if isinstance(base, nn.Conv2d) and isinstance(down, nn.Conv2d):
+                if same_geometry(down, base):
+                    continue
+                layer.lora_A[adapter_name] = with_geometry_of(down, base)
+                changed.append(name)
+    return changed
+
+
 def adapter_weights(
     layer: LoraLayer, adapter_name: str = "default"
 ) -> tuple[nn.Parameter, nn.Parameter]:
-    """The down (r, d_in) and the up (d_out, r) matrix of an adapter."""
+    """The down (r, d_in) and the up (d_out, r) matrix of an adapter; kernels of a convolution."""
     down = layer.lora_A.get_submodule(adapter_name).weight
     up = layer.lora_B.get_submodule(adapter_name).weight
     assert isinstance(down, nn.Parameter)
@@ -271,9 +257,11 @@ def adapter_layers(model: nn.Module) -> Mapping[str, LoraLayer]:
     }
 
 
-def _anchored(name: str) -> str:
+def anchored(name: str) -> str:
+    """A pattern for peft that matches this module and no other."""
     return f"^{re.escape(name)}"
 
 
-def _alpha(factors: Factors, use_rslora: bool) -> float:
-    return factors.scaling * (factors.rank**0.5 if use_rslora else factors.rank)
+def alpha_of(scaling: float, rank: int, use_rslora: bool) -> float:
+    """The alpha that gives a scaling at a rank."""
+    return scaling * (rank**0.5 if use_rslora else rank)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import torch
 from peft import LoraConfig
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import (
@@ -15,6 +15,11 @@ from peft.tuners.tuners_utils import (
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from cntlora_core.unfolding import unfolded_rows, unfolded_width
+from cntlora_core.weights import weight_matrix
+
+KINDS = "nn.Linear, transformers' Conv1D, nn.Conv2d"
+
 
 @dataclass(frozen=True)
 class AttachmentPoint:
@@ -23,7 +28,8 @@ class AttachmentPoint:
     Attributes:
         name: The module's dotted path in the model.
         module: The module itself; its weight is read, never written, through this class.
-        in_features: Width d_in of the input rows that the map reads.
+        in_features: Width d_in of the input rows that the map reads; of a convolution, of its
+            unfolded input: channels times kernel area.
         out_features: Width d_out of what it gives.
     """
 
@@ -36,20 +42,47 @@ class AttachmentPoint:
     def max_rank(self) -> int:
         return min(self.in_features, self.out_features)
 
-    def weight(self) -> Tensor:
-        """The frozen weight as a (d_out, d_in) float32 matrix."""
-        weight = self.module.weight
-        if not isinstance(weight, Tensor) or not weight.is_floating_point():
-            raise TypeError(
-                f"attachment point {self.name!r} has a weight of {getattr(weight, 'dtype', None)}; "
-                "only floating-point weights can be read: load the base model unquantised"
-            )
-        weight = weight.detach()
-        return (weight.T if isinstance(self.module, Conv1D) else weight).float()
+    @property
+    def is_convolution(self) -> bool:
+        return isinstance(self.module, nn.Conv2d)
 
-    def input_rows(self, x: Tensor) -> Tensor:
-        """An input of the module as the rows (n, d_in) that its weight multiplies."""
-        return x.reshape(-1, self.in_features)
+    @property
+    def reading(self) -> tuple[object, ...]:
+        """How the module looks at a tensor: two that look alike at one read the same rows."""
+        m = self.module
+        if isinstance(m, nn.Conv2d):
+            return m.in_channels, m.kernel_size, m.stride, m.padding, m.dilation, m.padding_mode
+        return (self.in_features,)
+
+    def weight(self) -> Tensor:
+        """The frozen weight as a (d_out, d_in) float32 matrix; dequantised where it has to be.
+
+        Raises:
+            TypeError: if it cannot be read, saying why.
+        """
+        return weight_matrix(self.name, self.module)
+
+    def input_rows(self, x: Tensor) -> Iterator[Tensor]:
+        """An input of the module as rows (n, d_in) that its weight multiplies, chunk by chunk."""
+        if isinstance(self.module, nn.Conv2d):
+            return unfolded_rows(self.module, x)
+        return iter((x.reshape(-1, self.in_features),))
+
+    def without_padding(self, x: Tensor, mask: Tensor) -> Tensor:
+        """The tokens of an input that count.
+
+        Args:
+            x: What the module read: (batch, tokens, ..., d_in), or (batch * tokens, d_in) in that
+                order. Any other shape, and what a convolution reads, comes back as it is.
+            mask: (batch, tokens), true where a token is no padding.
+        """
+        if self.is_convolution:
+            return x
+        if x.ndim >= 3 and x.shape[:2] == mask.shape:
+            return x[mask.to(x.device)]
+        if x.ndim == 2 and x.shape[0] == mask.numel():
+            return x[mask.flatten().to(x.device)]
+        return x
 
 
 def find_attachment_points(
@@ -89,44 +122,37 @@ def attachment_point(name: str, module: nn.Module) -> AttachmentPoint:
     """The attachment point that a module is.
 
     Raises:
-        ValueError: if it is no linear map.
+        ValueError: if it is no linear map, or one that no adapter fits.
     """
     if isinstance(module, nn.Linear):
         return AttachmentPoint(name, module, module.in_features, module.out_features)
     if isinstance(module, Conv1D):
         d_in, d_out = module.weight.shape
         return AttachmentPoint(name, module, d_in, d_out)
+    if isinstance(module, nn.Conv2d):
+        if module.groups > 1:
+            raise ValueError(
+                f"target_modules matches {name!r}, a convolution in {module.groups} groups: peft's "
+                "adapter reads the channels of all groups at once, which no change of the grouped "
+                "kernel does, and cannot be merged; leave it out with exclude_modules"
+            )
+        return AttachmentPoint(name, module, unfolded_width(module), module.out_channels)
     if isinstance(module, LoraLayer):
         raise ValueError(
             f"{name!r} carries an adapter already: give the base model, or unload the adapter first"
         )
+    if hasattr(module, "qweight") or hasattr(module, "W_q"):  # GPTQ, AWQ; HQQ
+        raise ValueError(
+            f"target_modules matches {name!r}, a {type(module).__name__}, quantised in a form that "
+            "cannot be read here: load the base model in a floating-point type, or quantised by "
+            "bitsandbytes or torchao"
+        )
     raise ValueError(
         f"target_modules matches {name!r}, a {type(module).__name__}; a data-driven start is known "
-        "for linear layers (nn.Linear, transformers' Conv1D): narrow target_modules"
+        f"for linear maps ({KINDS}): narrow target_modules"
     )
 
 
 def _example_names(model: nn.Module, count: int = 4) -> list[str]:
-    names = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
+    names = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D, nn.Conv2d))]
     return names[:: max(1, len(names) // count)][:count]
-
-
-@torch.no_grad()
-def subtract_from_weight(module: nn.Module, delta: Tensor) -> float:
-    """Write ``W - delta`` into a module's weight, in the weight's own dtype.
-
-    Args:
-        module: The base module (not an adapter wrapper).
-        delta: (d_out, d_in) float32.
-
-    Returns:
-        The Frobenius norm of what rounding to the weight's dtype lost, relative to the weight's.
-    """
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    if isinstance(module, Conv1D):
-        delta = delta.T
-    wanted = weight.float() - delta.to(weight.device)
-    scale = weight.float().norm().clamp_min(torch.finfo(torch.float32).tiny)
-    weight.copy_(wanted)
-    return float((weight.float() - wanted).norm() / scale)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,32 @@ class CapturedMoments:
         return self.moments[self.input_of[name]]
 
 
+@dataclass(frozen=True)
+class PartialMoments:
+    """Running sums of what has been read so far, not yet divided by the number of rows.
+
+    Attributes:
+        leaders: For each attachment point that was called, the point whose sum it shares (itself,
+            where it has one of its own).
+        sums: By leader.
+    """
+
+    leaders: dict[str, str] = field(default_factory=dict)
+    sums: dict[str, SecondMoment] = field(default_factory=dict)
+
+    def finish(self, points: Sequence[AttachmentPoint]) -> CapturedMoments:
+        """The moments, which take the sums over; all zeros for points that were not called."""
+        moments, index = [], {}
+        for point in points:
+            if self.leaders.get(point.name, point.name) == point.name:
+                index[point.name] = len(moments)
+                fitter = self.sums.pop(point.name, None)
+                moments.append((fitter or SecondMoment(point.in_features)).result())
+        return CapturedMoments(
+            tuple(moments), {p.name: index[self.leaders.get(p.name, p.name)] for p in points}
+        )
+
+
 class SharedInputError(RuntimeError):
     """Two attachment points that shared their input at first did not share it later."""
 
@@ -46,6 +72,7 @@ class MomentCapture:
         self._share = share_inputs
         self._sums: dict[str, SecondMoment] = {}
         self._leader: dict[str, str] = {}
+        self._late: set[str] = set()  # called first in a later batch: their rows are others
         self._alive: list[tuple[weakref.ref[Tensor], int, str]] = []
         self._calls: dict[str, int] = {}
         self._batch = 0
@@ -56,9 +83,22 @@ class MomentCapture:
 
         Args:
             mask: (batch, tokens), true or 1 where a token is no padding; None counts all. It
-                applies to inputs whose leading dimensions are (batch, tokens).
+                applies to inputs of shape (batch, tokens, ...) and (batch * tokens, d_in).
+
+        Raises:
+            ValueError: for another shape, or a mask with values other than 0 and 1.
         """
-        self._mask = None if mask is None else mask.bool()
+        if mask is None:
+            self._mask = None
+            return
+        if mask.ndim != 2:
+            raise ValueError(f"a padding mask is (batch, tokens), got shape {tuple(mask.shape)}")
+        if mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():
+            raise ValueError(
+                "a padding mask holds 1 where a token counts and 0 where it is padding, got values "
+                f"from {mask.min().item():g} to {mask.max().item():g}"
+            )
+        self._mask = mask.bool()
 
     def end_batch(self) -> None:
         """To be called after each forward pass.
@@ -76,25 +116,23 @@ class MomentCapture:
         self._calls.clear()
         self._batch += 1
 
+    def partial(self) -> PartialMoments:
+        """The sums so far, which are handed over: the capture starts from nothing again."""
+        partial = PartialMoments(dict(self._leader), self._sums)
+        self._sums = {}
+        return partial
+
     def result(self) -> CapturedMoments:
         """The moments so far, one for each distinct input; the sums start from nothing again."""
-        leaders = [name for name in self._points if self._leader.get(name, name) == name]
-        index = {name: i for i, name in enumerate(leaders)}
-        moments = tuple(
-            self._sums[name].result()
-            if name in self._sums
-            else SecondMoment(self._points[name].in_features).result()
-            for name in leaders
-        )
-        return CapturedMoments(
-            moments, {name: index[self._leader.get(name, name)] for name in self._points}
-        )
+        return self.partial().finish(list(self._points.values()))
 
     def see(self, name: str, x: Tensor) -> None:
         """Take the input ``x`` of the attachment point ``name`` into account."""
         self._calls[name] = self._calls.get(name, 0) + 1
-        leader = self._leader_of(name, x)
         known = self._leader.get(name)
+        if known is None and self._batch > 0:
+            self._late.add(name)
+        leader = name if name in self._late else self._leader_of(name, x)
         if known is None:
             self._leader[name] = leader
         elif known != leader:
@@ -105,24 +143,31 @@ class MomentCapture:
         if leader != name:
             return
         point = self._points[name]
-        mask = self._mask
-        if mask is not None and x.ndim == 3 and x.shape[:2] == mask.shape:
-            x = x[mask.to(x.device)]
+        if self._mask is not None:
+            x = point.without_padding(x, self._mask)
         fitter = self._sums.setdefault(name, SecondMoment(point.in_features))
         try:
-            fitter.update(point.input_rows(x))
+            for rows in point.input_rows(x):
+                fitter.update(rows)
         except FloatingPointError as error:
             raise FloatingPointError(
-                f"the input of {name!r} is not finite in batch {self._batch}: look for NaN or "
-                "infinite values in that batch, or run the model in float32 or bfloat16"
+                f"the input of {name!r} is not finite in batch {self._batch}, or too large for its "
+                "squares to be: look for NaN or infinite values in that batch, or run the model in "
+                "float32 or bfloat16"
             ) from error
 
     def _leader_of(self, name: str, x: Tensor) -> str:
         if not self._share:
             return name
+        reading = self._points[name].reading
         for reference, version, leader in self._alive:
             other = reference()
-            if other is not None and version == _version(x) and _same_view(x, other):
+            if (
+                other is not None
+                and version == _version(x)
+                and _same_view(x, other)
+                and self._points[leader].reading == reading
+            ):
                 return leader
         self._alive.append((weakref.ref(x), _version(x), name))
         return name
@@ -158,12 +203,14 @@ def capture_moments(
     capture = MomentCapture(points, share_inputs)
 
     def hook_of(name: str):
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            capture.see(name, args[0])
+        def hook(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            capture.see(name, args[0] if args else next(iter(kwargs.values())))
 
         return hook
 
-    handles = [p.module.register_forward_pre_hook(hook_of(p.name)) for p in points]
+    handles = [
+        p.module.register_forward_pre_hook(hook_of(p.name), with_kwargs=True) for p in points
+    ]
     try:
         # Tensors of inference mode have no version counter to tell an in-place change by.
         with torch.inference_mode(False), torch.no_grad():

@@ -8,15 +8,17 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 
+from cntlora_core.benchmark.init_settings import InitBenchmark
 from cntlora_core.console import Cancelled, ConsoleReporter
 from cntlora_core.diffusion.settings import (
     AdapterSettings,
     JobSettings,
+    Method,
     OutputSettings,
     Precision,
     PriorSettings,
@@ -168,13 +170,13 @@ class Demo:
     Attributes:
         output: Folder for everything that the demo leaves.
         subject: Which of the embedded subjects; default: the penguin.
-        method: How the adapter starts.
+        method: How the adapter starts; `cntlora methods` describes them.
         steps: Training steps.
     """
 
     output: Path = Path("demo_output")
     subject: str | None = None
-    method: Annotated[str, tyro.conf.arg(metavar="{cross,self,shift,lora}")] = "cross"
+    method: Method = "cross"
     steps: int = 1000
 
     def after_cancel(self) -> str:
@@ -193,7 +195,114 @@ class Demo:
         print(sheet)
 
 
-COMMANDS: dict[str, Callable[..., Any]] = {"train": Train, "sample": Sample, "demo": Demo}
+@dataclass(frozen=True)
+class Inspect:
+    """What a LoRA is: base model, method, ranks, norms and spectra of any LoRA file.
+
+    Attributes:
+        file: A LoRA of kohya's, diffusers' or peft's make, a folder that peft saved, or the output
+            folder of `cntlora train`.
+        model: The base model (a .safetensors file, or a folder of diffusers or transformers), for
+            norms relative to the frozen weights.
+        output: Folder for the pictures; default: beside the file.
+        json: Print JSON instead of tables.
+        pictures: Draw the rank allocation and the spectra.
+    """
+
+    file: tyro.conf.Positional[Path]
+    model: Path | None = None
+    output: Path | None = None
+    json: bool = False
+    pictures: bool = True
+
+    def after_cancel(self) -> str:
+        return ""
+
+    def run(self, reporter: ConsoleReporter) -> None:
+        import json
+
+        from cntlora_core.inspection import inspect_lora
+        from cntlora_core.inspection_view import draw_pictures, show
+        from cntlora_core.progress import stage_progress
+
+        inspection = inspect_lora(
+            self.file, model=self.model, progress=stage_progress(reporter, "measuring layers")
+        )
+        if not self.json:
+            show(inspection)
+        pictures = draw_pictures(inspection, self.output) if self.pictures else []
+        if self.json:
+            found = inspection.to_dict() | {"pictures": [str(path) for path in pictures]}
+            print(json.dumps(found, indent=2, allow_nan=False))
+        else:
+            for path in pictures:
+                print(path)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Measure, against named peers, in one run.
+
+    Attributes:
+        what: The start of an adapter.
+        settings: What is measured.
+    """
+
+    what: tyro.conf.Positional[Literal["init"]]
+    settings: Annotated[InitBenchmark, tyro.conf.arg(name="")] = field(
+        default_factory=InitBenchmark
+    )
+
+    def after_cancel(self) -> str:
+        return f"; what was measured so far is in {self.settings.output}"
+
+    def run(self, reporter: ConsoleReporter) -> None:
+        if self.settings.scaling:
+            from cntlora_core.benchmark.init_scaling import run_scaling, show_scaling
+
+            show_scaling(run_scaling(self.settings, reporter))
+        elif self.settings.tried:
+            from cntlora_core.benchmark.init_tried import run_tried, show_tried
+
+            show_tried(run_tried(self.settings, reporter))
+        else:
+            from cntlora_core.benchmark.init import run_cases, show_cases
+
+            show_cases(run_cases(self.settings, reporter))
+        print(self.settings.output)
+
+
+@dataclass(frozen=True)
+class Methods:
+    """The ways to start an adapter: what each reads, what it changes, what a file can hold of it.
+
+    Attributes:
+        json: Print the whole records, as JSON.
+    """
+
+    json: bool = False
+
+    def after_cancel(self) -> str:
+        return ""
+
+    def run(self, _reporter: ConsoleReporter) -> None:
+        from cntlora_core.methods.table import methods_json, methods_table
+
+        if self.json:
+            print(methods_json())
+            return
+        console = Console()
+        console.print(methods_table())
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "train": Train,
+    "sample": Sample,
+    "demo": Demo,
+    "inspect": Inspect,
+    "bench": Bench,
+    "methods": Methods,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

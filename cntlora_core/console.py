@@ -23,6 +23,15 @@ from rich.progress import (
 SECONDS_BETWEEN_LINES = 10.0
 """How often a log that is no terminal gets a line of progress."""
 
+COLUMNS_OF_A_LOG = 180
+"""Width of tables where there is no terminal to ask."""
+
+
+def result_console() -> Console:
+    """Where a command prints its tables: standard output, wide enough where it is no terminal."""
+    console = Console()
+    return console if console.is_terminal else Console(width=COLUMNS_OF_A_LOG)
+
 
 class Cancelled(KeyboardInterrupt):
     """The user pressed Ctrl-C; raised between two steps of the work."""

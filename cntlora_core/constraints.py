@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cntlora_core.config import CNTLoRAConfig
+from cntlora_core.factorization import seeded_generator
 from cntlora_core.linalg import PrincipalSubspace, Spectrum, thin_spectrum
 
 
@@ -38,7 +39,6 @@ def delta_spectrum(
     weight: Tensor,
     subspace: PrincipalSubspace,
     config: CNTLoRAConfig,
-    shift_matrix: Tensor | None = None,
 ) -> Spectrum:
     """The spectrum of the delta of one attachment point.
 
@@ -47,31 +47,60 @@ def delta_spectrum(
         subspace: Eigenpairs of the normalised second moment of the weight's inputs; the delta acts
             within their span.
         config: Constraint, damping and shift.
-        shift_matrix: K of the ``shift`` constraint, (d_in, d_in), in place of ``config.shift``.
 
     Returns:
         ``dW = M @ V.T`` with ``M = W @ V * g(lam)``, of rank ``subspace.rank`` at most.
+
+    Raises:
+        ValueError: if the shift is a matrix of another width than the weight's inputs.
     """
     vectors = subspace.vectors.to(weight.dtype)
     gain = GAINS[config.constraint](subspace.values, config.damping).to(weight.dtype)
+    seen = weight @ vectors
     if config.constraint == "shift":
-        if shift_matrix is not None:
-            vectors_shifted = vectors @ (vectors.T @ shift_matrix.to(weight.dtype) @ vectors)
-        elif isinstance(config.shift, str):
-            vectors_shifted = vectors @ _normal_shift(subspace.rank, weight, config.seed)
-        else:
-            vectors_shifted = vectors * config.shift
-    else:
-        vectors_shifted = vectors
-    return thin_spectrum(weight @ vectors_shifted * gain, vectors)
+        seen = _shifted(seen, subspace, vectors, config)
+    return thin_spectrum(seen * gain, vectors)
 
 
-def _normal_shift(rank: int, like: Tensor, seed: int) -> Tensor:
+def check_shift_width(name: str, width: int, config: CNTLoRAConfig) -> None:
+    """Refuse a shift that is a matrix of another width than an attachment point's inputs.
+
+    Raises:
+        ValueError: naming the point and both widths.
+    """
+    matrix = config.shift_matrix
+    if matrix is not None and matrix.shape[0] != width:
+        raise ValueError(
+            f"shift is a matrix of {matrix.shape[0]} x {matrix.shape[1]}, but {name} reads "
+            f"{width} features: a matrix fits attachment points of its own width only; narrow "
+            "target_modules to those, or give shift as a number or 'normal'"
+        )
+
+
+def _shifted(
+    seen: Tensor, subspace: PrincipalSubspace, vectors: Tensor, config: CNTLoRAConfig
+) -> Tensor:
+    """``W V (V.T K V)`` from ``W V``."""
+    check_shift_width("the weight", vectors.shape[0], config)
+    if config.shift_matrix is not None:
+        matrix = torch.as_tensor(config.shift_matrix).detach().to(vectors)
+        return seen @ (vectors.T @ matrix @ vectors)
+    if isinstance(config.shift, str):
+        return seen @ _normal_shift(subspace.rank, config.seed).to(vectors)
+    return seen * float(config.shift)
+
+
+def _normal_shift(rank: int, seed: int) -> Tensor:
     """``V.T @ K @ V`` for a K of independent standard normal entries.
 
     An orthonormal V leaves such a matrix's distribution unchanged, so the (rank, rank) block is
-    drawn directly; it is scaled by ``rank ** -0.5``, which keeps the length of what it multiplies.
+    drawn directly, row and column of an index at a time, so that a smaller rank gets
+    the leading block of a larger one's, as it does with a K that is given. The block is scaled by
+    ``rank ** -0.5``, which keeps the length of what it multiplies.
     """
-    generator = torch.Generator().manual_seed(seed)
-    block = torch.randn(rank, rank, generator=generator, dtype=torch.float64)
-    return (block / max(rank, 1) ** 0.5).to(like)
+    generator = seeded_generator(seed)
+    block = torch.empty(rank, rank, dtype=torch.float64)
+    for i in range(rank):
+        drawn = torch.randn(2 * i + 1, generator=generator, dtype=torch.float64)
+        block[i, : i + 1], block[:i, i] = drawn[: i + 1], drawn[i + 1 :]
+    return block / max(rank, 1) ** 0.5

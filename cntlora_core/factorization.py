@@ -66,7 +66,7 @@ def factorize(
     filled = rank - kept.rank
     if filled:
         fresh_down, fresh_up = plain_factors(
-            filled, down.shape[1], up.shape[0], _generator(generator, config)
+            filled, down.shape[1], up.shape[0], generator or seeded_generator(config.seed)
         )
         down = torch.cat([down, fresh_down.to(down)])
         up = torch.cat([up, fresh_up.to(up)], dim=1)
@@ -82,5 +82,6 @@ def plain_factors(
     return down, torch.zeros(d_out, rank)
 
 
-def _generator(generator: torch.Generator | None, config: CNTLoRAConfig) -> torch.Generator:
-    return generator if generator is not None else torch.Generator().manual_seed(config.seed)
+def seeded_generator(seed: int, stream: int = 0) -> torch.Generator:
+    """A generator of its own for each ``stream`` of a seed of any size, on the CPU."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + stream) % 2**63)

@@ -3,155 +3,52 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
+import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from cntlora_core.adapter import (
     AdapterPlan,
     adapter_layers,
     check_lora_config,
+    configured_ranks,
     copy_factors,
     inject_adapter,
-    plan_adapter,
+    stored_plan,
 )
 from cntlora_core.attachment import AttachmentPoint, attachment_point, find_attachment_points
-from cntlora_core.capture import CapturedMoments, SharedInputError, capture_moments
+from cntlora_core.collect import (
+    ForwardFn,
+    MaskFn,
+    ProgressFn,
+    collect_moments,
+    default_forward,
+    default_mask,
+)
 from cntlora_core.config import CNTLoRAConfig
+from cntlora_core.plan import check_points, plan_adapter
+from cntlora_core.processes import Processes, plan_from_first
+from cntlora_core.report import ROUNDING_TO_MENTION, InitReport, report_of
+from cntlora_core.weights import check_rewritable
 
-logger = logging.getLogger(__name__)
+__all__ = [
+    "ROUNDING_TO_MENTION",
+    "InitReport",
+    "collect_moments",
+    "default_forward",
+    "default_mask",
+    "get_cntlora_model",
+    "initialize_lora_cntlora_weights",
+    "report_of",
+]
 
-ROUNDING_TO_MENTION = 2e-3
-"""Relative loss of a rewritten base weight above which a person should know of it."""
-
-ForwardFn = Callable[[nn.Module, Any], Any]
-ProgressFn = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class InitReport:
-    """What an initialisation did.
-
-    Attributes:
-        points: How many attachment points there are.
-        distinct_inputs: How many different tensors they read.
-        rows: By point, how many rows (tokens) its second moment was taken over.
-        ranks: By point.
-        filled: By point, how many directions the data did not support, where there are any.
-        capture_seconds: Forward passes and sums.
-        solve_seconds: Eigenproblems, ranks and factors.
-        config: The settings.
-        rounding: The most that a rewritten base weight lost by rounding to its data type, relative
-            to its norm; 0 where no base was rewritten.
-    """
-
-    points: int
-    distinct_inputs: int
-    rows: dict[str, int]
-    ranks: dict[str, int]
-    filled: dict[str, int]
-    capture_seconds: float
-    solve_seconds: float
-    config: CNTLoRAConfig
-    rounding: float = 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    def summary(self) -> str:
-        """One sentence for a person."""
-        low, high = min(self.ranks.values()), max(self.ranks.values())
-        text = (
-            f"{self.points} attachment points, {self.distinct_inputs} distinct inputs, "
-            f"ranks {low} to {high}; {self.capture_seconds:.1f} s of forward passes, "
-            f"{self.solve_seconds:.1f} s of linear algebra"
-        )
-        if self.filled:
-            text += (
-                f"; the data supported fewer directions than ranks at {len(self.filled)} points "
-                f"({sum(self.filled.values())} directions start as plain LoRA)"
-            )
-        if self.rounding > ROUNDING_TO_MENTION:
-            text += (
-                f"; rounding the rewritten base weight lost up to {self.rounding:.1%} of it: keep "
-                "the base in float32, or use preserve_output=False"
-            )
-        return text
-
-
-def default_forward(model: nn.Module, batch: Any) -> Any:
-    """``model(**batch)`` for mappings, ``model(*batch)`` for sequences, ``model(batch)`` else."""
-    device = next(model.parameters()).device
-    if isinstance(batch, Mapping):
-        return model(**{k: _to(v, device) for k, v in batch.items()})
-    if isinstance(batch, Sequence) and not isinstance(batch, str):
-        return model(*(_to(v, device) for v in batch))
-    return model(_to(batch, device))
-
-
-def collect_moments(
-    model: nn.Module,
-    points: Sequence[AttachmentPoint],
-    batches: Iterable[Any],
-    *,
-    forward_fn: ForwardFn | None = None,
-    progress: ProgressFn | None = None,
-) -> CapturedMoments:
-    """Run the batches through the frozen model, in eval mode, and sum up what the points read.
-
-    A mapping with an ``attention_mask`` of (batch, tokens) keeps padding out of the moments.
-
-    Args:
-        model: What ``forward_fn`` is given; its training flags are restored.
-        points: Attachment points within it.
-        batches: A dataloader or any iterable.
-        forward_fn: ``forward_fn(model, batch)`` runs one forward pass.
-        progress: Called with (batches done, total or 0) after each batch.
-    """
-    forward_fn = forward_fn or default_forward
-    training = {name: module.training for name, module in model.named_modules()}
-    total = len(batches) if hasattr(batches, "__len__") else 0  # pyright: ignore[reportArgumentType]
-    model.eval()
-    try:
-        try:
-            return _run(model, points, batches, forward_fn, progress, total, True)
-        except SharedInputError as error:
-            if iter(batches) is batches:
-                raise
-            logger.info("%s; capturing again without sharing", error)
-            return _run(model, points, batches, forward_fn, progress, total, False)
-    finally:
-        for name, module in model.named_modules():
-            module.training = training[name]
-
-
-def _run(
-    model: nn.Module,
-    points: Sequence[AttachmentPoint],
-    batches: Iterable[Any],
-    forward_fn: ForwardFn,
-    progress: ProgressFn | None,
-    total: int,
-    share_inputs: bool,
-) -> CapturedMoments:
-    done = 0
-    with capture_moments(points, share_inputs=share_inputs) as capture:
-        for done, batch in enumerate(batches, 1):
-            mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-            capture.set_mask(mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None)
-            forward_fn(model, batch)
-            capture.end_batch()
-            if progress is not None:
-                progress(done, total)
-    if done == 0:
-        raise ValueError("there are no batches to read activations from: give at least one")
-    return capture.result()
+REWRITING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Values of peft's ``init_lora_weights`` that change the base weight."""
 
 
 def get_cntlora_model(
@@ -161,40 +58,76 @@ def get_cntlora_model(
     dataloader: Iterable[Any],
     *,
     forward_fn: ForwardFn | None = None,
+    mask_fn: MaskFn | None = None,
     progress: ProgressFn | None = None,
+    sum_across_processes: bool = True,
 ) -> PeftModel:
     """Wrap a base model with an adapter that starts from the data.
 
     Moments are taken on the base model, ranks are decided, then the adapter is injected once, with
     ``rank_pattern`` and ``alpha_pattern`` written for it.
 
-    With ``preserve_output`` the frozen weights are rewritten. To save such a model so that it loads
-    onto the stock base, save the start first and let peft subtract it, as for PiSSA:
-    ``model.save_pretrained("start")`` before training, and after it
-    ``model.save_pretrained("trained", path_initial_model_for_weight_conversion="start")``.
+    With ``preserve_output`` the frozen weights are rewritten; :func:`cntlora_core.save_converted`
+    saves the trained adapter so that it fits the stock base. Without the adapter (disabled,
+    unloaded) such a model is the rewritten base, as with PiSSA.
+
+    Under torch.distributed (Accelerate, torchrun) every process calls this with its own part of the
+    data, before the model is wrapped for training, and all get the start of all the data.
 
     Args:
         model: The base model; its targeted modules are wrapped in place.
-        lora_config: peft's configuration; rank patterns are written for it.
+        lora_config: peft's configuration; rank patterns are written for it. Patterns of its own
+            are followed under ``rank_budget="fixed"``.
         cntlora_config: The method's settings; None for the defaults.
         dataloader: Batches of the data to adapt to; any iterable.
-        forward_fn: ``forward_fn(model, batch)`` runs one forward pass.
+        forward_fn: ``forward_fn(model, batch)`` runs one forward pass; default: ``model(**batch)``
+            for mappings, ``model(*batch)`` for sequences, ``model(batch)`` else.
+        mask_fn: ``mask_fn(batch)`` gives the (batch, tokens) mask that is 1 where a token is no
+            padding, None where all count; default: a mapping's ``attention_mask``.
         progress: Called with (batches done, total).
+        sum_across_processes: False for a process that works by itself within a process group.
 
     Returns:
         A :class:`peft.PeftModel`; its ``cntlora_report`` is an :class:`InitReport`, its
         ``cntlora_plan`` the :class:`AdapterPlan` with the starting factors.
+
+    Raises:
+        ValueError, TypeError: for what does not go together, saying how to mend it.
+        FloatingPointError: for activations that are not finite, naming the point and the batch.
 
     Example:
         >>> model = get_cntlora_model(base, LoraConfig(r=16, lora_alpha=32,
         ...     target_modules=["query", "value"]), CNTLoRAConfig(constraint="cross"), dataloader)
     """
     config = cntlora_config or CNTLoRAConfig()
-    check_lora_config(lora_config, config.preserve_output)
-    points = find_attachment_points(model, lora_config)
-    plan, report = _plan(model, points, lora_config, config, dataloader, forward_fn, progress)
-    peft_model, rounding = inject_adapter(model, lora_config, plan)
-    return _leave_record(peft_model, plan, report, rounding)
+    processes = Processes(sum_across_processes)
+
+    def prepare() -> _Task:
+        _check_model(model)
+        check_lora_config(lora_config, config.preserve_output)
+        if isinstance(lora_config.init_lora_weights, str):
+            raise ValueError(
+                f"init_lora_weights={lora_config.init_lora_weights!r} asks for another start than "
+                "CNTLoRA's: leave it out"
+            )
+        points = find_attachment_points(model, lora_config)
+        ranks, scalings = configured_ranks(lora_config, [p.name for p in points])
+        if config.rank_budget != "fixed" and (
+            lora_config.rank_pattern or lora_config.alpha_pattern
+        ):
+            raise ValueError(
+                "the configuration has a rank_pattern or alpha_pattern of its own, which the "
+                f"ranks of rank_budget={config.rank_budget!r} would overwrite: leave them out, or "
+                "use rank_budget='fixed'"
+            )
+        return _Task(model, points, ranks, scalings, config)
+
+    task = processes.run(prepare, "preparing the start")
+    plan, report = task.solve(dataloader, forward_fn, mask_fn, progress, processes)
+    peft_model, rounding = processes.run(
+        lambda: inject_adapter(model, lora_config, plan), "wrapping the model"
+    )
+    return _leave_record(peft_model, plan, report, rounding, "default")
 
 
 def initialize_lora_cntlora_weights(
@@ -204,84 +137,177 @@ def initialize_lora_cntlora_weights(
     *,
     adapter_name: str = "default",
     forward_fn: ForwardFn | None = None,
+    mask_fn: MaskFn | None = None,
     progress: ProgressFn | None = None,
+    sum_across_processes: bool = True,
 ) -> PeftModel:
-    """Give an already wrapped model a data-driven start, at the ranks that it has.
+    """Give one adapter of a wrapped model a data-driven start, at the ranks that it has.
 
-    Only ``rank_budget="fixed"`` makes sense here: the ranks stand.
+    Only ``rank_budget="fixed"`` makes sense here: the ranks stand. Activations are those of the
+    base, all adapters being disabled. Other adapters stay as they are, which is why
+    ``preserve_output`` is refused where there are any: they were made for the base weight as it is.
+
+    Args:
+        peft_model: The wrapped model.
+        dataloader: As in :func:`get_cntlora_model`, like all that is not named here.
+        cntlora_config: The method's settings; default: those of ``rank_budget="fixed"``.
+        adapter_name: Which adapter; the others are not touched.
+        forward_fn: See there.
+        mask_fn: See there.
+        progress: See there.
+        sum_across_processes: See there.
 
     Raises:
-        ValueError: for a shared rank budget or ranks that differ between points.
+        ValueError: for a shared rank budget, an adapter that is not there or is merged, or a base
+            weight that must not be rewritten (other adapters, quantised or tied weights).
     """
     config = cntlora_config or CNTLoRAConfig(rank_budget="fixed")
-    if config.rank_budget != "fixed":
+    processes = Processes(sum_across_processes)
+
+    def prepare() -> _Task:
+        if config.rank_budget != "fixed":
+            raise ValueError(
+                "the model is wrapped already, so its ranks stand: "
+                f"rank_budget={config.rank_budget!r} needs get_cntlora_model; use "
+                "rank_budget='fixed' here"
+            )
+        _check_wrapped(peft_model, adapter_name, config)
+        layers = {
+            name: layer
+            for name, layer in adapter_layers(peft_model).items()
+            if adapter_name in layer.lora_A
+        }
+        points = [attachment_point(n, layer.get_base_layer()) for n, layer in layers.items()]
+        if not points:
+            raise ValueError(f"adapter {adapter_name!r} has no layer that a start is known for")
+        ranks = {name: layer.r[adapter_name] for name, layer in layers.items()}
+        scalings = {name: layer.scaling[adapter_name] for name, layer in layers.items()}
+        return _Task(peft_model, points, ranks, scalings, config)
+
+    task = processes.run(prepare, "preparing the start")
+    with peft_model.disable_adapter():
+        plan, report = task.solve(dataloader, forward_fn, mask_fn, progress, processes)
+    rounding = processes.run(
+        lambda: copy_factors(peft_model, plan, adapter_name), "copying the start"
+    )
+    plan = stored_plan(peft_model, plan, adapter_name)
+    return _leave_record(peft_model, plan, report, rounding, adapter_name)
+
+
+class _Task:
+    """What is to be solved: checked when it is made, before any forward pass."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        points: Sequence[AttachmentPoint],
+        ranks: Mapping[str, int],
+        scalings: Mapping[str, float],
+        config: CNTLoRAConfig,
+    ) -> None:
+        check_points(points, config, ranks)
+        if config.preserve_output:
+            check_rewritable(model, {p.name: p.module for p in points})
+        self.model, self.points, self.config = model, points, config
+        self.ranks, self.scalings = ranks, scalings
+
+    def solve(
+        self,
+        dataloader: Iterable[Any],
+        forward_fn: ForwardFn | None,
+        mask_fn: MaskFn | None,
+        progress: ProgressFn | None,
+        processes: Processes,
+    ) -> tuple[AdapterPlan, InitReport]:
+        settings = json.dumps([self.config.describe(), self.ranks, self.scalings], sort_keys=True)
+        processes.require_same(settings, "configuration")
+        start = time.perf_counter()
+        captured = collect_moments(
+            self.model,
+            self.points,
+            dataloader,
+            forward_fn=forward_fn,
+            mask_fn=mask_fn,
+            progress=progress,
+            processes=processes,
+        )
+        middle = time.perf_counter()
+        plan = plan_from_first(
+            lambda: plan_adapter(
+                self.points, captured, self.config, rank=self.ranks, scaling=self.scalings
+            ),
+            processes,
+        )
+        end = time.perf_counter()
+        report = report_of(plan, captured, self.config, middle - start, end - middle)
+        return plan, dataclasses.replace(report, processes=processes.count)
+
+
+def _check_model(model: nn.Module) -> None:
+    if isinstance(model, DistributedDataParallel):
         raise ValueError(
-            f"the model is wrapped already, so its ranks stand: rank_budget={config.rank_budget!r} "
-            "needs get_cntlora_model; use rank_budget='fixed' here"
+            "the model is wrapped in DistributedDataParallel: give the model within (model.module) "
+            "and wrap what comes back"
+        )
+
+
+def _check_wrapped(peft_model: PeftModel, adapter_name: str, config: CNTLoRAConfig) -> None:
+    _check_model(peft_model)
+    if not isinstance(peft_model, PeftModel):
+        raise TypeError(
+            f"expected a peft.PeftModel, got a {type(peft_model).__name__}; for a base model use "
+            "get_cntlora_model"
+        )
+    if adapter_name not in peft_model.peft_config:
+        raise ValueError(
+            f"there is no adapter {adapter_name!r}; the model has {sorted(peft_model.peft_config)}"
         )
     lora_config = peft_model.peft_config[adapter_name]
-    assert isinstance(lora_config, LoraConfig)
-    check_lora_config(lora_config, config.preserve_output)
-    points = [
-        attachment_point(name, layer.get_base_layer())
-        for name, layer in adapter_layers(peft_model).items()
-        if adapter_name in layer.lora_A
-    ]
-    with peft_model.disable_adapter():
-        plan, report = _plan(
-            peft_model, points, lora_config, config, dataloader, forward_fn, progress
+    if not isinstance(lora_config, LoraConfig):
+        raise TypeError(
+            f"adapter {adapter_name!r} is of {type(lora_config).__name__}; a start is known for "
+            "LoraConfig"
         )
-    rounding = copy_factors(peft_model, plan, adapter_name)
-    return _leave_record(peft_model, plan, report, rounding)
+    check_lora_config(lora_config, config.preserve_output)
+    before = str(lora_config.init_lora_weights).lower()
+    if before.startswith(REWRITING_STARTS):
+        raise ValueError(
+            f"adapter {adapter_name!r} was made with init_lora_weights={before!r}, which has "
+            "changed the base weights: make it with init_lora_weights=True"
+        )
+    merged = [n for n, layer in adapter_layers(peft_model).items() if layer.merged]
+    if merged:
+        raise ValueError(
+            f"adapters are merged into the base weight of {merged[0]!r}: call unmerge_adapter() "
+            "first"
+        )
+    rewritten = [n for n, plan in _plans(peft_model).items() if plan.rewrites_base]
+    if rewritten:
+        raise ValueError(
+            f"the base weights were rewritten for the start of adapter {rewritten[0]!r}, "
+            "so that they are no longer those of the base model: load it anew"
+        )
+    others = sorted(set(peft_model.peft_config) - {adapter_name})
+    if others and config.preserve_output:
+        raise ValueError(
+            "preserve_output=True would rewrite the base weights, which the other adapters "
+            f"{others} were made for: use preserve_output=False, or another copy of the model"
+        )
 
 
-def _plan(
-    model: nn.Module,
-    points: Sequence[AttachmentPoint],
-    lora_config: LoraConfig,
-    config: CNTLoRAConfig,
-    dataloader: Iterable[Any],
-    forward_fn: ForwardFn | None,
-    progress: ProgressFn | None,
-) -> tuple[AdapterPlan, InitReport]:
-    start = time.perf_counter()
-    captured = collect_moments(model, points, dataloader, forward_fn=forward_fn, progress=progress)
-    middle = time.perf_counter()
-    root = lora_config.r**0.5 if lora_config.use_rslora else lora_config.r
-    plan = plan_adapter(
-        points, captured, config, rank=lora_config.r, scaling=lora_config.lora_alpha / root
-    )
-    end = time.perf_counter()
-    return plan, report_of(plan, captured, config, middle - start, end - middle)
-
-
-def report_of(
-    plan: AdapterPlan,
-    captured: CapturedMoments,
-    config: CNTLoRAConfig,
-    capture_seconds: float,
-    solve_seconds: float,
-) -> InitReport:
-    return InitReport(
-        points=len(plan.factors),
-        distinct_inputs=len(captured.moments),
-        rows={name: captured.of(name).count for name in plan.factors},
-        ranks=plan.ranks,
-        filled=plan.filled,
-        capture_seconds=capture_seconds,
-        solve_seconds=solve_seconds,
-        config=config,
-    )
+def _plans(peft_model: PeftModel) -> dict[str, AdapterPlan]:
+    return getattr(peft_model, "cntlora_plans", {})
 
 
 def _leave_record(
-    peft_model: PeftModel, plan: AdapterPlan, report: InitReport, rounding: dict[str, float]
+    peft_model: PeftModel,
+    plan: AdapterPlan,
+    report: InitReport,
+    rounding: dict[str, float],
+    adapter_name: str,
 ) -> PeftModel:
     report = dataclasses.replace(report, rounding=max(rounding.values(), default=0.0))
     object.__setattr__(peft_model, "cntlora_plan", plan)
+    object.__setattr__(peft_model, "cntlora_plans", {**_plans(peft_model), adapter_name: plan})
     object.__setattr__(peft_model, "cntlora_report", report)
     return peft_model
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, torch.Tensor) else value

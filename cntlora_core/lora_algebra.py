@@ -188,12 +188,22 @@ def difference_norm(first: LoRALayer, second: LoRALayer) -> float:
 
 def norm(layer: LoRALayer) -> float:
     """``||delta||`` in the Frobenius norm, from the factors, in float64."""
+    return abs(layer.scaling) * float(_core(layer).norm())
+
+
+def singular_values(layer: LoRALayer) -> Tensor:
+    """Singular values of the delta as a matrix (out, in * kh * kw): descending, float64, at most r.
+
+    From the QR of both factors and an SVD of the (r, r) core.
+    """
+    return abs(layer.scaling) * torch.linalg.svdvals(_core(layer))
+
+
+def _core(layer: LoRALayer) -> Tensor:
+    """A small matrix with the singular values of ``up @ down``."""
     layer = without_mid(layer)
-    core = (
-        torch.linalg.qr(layer.up.flatten(1).double()).R
-        @ torch.linalg.qr(layer.down.flatten(1).double().T).R.T
-    )
-    return abs(layer.scaling) * float(core.norm())
+    up, down = layer.up.flatten(1).double(), layer.down.flatten(1).double()
+    return torch.linalg.qr(up, mode="r").R @ torch.linalg.qr(down.T, mode="r").R.T
 
 
 def relative_error(approximation: LoRALayer, exact: LoRALayer) -> float:

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,12 @@ from cntlora_core.lora_names import (
     kohya_table,
     layout_of,
     split_key,
-    split_name,
 )
 
 DIFFUSERS_METADATA_KEY = "lora_adapter_metadata"
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
-
-_FOREIGN = {
+FOREIGN = {
     "DoRA": (".dora_scale", ".lora_magnitude_vector", ".lora_magnitude_vector.weight"),
     "LoHa": (".hada_w1_a", ".hada_w1_b", ".hada_w2_a", ".hada_w2_b", ".hada_t1", ".hada_t2"),
     "LoKr": (".lokr_w1", ".lokr_w1_a", ".lokr_w2", ".lokr_w2_a", ".lokr_t2"),
@@ -40,6 +38,7 @@ _FOREIGN = {
     "LoRA with a bias": (".lora_B.bias", ".lora_up.bias"),
     "a full difference of weights": (".diff", ".diff_b"),
 }
+"""Endings of the tensors that other methods than plain LoRA keep in a file, by the method."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,13 +75,13 @@ def read_lora_file(
     if not path.exists():
         raise FileNotFoundError(f"there is no LoRA at {path}")
     table = kohya_table(module_names) if module_names else None
-    files = _parts_of_folder(path) if path.is_dir() else {None: path}
+    files = parts_of_folder(path) if path.is_dir() else {None: path}
     layers: LoRALayers = {}
     metadata: dict[str, str] = {}
     unknown: list[str] = []
     layout: Layout = "peft"
     for component, file in files.items():
-        tensors, header = _load_tensors(file)
+        tensors, header = load_tensors(file)
         _require_lora(file, tensors)
         found, layout, odd = _layers_of(file, tensors, header, component, table)
         layers |= found
@@ -109,7 +108,7 @@ def load_lora_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, st
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no LoRA file {path}")
-    tensors, header = _load_tensors(path)
+    tensors, header = load_tensors(path)
     _require_lora(path, tensors)
     return {key: tensor.clone() for key, tensor in tensors.items()}, header
 
@@ -135,7 +134,11 @@ def read_lora_tensors(
     return LoRAFile(layers, header, layout, tuple(unknown))
 
 
-def _parts_of_folder(folder: Path) -> dict[str | None, Path]:
+def parts_of_folder(folder: Path) -> dict[str | None, Path]:
+    """The weights in a peft folder, by component; None where the folder is one adapter's own.
+
+    Raises ValueError where there are none.
+    """
     if (folder / PEFT_WEIGHTS).is_file():
         return {None: folder / PEFT_WEIGHTS}
     parts: dict[str | None, Path] = {
@@ -151,7 +154,11 @@ def _parts_of_folder(folder: Path) -> dict[str | None, Path]:
     return parts
 
 
-def _load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file and the strings of its header.
+
+    Raises ValueError, in words, where it is a pickle, cut off or something else.
+    """
     with path.open("rb") as file:
         start = file.read(16)
     # A safetensors file begins with the length of its JSON header.
@@ -176,7 +183,7 @@ def _load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _require_lora(path: Path, tensors: Mapping[str, Tensor]) -> None:
     if any(key.startswith(("model.diffusion_model.", "first_stage_model.")) for key in tensors):
         raise ValueError(f"{path} is a full Stable Diffusion checkpoint, not a LoRA")
-    for kind, endings in _FOREIGN.items():
+    for kind, endings in FOREIGN.items():
         for key in tensors:
             if key.endswith(endings):
                 raise ValueError(
@@ -212,7 +219,7 @@ def _layers_of(
         else:
             parts.setdefault(split.module, {})[split.role] = tensor
     layout = layout_of(next(module for module, roles in parts.items() if "down" in roles))
-    alphas = _alphas(path, layout, header)
+    configs = _peft_configs(path) if layout == "peft" else header_configs(header)
     layers: LoRALayers = {}
     for module, roles in parts.items():
         spelled = module if component is None else f"{component}.{module}"
@@ -226,7 +233,11 @@ def _layers_of(
         if name in layers:
             raise ValueError(f"{path} has two LoRA layers for {name}")
         rank = roles["down"].shape[0]
-        alpha = float(roles["alpha"]) if "alpha" in roles else alphas(spelled, name, rank)
+        alpha = (
+            float(roles["alpha"])
+            if "alpha" in roles
+            else config_alpha(configs, spelled, name, rank)
+        )
         mid = roles.get("mid")
         try:
             layers[name] = LoRALayer(
@@ -240,44 +251,50 @@ def _layers_of(
     return layers, layout, unknown
 
 
-def _alphas(
-    path: Path, layout: Layout, header: Mapping[str, str]
-) -> Callable[[str, str, int], float]:
-    """A function (module, canonical name, rank) -> alpha, for layers that carry none."""
+def _peft_configs(path: Path) -> dict[str, Any]:
+    """The adapter's configuration beside its weights, for any component."""
+    file = path.with_name(PEFT_CONFIG)
+    if not file.is_file():
+        raise ValueError(
+            f"{path} is a peft adapter, whose scale stands in {PEFT_CONFIG}; "
+            "put that file beside it"
+        )
+    config = json.loads(file.read_text("utf-8"))
+    if config.get("peft_type", "LORA") != "LORA":
+        raise ValueError(f"{path} is a peft adapter of type {config['peft_type']}, not a LoRA")
+    if config.get("use_dora"):
+        raise ValueError(f"{path} is not a plain LoRA but DoRA, which is not supported")
+    return dict.fromkeys((UNET, TEXT_ENCODER), config)
+
+
+def header_configs(header: Mapping[str, str]) -> dict[str, Any]:
+    """The configurations by component that diffusers keeps in a file's header; often none."""
+    fields: dict[str, Any] = json.loads(header.get(DIFFUSERS_METADATA_KEY, "{}"))
     configs: dict[str, Any] = {}
-    if layout == "peft":
-        file = path.with_name(PEFT_CONFIG)
-        if not file.is_file():
-            raise ValueError(
-                f"{path} is a peft adapter, whose scale stands in {PEFT_CONFIG}; "
-                "put that file beside it"
-            )
-        config = json.loads(file.read_text("utf-8"))
-        if config.get("peft_type", "LORA") != "LORA":
-            raise ValueError(f"{path} is a peft adapter of type {config['peft_type']}, not a LoRA")
-        if config.get("use_dora"):
-            raise ValueError(f"{path} is not a plain LoRA but DoRA, which is not supported")
-        configs = dict.fromkeys((UNET, TEXT_ENCODER), config)
-    elif DIFFUSERS_METADATA_KEY in header:
-        fields: dict[str, Any] = json.loads(header[DIFFUSERS_METADATA_KEY])
-        for component in (UNET, TEXT_ENCODER):
-            start = f"{component}."
-            part = {k.removeprefix(start): v for k, v in fields.items() if k.startswith(start)}
-            if part:
-                configs[component] = part
+    for key, value in fields.items():
+        component, _, field = key.partition(".")
+        configs.setdefault(component, {})[field] = value
+    return configs
 
-    def alpha_of(module: str, name: str, rank: int) -> float:
-        component, canonical = split_name(name)
-        config = configs.get(component)
-        if config is None:
-            return float(rank)
-        alpha = config.get("lora_alpha", rank)
-        spelled = module.removeprefix(f"{component}.").removeprefix(PEFT_PREFIX)
-        for pattern, value in config.get("alpha_pattern", {}).items():
-            if any(re.match(rf"(.*\.)?({pattern})$", key) for key in (spelled, canonical)):
-                alpha = value
-                break
-        # rsLoRA scales by alpha / sqrt(r); a layer's alpha is its scaling times its rank.
-        return float(alpha) * math.sqrt(rank) if config.get("use_rslora") else float(alpha)
 
-    return alpha_of
+def config_alpha(configs: Mapping[str, Any], module: str, name: str, rank: int) -> float:
+    """Alpha of a layer that carries none: from its component's configuration, else its rank.
+
+    Args:
+        configs: peft configurations by component.
+        module: The layer as the file spells it.
+        name: Its canonical name.
+        rank: Its rank.
+    """
+    component, _, canonical = name.partition(".")
+    config = configs.get(component)
+    if config is None:
+        return float(rank)
+    alpha = config.get("lora_alpha", rank)
+    spelled = module.removeprefix(f"{component}.").removeprefix(PEFT_PREFIX)
+    for pattern, value in config.get("alpha_pattern", {}).items():
+        if any(re.match(rf"(.*\.)?({pattern})$", key) for key in (spelled, canonical)):
+            alpha = value
+            break
+    # rsLoRA scales by alpha / sqrt(r); a layer's alpha is its scaling times its rank.
+    return float(alpha) * math.sqrt(rank) if config.get("use_rslora") else float(alpha)

@@ -60,13 +60,32 @@ class SecondMoment:
             raise FloatingPointError("non-finite activations")
         self.count += rows.shape[0]
 
+    @property
+    def total(self) -> Tensor | None:
+        """The running sum, (width, width); None before the first row."""
+        return self._sum
+
+    def add(self, total: Tensor, count: int) -> None:
+        """Add the sum over ``count`` further rows; ``total`` is taken over, not copied.
+
+        Raises:
+            ValueError: if the widths differ.
+        """
+        if total.shape != (self.width, self.width):
+            raise ValueError(f"widths differ: {self.width} and {tuple(total.shape)}")
+        self._sum = total if self._sum is None else self._sum.add_(total)
+        self.count += count
+
     def merge(self, other: SecondMoment) -> None:
-        """Add what another fitter has seen."""
+        """Add what another fitter has seen, which stays as it is.
+
+        Raises:
+            ValueError: if the widths differ.
+        """
         if other.width != self.width:
             raise ValueError(f"widths differ: {self.width} and {other.width}")
-        if other._sum is not None:
-            self._sum = other._sum.clone() if self._sum is None else self._sum.add_(other._sum)
-        self.count += other.count
+        if other.total is not None:
+            self.add(other.total.clone() if self._sum is None else other.total, other.count)
 
     def result(self) -> Moment:
         """The moment of all rows so far; all zeros where there were none.

@@ -83,7 +83,7 @@ def train(
     from cntlora_core.diffusion.job import STATE_NAME, personalise
     from cntlora_core.diffusion.resume import finished_run, run_identity, run_key
 
-    photos = None
+    photos = None  # class images that do not count make no other run
     if class_images is not None and job.prior.prior_weight > 0:
         photos = class_images.photos
     seed, subject = start.start.seed, start.subject

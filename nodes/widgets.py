@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from cntlora_core import mini
 from cntlora_core.config import CNTLoRAConfig
 from cntlora_core.data.photos import IMAGE_SUFFIXES
-from cntlora_core.diffusion.settings import Method
+from cntlora_core.methods.registry import image_file_methods
 
 from .host import folder_paths
 
@@ -32,7 +32,7 @@ def default_of(settings: type, name: str) -> Any:
 
 def method_names() -> list[str]:
     """The ways to start a LoRA, as the core knows them."""
-    return list(get_args(Method))
+    return list(image_file_methods())
 
 
 def default_method() -> str:

@@ -13,12 +13,16 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from cntlora_core.adapter import AdapterPlan, plan_adapter, plan_plain_lora
+from cntlora_core.adapter import AdapterPlan, plan_adapter
 from cntlora_core.attachment import AttachmentPoint, find_attachment_points
 from cntlora_core.data.captions import encode_prompts
 from cntlora_core.data.latents import LatentSet
+from cntlora_core.diffusion.objective import training_target
 from cntlora_core.diffusion.settings import AdapterSettings
 from cntlora_core.initialize import InitReport, collect_moments, report_of
+from cntlora_core.methods import Limits, StartReport, StartRequest, get_method
+from cntlora_core.plan import check_points
+from cntlora_core.processes import Processes, plan_from_first
 from cntlora_core.progress import Reporter, silent, stage_progress
 
 UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -57,11 +61,13 @@ def diffusion_attachment_points(
 
 @dataclass(frozen=True)
 class NoisedBatch:
-    """One forward pass: latents (n, c, h, w), timesteps (n,) and prompt tokens (n, length)."""
+    """One forward pass: noised latents (n, c, h, w), timesteps (n,) and prompt tokens (n, length);
+    ``target`` (n, c, h, w) is what the denoiser is to predict."""
 
     latents: Tensor
     timesteps: Tensor
     tokens: Tensor
+    target: Tensor
 
 
 class NoisedPhotos:
@@ -99,7 +105,8 @@ class NoisedPhotos:
             latent = self._latents.sample(photo, generator)[None]
             noise = torch.randn(latent.shape, generator=generator)
             noised = self._scheduler.add_noise(latent, noise, timestep)
-            yield NoisedBatch(noised, timestep, self._tokens[photo][None])
+            target = training_target(self._scheduler, latent, noise, timestep)
+            yield NoisedBatch(noised, timestep, self._tokens[photo][None], target)
 
 
 def initialize_adapter(
@@ -113,7 +120,7 @@ def initialize_adapter(
     *,
     seed: int = 0,
     reporter: Reporter = silent,
-) -> tuple[AdapterPlan, InitReport | None]:
+) -> tuple[AdapterPlan, InitReport | StartReport | None]:
     """Plan the adapter of both models under one rank budget, on the base models as they are.
 
     Args:
@@ -127,42 +134,60 @@ def initialize_adapter(
         seed: Seed of timesteps and noise.
 
     Returns:
-        The plan, and a report (None for the plain start, which reads no data).
+        The plan, and a report (None for the plain start, which reads nothing).
     """
+    method = get_method(settings.method)
     points = diffusion_attachment_points(unet, text_encoder, settings)
-    if settings.method == "lora":
-        plan = plan_plain_lora(points, rank=settings.rank, scaling=settings.scaling, seed=seed)
-        return plan, None
-    cntlora = dataclasses.replace(settings.cntlora, seed=settings.cntlora.seed + seed)
     tokens = encode_prompts(prompts, tokenizer).input_ids
     batches = NoisedPhotos(latents, tokens, noise_scheduler, passes=settings.init_passes, seed=seed)
     models = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
     parameter = next(unet.parameters())
 
-    def forward(_models: nn.Module, batch: NoisedBatch) -> None:
+    def forward(_models: nn.Module, batch: NoisedBatch) -> Tensor:
         states = text_encoder(batch.tokens.to(parameter.device))[0]
-        unet(
+        return unet(
             batch.latents.to(parameter.device, parameter.dtype),
             batch.timesteps.to(parameter.device),
             encoder_hidden_states=states,
-        )
+        ).sample
 
+    passes_progress = stage_progress(reporter, f"reading {method.needs}")
+    solve_progress = stage_progress(reporter, "solving for the start")
+    if method.plan is not None:
+        request = StartRequest(
+            model=models,
+            points=points,
+            rank=settings.rank,
+            scaling=settings.scaling,
+            batches=batches,
+            forward_fn=forward,
+            loss_fn=lambda models, batch: torch.nn.functional.mse_loss(
+                forward(models, batch).float(), batch.target.to(parameter.device)
+            ),
+            seed=seed,
+            limits=Limits(max_seconds=60 * settings.init_minutes),
+            passes_progress=passes_progress,
+            solve_progress=solve_progress,
+        )
+        started = method.plan(request)
+        return started.plan, None if method.name == "lora" else started.report
+    cntlora = dataclasses.replace(settings.cntlora, seed=settings.cntlora.seed + seed)
+    check_points(points, cntlora, {p.name: settings.rank for p in points})
     start = time.perf_counter()
     captured = collect_moments(
-        models,
-        points,
-        batches,
-        forward_fn=forward,
-        progress=stage_progress(reporter, "reading activations"),
+        models, points, batches, forward_fn=forward, progress=passes_progress
     )
     middle = time.perf_counter()
-    plan = plan_adapter(
-        points,
-        captured,
-        cntlora,
-        rank=settings.rank,
-        scaling=settings.scaling,
-        progress=stage_progress(reporter, "solving for the start"),
+    plan = plan_from_first(
+        lambda: plan_adapter(
+            points,
+            captured,
+            cntlora,
+            rank=settings.rank,
+            scaling=settings.scaling,
+            progress=solve_progress,
+        ),
+        Processes(),
     )
     end = time.perf_counter()
     return plan, report_of(plan, captured, cntlora, middle - start, end - middle)

@@ -35,6 +35,7 @@ from cntlora_core.diffusion.trainer import SubjectTrainer
 from cntlora_core.files import require_writable_folder, safe_name, write_json_atomic
 from cntlora_core.initialize import ROUNDING_TO_MENTION
 from cntlora_core.memory import freed_memory_kept
+from cntlora_core.methods import get_method
 from cntlora_core.plots import plot_loss, plot_ranks
 from cntlora_core.progress import Reporter, silent, stage_progress
 from cntlora_core.sheets import save_image
@@ -51,7 +52,7 @@ class JobResult:
         lora: The LoRA file (a folder in peft's layout).
         folder: The folder with everything.
         export: What the file holds.
-        initialization: Report of the data-driven start; None for a plain one.
+        initialization: Report of the start; None for a plain one.
         history: One record per step.
         seconds: Time spent by stage.
         notes: What a person should know: skipped files, cut prompts and the like.
@@ -201,10 +202,11 @@ def _personalise(
         },
     )
     if trainer.largest_rounding > ROUNDING_TO_MENTION:
+        own = get_method(settings.adapter.method).family == "cntlora"
         run.note(
             f"rounding the rewritten base weights to {training.precision} lost up to "
             f"{trainer.largest_rounding:.1%} of them, in training and in the file: use float32 for "
-            "the base, or --cntlora.no-preserve-output"
+            f"the base{', or --cntlora.no-preserve-output' if own else ''}"
         )
     if state is not None:
         trainer.restore(state)

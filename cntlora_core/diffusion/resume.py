@@ -22,6 +22,7 @@ _MAY_CHANGE = {
     ("job", "prior", "class_images"),
     ("job", "subject", "images"),
     ("job", "model"),
+    ("job", "adapter", "init_minutes"),
     ("job", "training", "save_every"),
     ("job", "training", "sample_prompts"),
     ("job", "training", "sample_every"),

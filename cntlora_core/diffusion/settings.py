@@ -6,14 +6,18 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
-from cntlora_core.config import CNTLoRAConfig
+from cntlora_core.config import CNTLoRAConfig, Constraint
+from cntlora_core.methods.cntlora import settings_for
+from cntlora_core.methods.registry import get_method, image_file_methods
 
 if TYPE_CHECKING:
     import torch
 
-Method = Literal["cross", "self", "shift", "lora"]
+    Method = str
+else:  # the names are the registry's, and pissa_niter_N stands for more than are listed
+    Method = Literal[image_file_methods()] | str
 Precision = Literal["float32", "bfloat16", "float16"]
 Layout = Literal["kohya", "diffusers", "peft"]
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine"]
@@ -87,11 +91,12 @@ class AdapterSettings:
     """The adapter and its start.
 
     Attributes:
-        method: How the adapter starts: cross, self and shift are CNTLoRA's; lora is the plain one.
+        method: How the adapter starts; `cntlora methods` describes them.
         rank: Rank of each attachment point (their mean where ranks vary).
         alpha: LoRA alpha; the scaling is alpha / rank; default: twice the rank.
         train_text_encoder: Adapt the text encoder's attention too.
-        init_passes: At how many timesteps each photo is read to take the second moments.
+        init_passes: At how many timesteps each photo is read for the start.
+        init_minutes: After how many minutes a start that iterates is given up; only EVA does.
         cntlora: Further settings of the data-driven start.
     """
 
@@ -100,25 +105,23 @@ class AdapterSettings:
     alpha: float | None = None
     train_text_encoder: bool = True
     init_passes: int = 4
+    init_minutes: float = 60.0
     cntlora: CNTLoRAConfig = field(default_factory=CNTLoRAConfig)
 
     def __post_init__(self) -> None:
-        _choice("method", self.method, Method)
+        method = get_method(self.method)
+        method.require_image_file()
         _at_least("rank", self.rank, 1)
         _at_least("init_passes", self.init_passes, 1)
-        if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise ValueError(f"alpha must be a positive number, got {self.alpha}")
-        if self.method != "lora" and self.cntlora.constraint != self.method:
-            if self.cntlora.constraint != CNTLoRAConfig.constraint:
-                raise ValueError(
-                    f"method={self.method!r} and cntlora.constraint={self.cntlora.constraint!r} "
-                    "disagree: give the method alone"
-                )
-            object.__setattr__(
-                self, "cntlora", dataclasses.replace(self.cntlora, constraint=self.method)
-            )
-        if self.method != "lora":
+        for name in ("alpha", "init_minutes"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be a positive number, got {value}")
+        if method.family == "cntlora":
+            constraint = cast(Constraint, self.method)
+            object.__setattr__(self, "cntlora", settings_for(constraint, self.cntlora))
             self.cntlora.require_consistent()
+        self.cntlora.to_dict()  # a run is recorded as JSON: refuse now what has no such form
 
     @property
     def lora_alpha(self) -> float:

@@ -29,6 +29,7 @@ from cntlora_core.diffusion.settings import AdapterSettings, SubjectSettings
 from cntlora_core.diffusion.trainer import TrainingData
 from cntlora_core.initialize import InitReport
 from cntlora_core.memory import freed_memory_kept
+from cntlora_core.methods import StartReport
 from cntlora_core.progress import Reporter, silent, stage_progress
 
 
@@ -172,14 +173,14 @@ class Start:
         adapter: The settings that it was made with.
         seed: Seed of its timesteps, noise and random directions.
         model: Fingerprint of the model.
-        report: What the data-driven start did; None for a start that reads no data.
+        report: What the start did; None for the plain one, which reads nothing.
     """
 
     plan: AdapterPlan
     adapter: AdapterSettings
     seed: int
     model: str
-    report: InitReport | None
+    report: InitReport | StartReport | None
 
     def require_model(self, parts: StableDiffusionParts) -> None:
         """Refuse another model than the one that the start was made on.

@@ -171,6 +171,23 @@ def test_sharing_that_ends_is_captured_again_without_sharing():
     torch.testing.assert_close(captured.of("k").matrix, torch.full((4, 4), 2.5))
 
 
+def test_a_point_that_is_called_from_a_later_batch_on_has_a_sum_of_its_own():
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.q(x) + (self.k(x) if x[0, 0] > 0 else 0.0)
+
+    model = Late()
+    points = find_attachment_points(model, LoraConfig(target_modules=["q", "k"]))
+    captured = collect_moments(model, points, [-torch.ones(3, 4), 3 * torch.ones(3, 4)])
+    assert (captured.of("q").count, captured.of("k").count) == (6, 3)
+    torch.testing.assert_close(captured.of("q").matrix, torch.full((4, 4), 5.0))
+    torch.testing.assert_close(captured.of("k").matrix, torch.full((4, 4), 9.0))
+
+
 def test_padding_is_left_out():
     model = Model()
     mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]])

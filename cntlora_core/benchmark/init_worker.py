@@ -1,0 +1,232 @@
+"""Measure one start on one case, in a process of its own.
+
+    python -m cntlora_core.benchmark.init_worker TASK.json RESULT.json
+
+``RESULT.json`` is rewritten as the work goes on, so that whoever ends this process knows how far it
+came. Bare forward passes over the same batches are timed first, in the same process.
+"""
+
+from __future__ import annotations
+
+import gc
+import resource
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from json import loads
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.config import CordaConfig
+from peft.tuners.lora.corda import preprocess_corda
+from peft.tuners.lora.eva import initialize_lora_eva_weights
+from torch import nn
+
+from cntlora_core.attachment import find_attachment_points
+from cntlora_core.benchmark.init_cases import INIT_CASES, InitCase, batches_of, build_case
+from cntlora_core.benchmark.init_settings import CaseName, MethodName
+from cntlora_core.config import CNTLoRAConfig
+from cntlora_core.files import write_json_atomic
+from cntlora_core.initialize import collect_moments, get_cntlora_model
+
+SECONDS_BETWEEN_REPORTS = 2.0
+
+
+@dataclass(frozen=True)
+class InitTask:
+    """One measurement.
+
+    Attributes:
+        case: The model and its data.
+        method: The start.
+        quick: Tiny sizes.
+        model: A checkpoint; None for random weights.
+        threads: Of torch; None for its own choice.
+        seed: Of random weights and data.
+    """
+
+    case: CaseName
+    method: MethodName
+    quick: bool = False
+    model: str | None = None
+    threads: int | None = None
+    seed: int = 0
+
+
+class Forwards:
+    """``forward_fn(model, batch)`` that counts, and tells of it now and then."""
+
+    def __init__(self, tell: Callable[[int], None]) -> None:
+        self.count = 0
+        self._tell, self._told = tell, 0.0
+
+    def __call__(self, model: nn.Module, batch: dict[str, Any]) -> None:
+        model(**batch)
+        self.count += 1
+        if time.monotonic() - self._told > SECONDS_BETWEEN_REPORTS:
+            self._told = time.monotonic()
+            self._tell(self.count)
+
+
+def _cntlora(
+    model: nn.Module, case: InitCase, quick: bool, batches: list, forward: Forwards
+) -> PeftModel:
+    config = case.lora_config(quick)
+    return get_cntlora_model(model, config, CNTLoRAConfig(), batches, forward_fn=forward)
+
+
+def _eva(
+    model: nn.Module, case: InitCase, quick: bool, batches: list, forward: Forwards
+) -> PeftModel:
+    """rho 2, as ours; padding left out by peft's own functions where there is a mask."""
+    config = case.lora_config(quick, init_lora_weights="eva", eva_config=EvaConfig(rho=2.0))
+    peft_model = get_peft_model(model, config)
+    assert isinstance(peft_model, PeftModel)
+    plain: dict[str, Any] = (
+        {} if case.masked else {"prepare_model_inputs_fn": None, "prepare_layer_inputs_fn": None}
+    )
+    initialize_lora_eva_weights(
+        peft_model, batches, forward_fn=forward, show_progress_bar=False, **plain
+    )
+    return peft_model
+
+
+def _corda(
+    model: nn.Module, case: InitCase, quick: bool, batches: list, forward: Forwards
+) -> PeftModel:
+    corda = CordaConfig(corda_method="ipm")
+    config = case.lora_config(quick, init_lora_weights="corda", corda_config=corda)
+
+    def run_model() -> None:
+        for batch in batches:
+            forward(model, batch)
+
+    preprocess_corda(model, config, run_model=run_model)
+    peft_model = get_peft_model(model, config)
+    assert isinstance(peft_model, PeftModel)
+    return peft_model
+
+
+_STARTS = {"cntlora": _cntlora, "eva": _eva, "corda": _corda}
+
+
+def _batch_size(task: InitTask, case: InitCase, samples: int) -> int:
+    """EVA skips batches with fewer rows than twice the rank; CorDA takes one sample at a time."""
+    if task.method == "corda":
+        return 1
+    return samples if task.method == "eva" and not case.masked else case.batch
+
+
+@torch.no_grad()
+def measure(task: InitTask, report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Time and memory of a start.
+
+    Args:
+        task: What is measured.
+        report: Called with what is known so far; ``started`` is there once the start runs.
+
+    Returns:
+        ``forward_seconds`` of the bare passes over all batches, ``total_seconds`` of the start,
+        ``forwards_run`` by it, ``batches`` in the data, and in bytes the peak of resident memory
+        in the bare passes (``forward_peak``) and in the start (``method_peak``), and of the
+        adapter's weights (``adapter_bytes``). For ours also its own ``capture_seconds`` and
+        ``solve_seconds`` (the rest is peft's wrapping), ``distinct_inputs``, ``points``, and
+        ``moment_bytes`` of the distinct second moments.
+    """
+    if task.threads is not None:
+        torch.set_num_threads(task.threads)
+    case = INIT_CASES[task.case]
+    checkpoint = None if task.model is None else Path(task.model)
+    model, samples = build_case(case, checkpoint, task.quick, task.seed)
+    batches = batches_of(samples, _batch_size(task, case, len(samples)))
+    model(**batches[0])
+    get_peft_model(nn.Sequential(nn.Linear(1, 1)), LoraConfig(target_modules=["0"]))  # its imports
+    gc.collect()
+    reset_peak()
+    start = time.perf_counter()
+    for batch in batches:
+        model(**batch)
+    result: dict[str, Any] = {
+        "forward_seconds": time.perf_counter() - start,
+        "forward_peak": peak_bytes(),
+        "batches": len(batches),
+        "threads": torch.get_num_threads(),
+    }
+    gc.collect()
+    reset_peak()
+    report(result | {"started": True, "forwards_run": 0})
+    forward = Forwards(lambda count: report(result | {"started": True, "forwards_run": count}))
+    start = time.perf_counter()
+    peft_model = _STARTS[task.method](model, case, task.quick, batches, forward)
+    result["total_seconds"] = time.perf_counter() - start
+    result["method_peak"] = peak_bytes()
+    result["forwards_run"] = forward.count
+    result["adapter_bytes"] = sum(
+        p.numel() * p.element_size() for n, p in peft_model.named_parameters() if "lora_" in n
+    )
+    if task.method == "cntlora":
+        result |= _own_facts(peft_model, case, task.quick, batches)
+    return result
+
+
+def _own_facts(
+    peft_model: PeftModel, case: InitCase, quick: bool, batches: list[Any]
+) -> dict[str, Any]:
+    found: Any = peft_model.cntlora_report
+    base = peft_model.unload()
+    assert isinstance(base, nn.Module)
+    points = find_attachment_points(base, case.lora_config(quick))
+    moments = collect_moments(base, points, batches[:1]).moments
+    return {
+        "capture_seconds": found.capture_seconds,
+        "solve_seconds": found.solve_seconds,
+        "points": found.points,
+        "distinct_inputs": len(moments),
+        "moment_bytes": sum(m.matrix.numel() * m.matrix.element_size() for m in moments),
+    }
+
+
+def reset_peak() -> None:
+    """Forget the peak of this process's resident memory so far, where the system can (Linux)."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes(process: str = "self") -> int:
+    """Peak resident memory of a process since `reset_peak`; elsewhere than on Linux, of all time.
+
+    Raises:
+        OSError: there is no such process, or its memory cannot be read.
+    """
+    status = Path(f"/proc/{process}/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    if process != "self":
+        raise OSError(f"the memory of process {process} cannot be read")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def task_to_json(task: InitTask) -> dict[str, Any]:
+    """The task as JSON values, for another process."""
+    return asdict(task)
+
+
+def main() -> None:
+    task_file, result_file = sys.argv[1:]
+    task = InitTask(**loads(Path(task_file).read_text("utf-8")))
+
+    def report(found: dict[str, Any]) -> None:
+        write_json_atomic(result_file, found)
+
+    report(measure(task, report))
+
+
+if __name__ == "__main__":
+    main()

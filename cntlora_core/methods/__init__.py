@@ -1,0 +1,38 @@
+"""One registry of methods: CNTLoRA's variants, the rivals that peft has, and comparison runs.
+
+>>> from cntlora_core.methods import METHODS, get_method, start_adapter
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from cntlora_core.methods.base import Limits, Method, StartReport, StartRequest
+from cntlora_core.methods.registry import METHODS, get_method, image_file_methods
+
+if TYPE_CHECKING:
+    from cntlora_core.methods.eva import NotConvergedError
+    from cntlora_core.methods.start import StartedAdapter, start_adapter
+
+_HOMES = {"NotConvergedError": "eva", "StartedAdapter": "start", "start_adapter": "start"}
+
+__all__ = [
+    "METHODS",
+    "Limits",
+    "Method",
+    "NotConvergedError",
+    "StartReport",
+    "StartRequest",
+    "StartedAdapter",
+    "get_method",
+    "image_file_methods",
+    "start_adapter",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs torch and peft only when it is asked for."""
+    if name in _HOMES:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,263 @@
+"""What peft itself can start, as methods: the rivals, and runs to compare with.
+
+The records stand here; the modules that compute are imported when a method is used, so that the
+registry can be read without torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from cntlora_core.methods.base import (
+    Method,
+    PlanFn,
+    PlannedStart,
+    StartRequest,
+    WrappedModel,
+)
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from torch import nn
+
+
+def _lora(request: StartRequest) -> PlannedStart:
+    from cntlora_core.methods.from_weights import plan_lora
+
+    return plan_lora(request)
+
+
+def _from_weights(name: str, init: str) -> PlanFn:
+    def plan(request: StartRequest) -> PlannedStart:
+        from cntlora_core.methods.from_weights import plan_from_weights
+
+        return plan_from_weights(request, name, init)
+
+    return plan
+
+
+def _eva(request: StartRequest) -> PlannedStart:
+    from cntlora_core.methods.eva import plan_eva
+
+    return plan_eva(request)
+
+
+def _corda(mode: Literal["ipm", "kpm"]) -> PlanFn:
+    def plan(request: StartRequest) -> PlannedStart:
+        from cntlora_core.methods.corda import plan_corda
+
+        return plan_corda(request, mode)
+
+    return plan
+
+
+def _lora_ga(request: StartRequest) -> PlannedStart:
+    from cntlora_core.methods.lora_ga import plan_lora_ga
+
+    return plan_lora_ga(request)
+
+
+def _loftq(model: nn.Module, lora_config: LoraConfig, request: StartRequest) -> WrappedModel:
+    from cntlora_core.methods.comparisons import wrap_loftq
+
+    return wrap_loftq(model, lora_config, request)
+
+
+def _dora(model: nn.Module, lora_config: LoraConfig, request: StartRequest) -> WrappedModel:
+    from cntlora_core.methods.comparisons import wrap_dora
+
+    return wrap_dora(model, lora_config, request)
+
+
+def _adalora(model: nn.Module, lora_config: LoraConfig, request: StartRequest) -> WrappedModel:
+    from cntlora_core.methods.comparisons import wrap_adalora
+
+    return wrap_adalora(model, lora_config, request)
+
+
+def _vera(model: nn.Module, lora_config: LoraConfig, request: StartRequest) -> WrappedModel:
+    from cntlora_core.methods.comparisons import wrap_vera
+
+    return wrap_vera(model, lora_config, request)
+
+
+def _full(model: nn.Module, lora_config: LoraConfig, request: StartRequest) -> WrappedModel:
+    from cntlora_core.methods.comparisons import wrap_full
+
+    return wrap_full(model, lora_config, request)
+
+
+def pissa_with_iterations(iterations: int) -> Method:
+    """PiSSA by a randomised SVD of that many subspace iterations."""
+    name = f"pissa_niter_{iterations}"
+    return Method(
+        name=name,
+        description=f"PiSSA by a fast, randomised SVD ({iterations} subspace iterations)",
+        paper="arXiv 2404.02948",
+        needs="nothing",
+        rewrites_base=True,
+        b_starts_at_zero=False,
+        image_file="trained minus start",
+        plan=_from_weights(name, name),
+    )
+
+
+PEFT_METHODS = (
+    Method(
+        name="lora",
+        description="Plain LoRA: random down matrix (Kaiming-uniform), nothing added at first",
+        paper="arXiv 2106.09685",
+        needs="nothing",
+        rewrites_base=False,
+        b_starts_at_zero=True,
+        plan=_lora,
+    ),
+    Method(
+        name="lora_gaussian",
+        description="Plain LoRA with a normal random down matrix, as diffusers' scripts start it",
+        paper="arXiv 2106.09685",
+        needs="nothing",
+        rewrites_base=False,
+        b_starts_at_zero=True,
+        plan=_from_weights("lora_gaussian", "gaussian"),
+    ),
+    Method(
+        name="lora_orthogonal",
+        description="Plain LoRA, both matrices random but orthogonal to each other; even ranks",
+        paper="https://datta0.github.io/posts/rethink-lora-init/",
+        needs="nothing",
+        rewrites_base=False,
+        b_starts_at_zero=False,
+        plan=_from_weights("lora_orthogonal", "orthogonal"),
+    ),
+    Method(
+        name="pissa",
+        description="PiSSA: trains the strongest directions of each weight (exact SVD)",
+        paper="arXiv 2404.02948",
+        needs="nothing",
+        rewrites_base=True,
+        b_starts_at_zero=False,
+        image_file="trained minus start",
+        plan=_from_weights("pissa", "pissa"),
+    ),
+    pissa_with_iterations(16),
+    Method(
+        name="olora",
+        description="OLoRA: starts from the QR decomposition of each weight",
+        paper="arXiv 2406.01775",
+        needs="nothing",
+        rewrites_base=True,
+        b_starts_at_zero=False,
+        image_file="trained minus start",
+        plan=_from_weights("olora", "olora"),
+    ),
+    Method(
+        name="eva",
+        description="EVA: reads along the directions your data varies in; shares ranks out by them",
+        paper="arXiv 2410.07170",
+        needs="activations",
+        rewrites_base=False,
+        b_starts_at_zero=True,
+        plan=_eva,
+    ),
+    Method(
+        name="corda_ipm",
+        description="CorDA, instruction-previewed: trains the directions your data uses most",
+        paper="arXiv 2406.05223",
+        needs="activations",
+        rewrites_base=True,
+        b_starts_at_zero=False,
+        image_file="trained minus start",
+        plan=_corda("ipm"),
+    ),
+    Method(
+        name="corda_kpm",
+        description="CorDA, knowledge-preserved: trains the directions your data uses least",
+        paper="arXiv 2406.05223",
+        needs="activations",
+        rewrites_base=True,
+        b_starts_at_zero=False,
+        image_file="trained minus start",
+        plan=_corda("kpm"),
+    ),
+    Method(
+        name="lora_ga",
+        description="LoRA-GA: starts along the gradient of full fine-tuning on your data",
+        paper="arXiv 2407.05000",
+        needs="gradients",
+        rewrites_base=True,
+        b_starts_at_zero=False,
+        image_file="trained minus start",
+        plan=_lora_ga,
+    ),
+    Method(
+        name="loftq",
+        description="LoftQ: makes up for what 4-bit quantisation loses (needs a GPU)",
+        paper="arXiv 2310.08659",
+        needs="nothing",
+        rewrites_base=True,
+        b_starts_at_zero=False,
+        preserves_output=False,
+        image_file=None,
+        image_file_note=(
+            "the frozen weights become quantised ones, and their difference from the checkpoint "
+            "has no low rank that a LoRA file could hold"
+        ),
+        comparison_only=True,
+        wrap=_loftq,
+    ),
+    Method(
+        name="dora",
+        description="DoRA: plain LoRA that also trains the length of each output's weights",
+        paper="arXiv 2402.09353",
+        needs="nothing",
+        rewrites_base=False,
+        b_starts_at_zero=True,
+        image_file=None,
+        image_file_note=(
+            "loaders read the lengths that a DoRA file adds (dora_scale) differently, or leave "
+            "them out: what they load would not be the trained model"
+        ),
+        comparison_only=True,
+        wrap=_dora,
+    ),
+    Method(
+        name="adalora",
+        description="AdaLoRA: starts wide and prunes ranks while it trains",
+        paper="arXiv 2303.10512",
+        needs="nothing",
+        rewrites_base=False,
+        b_starts_at_zero=False,
+        peft_type="ADALORA",
+        image_file=None,
+        image_file_note="its training loop must prune ranks, which the image trainer does not do",
+        comparison_only=True,
+        wrap=_adalora,
+    ),
+    Method(
+        name="vera",
+        description="VeRA: random matrices shared by all layers; trains two vectors for each",
+        paper="arXiv 2310.11454",
+        needs="nothing",
+        rewrites_base=False,
+        b_starts_at_zero=False,
+        peft_type="VERA",
+        image_file=None,
+        image_file_note="image tools know no shared matrices, and the image trainer trains none",
+        comparison_only=True,
+        wrap=_vera,
+    ),
+    Method(
+        name="full",
+        description="Full fine-tuning: trains every weight of the model, without an adapter",
+        paper="",
+        needs="nothing",
+        rewrites_base=False,
+        b_starts_at_zero=True,
+        peft_type=None,
+        image_file=None,
+        image_file_note="it changes whole weights, and leaves a checkpoint, not a LoRA",
+        comparison_only=True,
+        wrap=_full,
+    ),
+)

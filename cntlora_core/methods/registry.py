@@ -1,0 +1,41 @@
+"""Every method by its name; what lists or offers methods reads this."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from cntlora_core.methods.base import Method
+from cntlora_core.methods.cntlora import CNTLORA_METHODS
+from cntlora_core.methods.peft_native import PEFT_METHODS, pissa_with_iterations
+
+METHODS: Mapping[str, Method] = MappingProxyType(
+    {method.name: method for method in (*CNTLORA_METHODS, *PEFT_METHODS)}
+)
+"""All methods, in the order in which they are shown. ``pissa_niter_N`` stands for any N."""
+
+
+def get_method(name: str) -> Method:
+    """The method of that name; ``pissa_niter_N`` for any whole number N of iterations.
+
+    Raises:
+        ValueError: listing the names that there are.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    iterations = re.fullmatch(r"pissa_niter_([1-9]\d*)", name)
+    if iterations:
+        return pissa_with_iterations(int(iterations[1]))
+    close = difflib.get_close_matches(name.replace("-", "_").lower(), METHODS, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    raise ValueError(
+        f"there is no method {name!r}.{hint} The methods are {', '.join(METHODS)}; "
+        "pissa_niter_N takes any number of iterations"
+    )
+
+
+def image_file_methods() -> tuple[str, ...]:
+    """Names of the methods whose result a file for image tools can hold."""
+    return tuple(name for name, method in METHODS.items() if method.image_file is not None)

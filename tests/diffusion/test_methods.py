@@ -1,0 +1,110 @@
+"""Every method that trains an image LoRA: trained, written, and loaded onto the stock model."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from cntlora_core.diffusion import job
+from cntlora_core.diffusion.export import export_lora
+from cntlora_core.diffusion.settings import (
+    AdapterSettings,
+    JobSettings,
+    OutputSettings,
+    PriorSettings,
+    SubjectSettings,
+    TrainingSettings,
+)
+from cntlora_core.lora_file import read_lora_file
+from cntlora_core.methods import METHODS, get_method, image_file_methods
+
+RANK = 4
+ATTACHMENT_POINTS = 10 * 8 + 2 * 4
+"""10 transformer blocks of two attentions in the denoiser, two layers in the text encoder."""
+
+
+def prediction(unet, text_encoder) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, 4, 16, 16, generator=generator)
+    tokens = torch.randint(5, 200, (2, 77), generator=generator)
+    with torch.no_grad():
+        states = text_encoder(tokens)[0]
+        return unet(latents, torch.tensor([30, 700]), encoder_hidden_states=states).sample
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.fixture(scope="module")
+def stock(tiny_model: Path) -> StableDiffusionPipeline:
+    return StableDiffusionPipeline.from_pretrained(str(tiny_model), safety_checker=None)
+
+
+@pytest.mark.parametrize("name", [n for n in image_file_methods() if n != "pissa_niter_16"])
+def test_a_file_on_the_stock_model_equals_the_trained_model(
+    name, stock, tiny_model, photo_folder, tmp_path, monkeypatch
+):
+    method = get_method(name)
+    kept = {}
+    run = job.SubjectTrainer.run
+
+    def keep_start(trainer, **options):
+        kept["start"] = prediction(trainer.unet, trainer.text_encoder)
+        run(trainer, **options)
+
+    # Up to where the file is written, which is done here, in two layouts.
+    monkeypatch.setattr(job.SubjectTrainer, "run", keep_start)
+    monkeypatch.setattr(job, "_finish", lambda trainer, *rest: (trainer, rest))
+    settings = JobSettings(
+        model=str(tiny_model),
+        subject=SubjectSettings(images=str(photo_folder), token="sks", class_name="dog"),
+        output=OutputSettings(output=str(tmp_path / "out")),
+        prior=PriorSettings(prior_weight=0.0, cache=str(tmp_path / "cache")),
+        adapter=AdapterSettings(method=name, rank=RANK, alpha=8, init_passes=1),
+        training=TrainingSettings(steps=2, learning_rate=1e-2, device="cpu"),
+    )
+    trainer, rest = job.personalise(settings)  # pyright: ignore[reportGeneralTypeIssues]
+
+    base = prediction(stock.unet, stock.text_encoder)
+    assert (relative(kept["start"], base) < 1e-4) == method.preserves_output
+    assert trainer.plan.rewrites_base == method.rewrites_base
+    in_memory = prediction(trainer.unet, trainer.text_encoder)
+    assert relative(in_memory, base) > 1e-2
+    for layout in ("kohya", "diffusers"):
+        output = dataclasses.replace(settings.output, layout=layout)
+        path = tmp_path / f"{layout}.safetensors"
+        report = export_lora(trainer.unet, trainer.text_encoder, trainer.plan, path, output, {})
+        stock.load_lora_weights(str(path))
+        after = prediction(stock.unet, stock.text_encoder)
+        stock.unload_lora_weights()
+        assert relative(after, in_memory) < 1e-4
+        layers = read_lora_file(path).layers
+        factor = 2 if method.image_file == "trained minus start" else 1
+        trained = report.trained_ranks
+        assert {n: layer.rank for n, layer in layers.items()} == {
+            n: factor * rank for n, rank in trained.items()
+        }
+        assert {n.split(".")[0] for n in layers} == {"unet", "text_encoder"}
+        assert sum(trained.values()) == RANK * ATTACHMENT_POINTS
+    assert torch.equal(prediction(stock.unet, stock.text_encoder), base)
+    initialization = next(r for r in rest if r is None or (isinstance(r, dict) and "ranks" in r))
+    assert (initialization is None) == (name == "lora")
+
+
+def test_comparison_methods_are_refused_before_anything_is_read():
+    for name, method in METHODS.items():
+        if method.image_file is None:
+            with pytest.raises(ValueError, match=rf"{name}.*trains no image LoRA: .*start_adapter"):
+                AdapterSettings(method=name)
+        else:
+            assert AdapterSettings(method=name, rank=4).method == name
+    with pytest.raises(ValueError, match="there is no method 'lorra'"):
+        AdapterSettings(method="lorra")
+    assert AdapterSettings(method="pissa_niter_3").method == "pissa_niter_3"
+    with pytest.raises(ValueError, match="init_minutes must be a positive number"):
+        AdapterSettings(init_minutes=0)
