@@ -13,7 +13,7 @@ from typing import Any
 from comfy_api.latest import ComfyExtension  # pyright: ignore[reportMissingImports]
 
 CORE = "cntlora_core"
-MODULES = ("load", "subject", "initialize", "train", "lora", "sample", "inspect")
+MODULES = ("load", "subject", "initialize", "train", "lora", "sample", "evaluate", "inspect")
 
 logger = logging.getLogger(__name__)
 

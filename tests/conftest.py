@@ -130,7 +130,7 @@ def photo_folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_encoders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders ``vision`` and ``clip`` with tiny random encoders of the kinds that judge pictures."""
+    """Folders ``vision`` and ``clip``: tiny random encoders of the kinds that judge pictures."""
     from transformers import (
         CLIPConfig,
         CLIPImageProcessorPil,
@@ -166,9 +166,7 @@ def tiny_encoders(tmp_path_factory: pytest.TempPathFactory) -> Path:
         **shape,
     )
     vision = CLIPVisionConfig(image_size=16, patch_size=8, **shape)
-    both = CLIPConfig(
-        text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=24
-    )
+    both = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=24)
     CLIPModel(both).half().save_pretrained(base / "clip")
     CLIPImageProcessorPil(
         size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, **grey

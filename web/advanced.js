@@ -3,7 +3,7 @@
 import { app } from "../../scripts/app.js";
 
 app.registerExtension({
-  name: "CNTLoRA.advanced",
+  name: "cntlora.advanced",
   nodeCreated(node) {
     if (!node.comfyClass?.startsWith("CNTLoRA")) return;
     for (const widget of node.widgets ?? []) {

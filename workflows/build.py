@@ -96,7 +96,8 @@ def widget_values(info: Mapping[str, Any], node: Node) -> dict[str, Any]:
             continue
         choices = kind if isinstance(kind, list) else options.get("options", [None])
         default = options.get("default", choices[0] if choices else None)
-        values[name] = node.given.get(name, default)
+        given = node.given.get(name, default)
+        values[name] = default if isinstance(given, Link) else given
     return values
 
 
@@ -129,7 +130,7 @@ def canvas_layout(name: str, graph: Graph, info: Mapping[str, Any]) -> dict[str,
     leaving: dict[tuple[int, int], list[int]] = {}
     entering: dict[tuple[int, str], int] = {}
     for node in graph.nodes:
-        sockets = [] if node.kind not in info else _sockets(info, node.kind)
+        sockets = [] if node.kind not in info else _sockets(info, node)
         for slot, (input_name, kind) in enumerate(sockets):
             link = node.given.get(input_name)
             if isinstance(link, Link):
@@ -152,8 +153,16 @@ def canvas_layout(name: str, graph: Graph, info: Mapping[str, Any]) -> dict[str,
     }
 
 
-def _sockets(info: Mapping[str, Any], kind: str) -> list[tuple[str, str]]:
-    return [(name, t) for name, (t, _) in inputs_of(info, kind).items() if not is_widget(t)]
+def _sockets(info: Mapping[str, Any], node: Node) -> list[tuple[str, str]]:
+    """Inputs that are no widgets, and after them the widgets that a link replaces."""
+    found = inputs_of(info, node.kind).items()
+    plain = [(name, kind) for name, (kind, _) in found if not is_widget(kind)]
+    linked = [
+        (name, kind)
+        for name, (kind, _) in found
+        if is_widget(kind) and isinstance(node.given.get(name), Link)
+    ]
+    return [*plain, *linked]
 
 
 def _canvas_node(
@@ -188,13 +197,18 @@ def _canvas_node(
         if kind == "INT" and fixed:
             values.append("fixed")
             shown += 1
-    sockets = _sockets(info, node.kind)
+    sockets = _sockets(info, node)
     rows = max(len(sockets), len(known["output"])) + shown
     outputs = zip(known["output_name"], known["output"])
     return content | {
         "size": [node.wide, node.tall or HEAD + LINE_HEIGHT * rows],
         "inputs": [
-            {"name": name, "type": kind, "link": entering.get((node.number, name))}
+            {
+                "name": name,
+                "type": kind,
+                "link": entering.get((node.number, name)),
+                **({"widget": {"name": name}} if is_widget(kind) else {}),
+            }
             for name, kind in sockets
         ],
         "outputs": [
@@ -214,7 +228,7 @@ def small_model() -> Graph:
     )
     others = graph.add(
         "CNTLoRAClassImages", (420, 40), model=model.out(), subject=subject.out(), count=50,
-        guidance=5.0, tall=380,
+        guidance=2.5, tall=380,
     )  # fmt: skip
     start = graph.add(
         "CNTLoRAInitialize", (420, 440), model=model.out(), subject=subject.out(), rank=16,
@@ -228,13 +242,22 @@ def small_model() -> Graph:
     prompts = "a photo of sks penguin\na photo of sks penguin on the beach"
     graph.add(
         "CNTLoRACompare", (1180, 220), model=model.out(), lora_1=lora.out(), prompts=prompts,
-        seeds="0, 1, 2", guidance=5.0, tall=640, wide=520,
+        seeds="0, 1, 2", guidance=2.5, tall=640, wide=520,
+    )  # fmt: skip
+    drawn = graph.add(
+        "CNTLoRASample", (800, 720), model=model.out(), lora=lora.out(), prompts=prompts,
+        per_prompt=4, guidance=2.5, tall=560,
+    )  # fmt: skip
+    graph.add(
+        "CNTLoRAEvaluate", (1180, 900), images=drawn.out(), subject=subject.out(),
+        prompts=drawn.out(1), tall=560, wide=520,
     )  # fmt: skip
     graph.note(
         (40, 740),
         "**Teach the small model a penguin.** Press Run: it takes some minutes on a CPU. Above the "
         "training you see the loss and preview pictures; the grid on the right shows the model "
-        "without the LoRA and with it.\n\nThen load *personalise_sd15* for photos of your own.",
+        "without the LoRA and with it, and below it eight pictures are measured.\n\nThen load "
+        "*personalise_sd15* for photos of your own.",
     )
     return graph
 
@@ -280,7 +303,7 @@ def compare_starts() -> Graph:
     )
     others = graph.add(
         "CNTLoRAClassImages", (420, 40), model=model.out(), subject=subject.out(), count=50,
-        guidance=5.0, tall=380,
+        guidance=2.5, tall=380,
     )  # fmt: skip
     loras = []
     for i, method in enumerate(("lora", "self", "cross")):
@@ -297,7 +320,7 @@ def compare_starts() -> Graph:
     prompts = "a photo of sks clock\na photo of sks clock on the grass"
     graph.add(
         "CNTLoRACompare", (1560, 40), model=model.out(), prompts=prompts, seeds="0, 1, 2",
-        guidance=5.0, tall=800, wide=620, **{f"lora_{i}": x for i, x in enumerate(loras, 1)},
+        guidance=2.5, tall=800, wide=620, **{f"lora_{i}": x for i, x in enumerate(loras, 1)},
     )  # fmt: skip
     graph.note(
         (40, 740),

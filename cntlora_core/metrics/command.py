@@ -21,7 +21,7 @@ RECORD_NAME, SHEET_NAME = "fidelity.json", "fidelity.png"
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Measure subject fidelity (DINO, CLIP-I) and prompt fidelity (CLIP-T) by DreamBooth's protocol.
+    """Measure subject fidelity (DINO, CLIP-I) and prompt fidelity (CLIP-T), as DreamBooth did.
 
     Give folders of generated pictures, or a model with LoRA files to draw them with, or both.
 

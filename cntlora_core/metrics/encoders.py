@@ -49,9 +49,7 @@ class ImageEncoder:
     processor: Any
     source: str
 
-    def encode_images(
-        self, pictures: Sequence[Image.Image], reporter: Reporter = silent
-    ) -> Tensor:
+    def encode_images(self, pictures: Sequence[Image.Image], reporter: Reporter = silent) -> Tensor:
         """Features of length 1, float32 (n, d)."""
         return _encode_images(
             pictures,
@@ -79,9 +77,7 @@ class ClipEncoder:
     tokenizer: Any
     source: str
 
-    def encode_images(
-        self, pictures: Sequence[Image.Image], reporter: Reporter = silent
-    ) -> Tensor:
+    def encode_images(self, pictures: Sequence[Image.Image], reporter: Reporter = silent) -> Tensor:
         """Features of length 1, float32 (n, d)."""
         return _encode_images(
             pictures,

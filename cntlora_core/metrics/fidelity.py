@@ -172,7 +172,9 @@ def measure(
     return Fidelity(label, len(pictures), **whole, clip_t=clip_t, by_prompt=by_prompt, notes=notes)
 
 
-def measure_photos(subject: SubjectFeatures, label: str = "the photos themselves") -> Fidelity | None:
+def measure_photos(
+    subject: SubjectFeatures, label: str = "the photos themselves"
+) -> Fidelity | None:
     """What the real pictures score against one another: about the most that can be reached.
 
     Returns:

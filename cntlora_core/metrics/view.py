@@ -47,6 +47,20 @@ def fidelity_text(result: Fidelity) -> str:
     return ", ".join(f"{name} {number}" for name, number in known if number != "-")
 
 
+def fidelity_report(results: Sequence[Fidelity]) -> str:
+    """A few lines of text: each set of pictures, and below it its prompts."""
+    found = []
+    for result in results:
+        found.append(f"{result.label} ({result.pictures}): {fidelity_text(result)}")
+        found += [
+            f"  {row.prompt}: "
+            + ", ".join(f"{name} {_percent(getattr(row, key))}" for key, name in NAMES.items())
+            for row in result.by_prompt
+        ]
+        found += result.notes
+    return "\n".join(found)
+
+
 def fidelity_sheet(
     photos: Sequence[Image.Image],
     results: Sequence[Fidelity],

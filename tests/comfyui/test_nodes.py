@@ -173,11 +173,12 @@ def test_saving_puts_the_lora_where_loaders_look(
 
 def test_drawing_with_the_lora_changes_the_pictures(pack: Pack, run: SimpleNamespace) -> None:
     few = {"prompts": "a photo of sks dog\n\na red dog", "steps": 1, "per_prompt": 2}
-    plain = pack.run("CNTLoRASample", model=run.model, **few).args[0]
+    plain, prompts = pack.run("CNTLoRASample", model=run.model, **few).args
     drawn = pack.run("CNTLoRASample", model=run.model, lora=run.trained.args[0], **few).args[0]
     off = pack.run(
         "CNTLoRASample", model=run.model, lora=run.trained.args[0], strength=0.0, **few
     ).args[0]
+    assert prompts.splitlines() == ["a photo of sks dog"] * 2 + ["a red dog"] * 2
     assert plain.shape == (4, 32, 32, 3)
     assert not torch.equal(plain, drawn)
     assert torch.equal(plain, off)
@@ -192,6 +193,46 @@ def test_the_grid_has_a_row_for_each_lora(pack: Pack, run: SimpleNamespace) -> N
     assert grid.args[0].shape[1] > smaller.args[0].shape[1]
     with pytest.raises(ValueError, match="'many' is no number"):
         pack.run("CNTLoRACompare", model=run.model, lora_1=lora, **{**few, "seeds": "many"})
+
+
+def test_pictures_are_measured_against_the_photos(
+    pack: Pack, run: SimpleNamespace, comfy: Path, tiny_encoders: Path
+) -> None:
+    from cntlora_core.metrics import load_encoders, measure, subject_features
+
+    subject = run.subject.args[0]
+    folder = comfy / "models" / "clip_vision"
+    for kind in ("vision", "clip"):
+        (folder / f"tiny {kind}").symlink_to(tiny_encoders / kind, target_is_directory=True)
+    judges = {"dino": "tiny vision", "clip": "tiny clip"}
+    widgets = pack.module("widgets")
+    assert widgets.encoder_names("vision") == [widgets.SMALL_ENCODER, judges["dino"]]
+    assert widgets.encoder_names("clip") == [widgets.SMALL_ENCODER, judges["clip"]]
+    images, prompts = pictures(4, 32), "a red {token} {class}\na cat"
+    output = pack.run("CNTLoRAEvaluate", images=images, subject=subject, prompts=prompts, **judges)
+    dino, clip_i, clip_t, sheet, report = output.args
+    encoders = load_encoders(tiny_encoders / "vision", tiny_encoders / "clip")
+    drawn = [Image.fromarray(np.rint(x.numpy() * 255).astype(np.uint8)) for x in images]
+    expected = measure(
+        encoders,
+        subject_features(encoders, [photo.image for photo in subject.photos.photos]),
+        drawn,
+        ["a red sks dog"] * 2 + ["a cat"] * 2,
+        token="sks",
+    )
+    assert dino == pytest.approx(100 * expected.dino, abs=1e-3)
+    assert clip_i == pytest.approx(100 * expected.clip_i, abs=1e-3)
+    assert clip_t == pytest.approx(100 * (expected.clip_t or 0), abs=1e-3)
+    assert "  a red sks dog: DINO" in report
+    assert "the photos themselves (3)" in report
+    assert sheet.ndim == 4
+    assert len(output.ui["images"]) == 1
+    with pytest.raises(ValueError, match="4 pictures and 3 prompts"):
+        pack.run("CNTLoRAEvaluate", images=images, subject=subject, prompts="a\nb\nc", **judges)
+    with pytest.raises(FileNotFoundError, match="no encoder"):
+        pack.run(
+            "CNTLoRAEvaluate", images=images, subject=subject, **{**judges, "clip": "../../etc"}
+        )
 
 
 def test_a_lora_of_another_model_is_refused_in_few_words(pack: Pack, run: SimpleNamespace) -> None:

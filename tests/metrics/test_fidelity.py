@@ -161,7 +161,9 @@ def test_leaving_the_token_out_changes_what_clip_reads(encoders: Encoders) -> No
 
 def test_work_is_reported_and_can_be_stopped(encoders: Encoders) -> None:
     seen: list[tuple[int, int]] = []
-    encoders.dino.encode_images(noise(20, 9), lambda _s, done, total, _v: seen.append((done, total)))
+    encoders.dino.encode_images(
+        noise(20, 9), lambda _s, done, total, _v: seen.append((done, total))
+    )
     assert seen == [(0, 20), (16, 20), (20, 20)]
 
     def stop(_stage: str, done: int, _total: int, _values: dict) -> None:
@@ -169,7 +171,9 @@ def test_work_is_reported_and_can_be_stopped(encoders: Encoders) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        measure(encoders, subject_features(encoders, noise(1, 1)), noise(20, 9), None, reporter=stop)
+        measure(
+            encoders, subject_features(encoders, noise(1, 1)), noise(20, 9), None, reporter=stop
+        )
 
 
 def test_what_cannot_be_measured_is_refused_in_words(encoders: Encoders) -> None:
@@ -240,7 +244,11 @@ def test_prompts_are_filled_in_and_read_from_files(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("\ufeffa {} in the snow\n\n a {class}\n", "utf-8")
     words = subject_prompts("sks", "dog")
-    assert read_prompts([str(path), "{token}!"], words) == ("a sks dog in the snow", "a dog", "sks!")
+    assert read_prompts([str(path), "{token}!"], words) == (
+        "a sks dog in the snow",
+        "a dog",
+        "sks!",
+    )
     with pytest.raises(ValueError, match="give a token and a class name"):
         read_prompts(["a {}"], None)
     with pytest.raises(ValueError, match="no prompts"):
