@@ -17,7 +17,9 @@ from PIL import Image
 
 from .server import COMFYUI_PATH, COMFYUI_PYTHON, ROOT, Server
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
+)
 WORKFLOWS = [path.stem for path in sorted((ROOT / "workflows").glob("*.json"))]
 
 pytestmark = [
@@ -68,9 +70,7 @@ def test_a_workflow_opens_without_missing_or_red_nodes(
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)
-def test_run_would_post_what_the_api_file_holds(
-    seen: dict[str, dict[str, Any]], name: str
-) -> None:
+def test_run_would_post_what_the_api_file_holds(seen: dict[str, dict[str, Any]], name: str) -> None:
     api = json.loads((ROOT / "workflows" / "api" / f"{name}.json").read_text("utf-8"))
     posted = seen[name]["prompt"]
     assert {number: node["inputs"] for number, node in posted.items()} == {
