@@ -1,4 +1,4 @@
-"""What ComfyUI's registry would publish: whole, within its rules, and as its own linter wants it."""
+"""What ComfyUI's registry would publish: whole, within its rules, and as its linter wants it."""
 
 from __future__ import annotations
 
