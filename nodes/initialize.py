@@ -130,7 +130,7 @@ def _main_inputs() -> list[io.Input]:
             options=method_names(),
             default=default_method(),
             tooltip="cross, self and shift start from your photos (CNTLoRA); cross learns fastest. "
-            "lora is the ordinary random start.",
+            "lora is the ordinary random start; the others are known methods to compare with.",
         ),
         io.Int.Input(
             "rank",

@@ -17,7 +17,6 @@ import argparse
 import json
 import os
 import platform
-import signal
 import statistics
 import sys
 import tempfile
@@ -177,8 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     runs.append(measure(server, case, seed, args))
             nodes = server.get("/system_stats")["system"]
         finally:
-            server.process.send_signal(signal.SIGINT)  # the clock writes its file at the end
-            server.process.wait(120)
+            server.stop()  # at its end the clock writes its file
         ends = json.loads(clock.read_text("utf-8"))["step_ends"]
     result = {
         "settings": {k: v for k, v in vars(args).items() if k not in ("checkpoint", "output")},
