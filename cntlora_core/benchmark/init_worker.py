@@ -26,6 +26,7 @@ from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.eva import initialize_lora_eva_weights
 from torch import nn
+from torch.nn import Linear
 
 from cntlora_core.attachment import find_attachment_points
 from cntlora_core.benchmark.init_cases import INIT_CASES, InitCase, batches_of, build_case
@@ -174,7 +175,7 @@ def measure(task: InitTask, report: Callable[[dict[str, Any]], None]) -> dict[st
     model, samples = build_case(case, checkpoint, task.quick, task.seed)
     batches = batches_of(samples, _batch_size(task, case, len(samples)))
     model(**batches[0])
-    get_peft_model(nn.Sequential(nn.Linear(1, 1)), LoraConfig(target_modules=["0"]))  # its imports
+    get_peft_model(nn.Sequential(Linear(1, 1)), LoraConfig(target_modules=["0"]))  # its imports
     gc.collect()
     reset_peak()
     before = _bare_seconds(model, batches)
