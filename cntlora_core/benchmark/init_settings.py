@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 CaseName = Literal["sd15", "roberta-large", "llama-1b"]
 CASES: tuple[CaseName, ...] = get_args(CaseName)
-DIRECT: tuple[str, ...] = ("cntlora", "eva", "corda")
+DIRECT: tuple[str, ...] = ("cntlora", "cntlora-fixed", "eva", "corda")
 """Starts that are called as their own users call them, peft's by peft's functions."""
 
 
@@ -20,8 +20,9 @@ class InitBenchmark:
         output: Folder for the results: JSON, plots, and a log of the measured processes.
         cases: Models: Stable Diffusion 1.5, and the layouts of RoBERTa-large and of a language
             model of 1 B parameters.
-        methods: Starts: eva and corda as peft has them, and any name of ``cntlora methods`` that
-            needs no loss. cntlora is measured always.
+        methods: Starts: eva and corda as peft has them, cntlora-fixed (ours with one rank for all,
+            as CorDA has it), and any name of ``cntlora methods`` that needs no loss. cntlora is
+            measured always.
         repeats: Processes for each case and start; medians are reported.
         rival_repeats: The same, for all but ours; default: as many.
         limit: Seconds that a start may take; one that takes longer is ended, and not repeated.

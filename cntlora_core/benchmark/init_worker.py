@@ -44,7 +44,8 @@ class InitTask:
 
     Attributes:
         case: The model and its data.
-        method: The start: "cntlora", "eva", "corda", or a name of the registry of methods.
+        method: The start: "cntlora", "cntlora-fixed" (one rank for all), "eva", "corda", or a name
+            of the registry of methods.
         quick: Tiny sizes.
         model: A checkpoint; None for random weights.
         threads: Of torch; None for its own choice.
@@ -79,6 +80,14 @@ def _cntlora(
 ) -> PeftModel:
     config = case.lora_config(quick)
     return get_cntlora_model(model, config, CNTLoRAConfig(), batches, forward_fn=forward)
+
+
+def _cntlora_fixed(
+    model: nn.Module, case: InitCase, quick: bool, batches: list, forward: Forwards
+) -> PeftModel:
+    """One rank for all, as CorDA has it: no directions beyond it to share out."""
+    config, settings = case.lora_config(quick), CNTLoRAConfig(rank_budget="fixed")
+    return get_cntlora_model(model, config, settings, batches, forward_fn=forward)
 
 
 def _eva(
@@ -141,7 +150,12 @@ def check_method(name: str) -> None:
         )
 
 
-_STARTS = {"cntlora": _cntlora, "eva": _eva, "corda": _corda}
+_STARTS = {
+    "cntlora": _cntlora,
+    "cntlora-fixed": _cntlora_fixed,
+    "eva": _eva,
+    "corda": _corda,
+}
 
 
 def _batch_size(task: InitTask, case: InitCase, samples: int) -> int:
@@ -203,7 +217,7 @@ def measure(task: InitTask, report: Callable[[dict[str, Any]], None]) -> dict[st
     assert isinstance(base, nn.Module)
     # A machine's speed drifts: bare passes before and after bracket those of the start.
     result["forward_seconds"] = (before + _bare_seconds(base, batches)) / 2
-    if task.method == "cntlora":
+    if task.method.startswith("cntlora"):
         result |= _own_facts(peft_model, base, case, task.quick, batches)
     return result
 

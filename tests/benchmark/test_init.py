@@ -35,7 +35,7 @@ def test_every_start_runs_on_every_case(case: Any, method: Any):
     assert found["method_peak"] > 0
     if method == "corda":  # one sample at a time, one pass
         assert found["forwards_run"] == found["batches"] == (5 if case == "sd15" else 4)
-    if method == "cntlora":
+    if method.startswith("cntlora"):
         assert found["forwards_run"] == found["batches"]
         assert found["total_seconds"] >= found["capture_seconds"] + found["solve_seconds"]
         assert found["distinct_inputs"] < found["points"]
@@ -86,17 +86,27 @@ def test_peak_memory_is_seen_and_forgotten():
 def test_the_command_measures_in_processes_and_ends_what_takes_too_long(tmp_path: Path):
     folder = tmp_path / "out"
     arguments = ["bench", "init", "--quick", "--cases", "roberta-large", "--methods", "corda"]
-    arguments += ["--repeats", "2", "--rival-repeats", "1", "--output", str(folder)]
+    arguments += [
+        "cntlora-fixed",
+        "--repeats",
+        "2",
+        "--rival-repeats",
+        "1",
+        "--output",
+        str(folder),
+    ]
     assert main(arguments) == 0
     result = json.loads((folder / "cases.json").read_text())
     summary = result["cases"]["roberta-large"]["summary"]
-    assert list(summary) == ["cntlora", "corda"]
+    assert list(summary) == ["cntlora", "corda", "cntlora-fixed"]
     runs = result["cases"]["roberta-large"]["runs"]
     assert {method: len(measured) for method, measured in runs.items()} == {
         "cntlora": 2,
         "corda": 1,
+        "cntlora-fixed": 2,
     }
     assert summary["corda"]["times_faster"] > 0
+    assert summary["corda"]["times_faster_fixed"] > 0
     assert summary["cntlora"]["total_over_forwards"] > 1
     assert (folder / "cases.png").stat().st_size > 1000
     late = run_worker(InitTask("roberta-large", "eva", quick=True), 1e-9, folder / "log")
@@ -142,12 +152,16 @@ def test_ratios_are_medians_and_a_rival_that_does_not_end_gives_a_bound():
     endless = [
         {"ended": False, "limit": 100.0, "forwards_run": 20, "forward_seconds": 10.0, "batches": 5}
     ]
-    summary = summarise({"cntlora": ours, "eva": rival, "corda": endless})
+    fixed = [run_of(14.0, **own)]
+    summary = summarise({"cntlora": ours, "eva": rival, "corda": endless, "cntlora-fixed": fixed})
     assert summary["cntlora"]["total_over_forwards"] == pytest.approx(1.2)
     assert summary["cntlora"]["linear_algebra_seconds"] == pytest.approx(2.0)
     assert summary["cntlora"]["memory_over_moments"] == pytest.approx(1.25)
     assert summary["eva"]["times_faster"] == pytest.approx(20.0 / 2.0)
+    assert summary["eva"]["times_faster_fixed"] == pytest.approx(20.0 / 4.0)
     assert summary["corda"]["times_faster_at_least"] == pytest.approx(60.0 / 2.0)
+    assert summary["corda"]["times_faster_fixed_at_least"] == pytest.approx(60.0 / 4.0)
+    assert "times_faster" not in summary["cntlora-fixed"]
     # Noise in the passes cannot make the linear algebra vanish.
     quick = summarise({"cntlora": [run_of(9.0, **own)]})
     assert quick["cntlora"]["linear_algebra_seconds"] == 1.0
