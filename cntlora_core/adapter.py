@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
-from torch import nn
+from torch import Tensor, nn
 
 from cntlora_core.factorization import Factors
 from cntlora_core.plan import AdapterPlan, plan_adapter, plan_plain_lora
@@ -86,8 +86,18 @@ def inject_adapter(
         anchored(n): alpha_of(f.scaling, f.rank, lora_config.use_rslora)
         for n, f in plan.factors.items()
     }
-    peft_model = get_peft_model(model, lora_config, adapter_name=adapter_name)
+    # peft would draw random numbers for weights that are overwritten at once. Only DoRA reads them.
+    bare = not lora_config.use_dora
+    peft_model = get_peft_model(
+        model, lora_config, adapter_name=adapter_name, low_cpu_mem_usage=bare
+    )
     assert isinstance(peft_model, PeftModel)
+    if bare:
+        for layer in adapter_layers(peft_model).values():
+            weight = layer.get_base_layer().weight
+            assert isinstance(weight, Tensor)
+            layer.lora_A.get_submodule(adapter_name).to_empty(device=weight.device)
+            layer.lora_B.get_submodule(adapter_name).to_empty(device=weight.device)
     return peft_model, copy_factors(peft_model, plan, adapter_name)
 
 
@@ -175,7 +185,7 @@ def copy_factors(
             layer.lora_variant[adapter_name].init(layer, adapter_name=adapter_name)
         stored = _stored(layer, adapter_name, factors)
         rounding[name] = (
-            subtract_from_weight(layer.get_base_layer(), stored.delta())
+            subtract_from_weight(layer.get_base_layer(), stored.up, stored.down, stored.scaling)
             if plan.rewrites_base
             else 0.0
         )

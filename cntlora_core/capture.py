@@ -98,7 +98,8 @@ class MomentCapture:
                 "a padding mask holds 1 where a token counts and 0 where it is padding, got values "
                 f"from {mask.min().item():g} to {mask.max().item():g}"
             )
-        self._mask = mask.bool()
+        mask = mask.bool()
+        self._mask = None if mask.all() else mask  # nothing to leave out: no copies of the rest
 
     def end_batch(self) -> None:
         """To be called after each forward pass.

@@ -26,6 +26,7 @@ from cntlora_core.diffusion.settings import (
     SubjectSettings,
     TrainingSettings,
 )
+from cntlora_core.metrics.command import Evaluate
 
 EXPECTED_ERRORS = (ValueError, OSError, FloatingPointError, ImportError)
 
@@ -120,6 +121,7 @@ class Sample:
             load_for_sampling,
         )
         from cntlora_core.files import require_writable_folder, safe_name
+        from cntlora_core.metrics.pictures import write_prompts
         from cntlora_core.sheets import save_image
 
         if not self.prompt:
@@ -158,10 +160,13 @@ class Sample:
                     stage, start + done, len(prompts), values
                 ),
             )
+            drawn: dict[str, str] = {}
             for prompt, seed, picture in zip(chosen, seeds, pictures, strict=True):
                 path = folder / f"{safe_name(prompt, max_length=60)}-{seed}.png"
                 save_image(picture, path)
+                drawn[path.name] = prompt
                 print(path)
+            write_prompts(folder, drawn)
 
 
 @dataclass(frozen=True)
@@ -325,6 +330,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "train": Train,
     "sample": Sample,
     "demo": Demo,
+    "evaluate": Evaluate,
     "inspect": Inspect,
     "bench": Bench,
     "methods": Methods,

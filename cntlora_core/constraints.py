@@ -14,7 +14,13 @@ from torch import Tensor
 
 from cntlora_core.config import CNTLoRAConfig
 from cntlora_core.factorization import seeded_generator
-from cntlora_core.linalg import PrincipalSubspace, Spectrum, thin_spectrum
+from cntlora_core.linalg import (
+    PrincipalSubspace,
+    Spectrum,
+    gram_matrix,
+    singular_values,
+    thin_spectrum,
+)
 
 
 def cross_gain(eigenvalues: Tensor, damping: float) -> Tensor:
@@ -35,12 +41,11 @@ def shift_gain(eigenvalues: Tensor, damping: float) -> Tensor:
 GAINS = {"cross": cross_gain, "self": self_gain, "shift": shift_gain}
 
 
-def delta_spectrum(
-    weight: Tensor,
-    subspace: PrincipalSubspace,
-    config: CNTLoRAConfig,
-) -> Spectrum:
-    """The spectrum of the delta of one attachment point.
+class PointDelta:
+    """The delta of one attachment point, in as many leading directions of its inputs as are asked.
+
+    ``dW = M @ V.T`` with ``M = W @ V * g(lam)``. ``W @ V`` and its Gram matrix are computed once:
+    those of fewer directions are their leading parts.
 
     Args:
         weight: W, (d_out, d_in), the frozen weight.
@@ -48,18 +53,48 @@ def delta_spectrum(
             within their span.
         config: Constraint, damping and shift.
 
-    Returns:
-        ``dW = M @ V.T`` with ``M = W @ V * g(lam)``, of rank ``subspace.rank`` at most.
-
     Raises:
         ValueError: if the shift is a matrix of another width than the weight's inputs.
     """
-    vectors = subspace.vectors.to(weight.dtype)
-    gain = GAINS[config.constraint](subspace.values, config.damping).to(weight.dtype)
-    seen = weight @ vectors
-    if config.constraint == "shift":
-        seen = _shifted(seen, subspace, vectors, config)
-    return thin_spectrum(seen * gain, vectors)
+
+    def __init__(self, weight: Tensor, subspace: PrincipalSubspace, config: CNTLoRAConfig) -> None:
+        if config.constraint == "shift":
+            check_shift_width("the weight", weight.shape[1], config)
+        self._subspace, self._config = subspace, config
+        self._vectors = subspace.vectors.to(weight.dtype)
+        self._seen = weight @ self._vectors
+        self._gram = gram_matrix(self._seen)
+
+    def singular_values(self) -> Tensor:
+        """Of the delta in all directions, descending, without those that are rounding."""
+        return singular_values(self._gram_of(self._subspace))
+
+    def spectrum(self, directions: int | None = None) -> Spectrum:
+        """Of the delta in the leading ``directions``; None for all."""
+        count = self._subspace.rank if directions is None else directions
+        subspace = self._subspace.leading(count)
+        right = self._right(subspace).to(self._seen.dtype)
+        seen, vectors = self._seen[:, :count], self._vectors[:, :count]
+        matrix = seen @ right if right.ndim == 2 else seen * right
+        return thin_spectrum(matrix, vectors, self._gram_of(subspace))
+
+    def _gram_of(self, subspace: PrincipalSubspace) -> Tensor:
+        right, gram = self._right(subspace), self._gram[: subspace.rank, : subspace.rank]
+        return right.T @ gram @ right if right.ndim == 2 else right[:, None] * gram * right
+
+    def _right(self, subspace: PrincipalSubspace) -> Tensor:
+        """What turns ``W @ V`` into M, float64: (k,) for each column, or (k, k)."""
+        config = self._config
+        gain = GAINS[config.constraint](subspace.values, config.damping)
+        if config.constraint != "shift":
+            return gain
+        mixing = _shift_within(subspace, config)
+        return mixing * gain
+
+
+def delta_spectrum(weight: Tensor, subspace: PrincipalSubspace, config: CNTLoRAConfig) -> Spectrum:
+    """The spectrum of the delta of one attachment point: see `PointDelta`."""
+    return PointDelta(weight, subspace, config).spectrum()
 
 
 def check_shift_width(name: str, width: int, config: CNTLoRAConfig) -> None:
@@ -77,17 +112,15 @@ def check_shift_width(name: str, width: int, config: CNTLoRAConfig) -> None:
         )
 
 
-def _shifted(
-    seen: Tensor, subspace: PrincipalSubspace, vectors: Tensor, config: CNTLoRAConfig
-) -> Tensor:
-    """``W V (V.T K V)`` from ``W V``."""
-    check_shift_width("the weight", vectors.shape[0], config)
+def _shift_within(subspace: PrincipalSubspace, config: CNTLoRAConfig) -> Tensor:
+    """``V.T @ K @ V``, (k, k) float64, or (k,) for a K that is a number times the identity."""
     if config.shift_matrix is not None:
+        vectors = subspace.vectors.double()
         matrix = torch.as_tensor(config.shift_matrix).detach().to(vectors)
-        return seen @ (vectors.T @ matrix @ vectors)
+        return vectors.T @ matrix @ vectors
     if isinstance(config.shift, str):
-        return seen @ _normal_shift(subspace.rank, config.seed).to(vectors)
-    return seen * float(config.shift)
+        return _normal_shift(subspace.rank, config.seed)
+    return torch.full_like(subspace.values, float(config.shift))
 
 
 def _normal_shift(rank: int, seed: int) -> Tensor:

@@ -31,6 +31,7 @@ from cntlora_core.collect import (
     default_mask,
 )
 from cntlora_core.config import CNTLoRAConfig
+from cntlora_core.memory import give_back_freed_memory
 from cntlora_core.plan import check_points, plan_adapter
 from cntlora_core.processes import Processes, plan_from_first
 from cntlora_core.report import ROUNDING_TO_MENTION, InitReport, report_of
@@ -231,10 +232,16 @@ class _Task:
             progress=progress,
             processes=processes,
         )
+        give_back_freed_memory()  # activations: what comes next needs much less
         middle = time.perf_counter()
         plan = plan_from_first(
             lambda: plan_adapter(
-                self.points, captured, self.config, rank=self.ranks, scaling=self.scalings
+                self.points,
+                captured,
+                self.config,
+                rank=self.ranks,
+                scaling=self.scalings,
+                release=True,
             ),
             processes,
         )

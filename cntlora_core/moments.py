@@ -24,6 +24,10 @@ class Moment:
     def width(self) -> int:
         return self.matrix.shape[0]
 
+    def release(self) -> None:
+        """Give the matrix's memory back; width and count remain."""
+        self.matrix.untyped_storage().resize_(0)
+
 
 class SecondMoment:
     """Running sum of ``x x.T`` over rows; the rows themselves are never kept.
@@ -54,7 +58,7 @@ class SecondMoment:
             self._sum = rows.new_zeros(self.width, self.width, device=self._device)
         total = self._sum
         rows = rows.to(total.device, total.dtype)
-        total.addmm_(rows.T, rows)
+        _add_symmetric_product(total, rows)
         # One check of the diagonal finds any non-finite entry of any row: it is a sum of squares.
         if not torch.isfinite(total.diagonal()).all():
             raise FloatingPointError("non-finite activations")
@@ -62,7 +66,10 @@ class SecondMoment:
 
     @property
     def total(self) -> Tensor | None:
-        """The running sum, (width, width); None before the first row."""
+        """The running sum, (width, width); None before the first row.
+
+        Some of what lies below the diagonal may be missing until `result` fills it in.
+        """
         return self._sum
 
     def add(self, total: Tensor, count: int) -> None:
@@ -96,4 +103,35 @@ class SecondMoment:
         self._sum, self.count = None, 0
         if total is None:
             return Moment(torch.zeros(self.width, self.width, device=self._device), 0)
-        return Moment(total.div_(count), count)
+        return Moment(_mirror_upper(total).div_(count), count)
+
+
+_LEAF = 512
+
+
+def _add_symmetric_product(total: Tensor, rows: Tensor) -> None:
+    """Add ``rows.T @ rows`` to the blocks of ``total`` on and above its diagonal.
+
+    Halves are halved again down to `_LEAF` columns, so that of a wide product little more than half
+    is computed; BLAS's own symmetric update takes longer than that (docs/initialization_speed.md).
+    """
+    width = rows.shape[1]
+    if width <= _LEAF:
+        total.addmm_(rows.T, rows)
+        return
+    half = width // 2
+    left, right = rows[:, :half], rows[:, half:]
+    total[:half, half:].addmm_(left.T, right)
+    _add_symmetric_product(total[:half, :half], left)
+    _add_symmetric_product(total[half:, half:], right)
+
+
+def _mirror_upper(total: Tensor) -> Tensor:
+    """Fill the blocks that `_add_symmetric_product` leaves out, in place."""
+    width = total.shape[0]
+    if width > _LEAF:
+        half = width // 2
+        total[half:, :half] = total[:half, half:].T
+        _mirror_upper(total[:half, :half])
+        _mirror_upper(total[half:, half:])
+    return total

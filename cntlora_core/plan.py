@@ -11,7 +11,7 @@ from torch import nn
 from cntlora_core.attachment import AttachmentPoint
 from cntlora_core.capture import CapturedMoments
 from cntlora_core.config import CNTLoRAConfig
-from cntlora_core.constraints import check_shift_width, delta_spectrum
+from cntlora_core.constraints import PointDelta, check_shift_width
 from cntlora_core.factorization import Factors, factorize, plain_factors, seeded_generator
 from cntlora_core.files import format_bytes
 from cntlora_core.linalg import PrincipalSubspace, principal_subspace
@@ -57,6 +57,7 @@ def plan_adapter(
     rank: int | Mapping[str, int],
     scaling: float | Mapping[str, float],
     progress: Callable[[int, int], None] | None = None,
+    release: bool = False,
 ) -> AdapterPlan:
     """The closed-form start of every point, under one rank budget.
 
@@ -68,6 +69,7 @@ def plan_adapter(
             it may be one for each point, by name.
         scaling: alpha / r, the same for every point or one for each, by name.
         progress: Called with (eigenproblems solved, total).
+        release: Whether each moment's memory may be given back once its eigenproblem is solved.
 
     Raises:
         ValueError: if the budget is too small, or as :func:`check_points`.
@@ -82,18 +84,24 @@ def plan_adapter(
     for point in points:
         groups.setdefault(captured.input_of[point.name], []).append(point)
 
+    deltas: dict[str, PointDelta] = {}
+
     def solve(index: int) -> tuple[PrincipalSubspace, dict[str, RankOffer]]:
         group = groups[index]
         k = max(wanted[p.name] for p in group) if fixed else ceiling
         subspace = principal_subspace(
             captured.moments[index], None if config.subspace == "full" else k
         )
+        if release:
+            captured.moments[index].release()
         return subspace, {} if fixed else {p.name: offer_of(p, subspace) for p in group}
 
     def offer_of(point: AttachmentPoint, subspace: PrincipalSubspace) -> RankOffer:
-        values = delta_spectrum(point.weight().cpu(), subspace, config).values
+        delta = PointDelta(point.weight().cpu(), subspace, config)
+        if config.subspace == "principal":  # else it is as large as the weight
+            deltas[point.name] = delta
         cost = point.in_features + point.out_features if config.rank_budget == "parameters" else 1
-        return RankOffer(values, cost, point.max_rank)
+        return RankOffer(delta.singular_values(), cost, point.max_rank)
 
     # The widest first: they take longest, and none should be left for the end.
     order = sorted(groups, key=lambda index: -groups[index][0].in_features)
@@ -115,10 +123,9 @@ def plan_adapter(
         # of the smallest eigenvalues, where the gains are largest and the data says least.
         number, point = numbered
         subspace = solved[captured.input_of[point.name]][0]
-        if config.subspace == "principal":
-            subspace = subspace.leading(ranks[point.name])
+        delta = deltas.pop(point.name, None) or PointDelta(point.weight().cpu(), subspace, config)
         return factorize(
-            delta_spectrum(point.weight().cpu(), subspace, config),
+            delta.spectrum(ranks[point.name] if config.subspace == "principal" else None),
             ranks[point.name],
             scalings[point.name],
             config,

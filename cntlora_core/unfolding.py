@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import Conv2d
 
 Convolution = nn.Conv1d | nn.Conv2d
 
@@ -94,7 +95,7 @@ def same_geometry(first: nn.Conv2d, second: nn.Conv2d) -> bool:
 def with_geometry_of(conv: nn.Conv2d, other: nn.Conv2d) -> nn.Conv2d:
     """The same kernel in a convolution that looks at its input as ``other`` does."""
     weight = conv.weight
-    made = nn.Conv2d(
+    made = Conv2d(
         conv.in_channels,
         conv.out_channels,
         other.kernel_size,  # pyright: ignore[reportArgumentType]

@@ -126,20 +126,28 @@ def check_rewritable(root: nn.Module, modules: Mapping[str, nn.Module]) -> None:
 
 
 @torch.no_grad()
-def subtract_from_weight(module: nn.Module, delta: Tensor) -> float:
-    """Write ``W - delta`` into a module's weight, in the weight's own dtype.
+def subtract_from_weight(module: nn.Module, up: Tensor, down: Tensor, scaling: float) -> float:
+    """Write ``W - scaling * up @ down`` into a module's weight, in the weight's own dtype.
 
     Args:
         module: The base module (not an adapter wrapper).
-        delta: (d_out, d_in) float32; of a convolution, d_in is unfolded.
+        up: (d_out, r) float32.
+        down: (r, d_in) float32; of a convolution, d_in is unfolded.
+        scaling: What their product is multiplied by.
 
     Returns:
         The Frobenius norm of what rounding to the weight's dtype lost, relative to the weight's.
     """
     weight = module.weight
     assert isinstance(weight, Tensor)
-    delta = delta.T if isinstance(module, Conv1D) else delta.reshape(weight.shape)
-    wanted = weight.float() - delta.to(weight.device)
-    scale = weight.float().norm().clamp_min(torch.finfo(torch.float32).tiny)
+    up, down = up.to(weight.device), down.to(weight.device)
+    left, right = (down.T, up.T) if isinstance(module, Conv1D) else (up, down)
+    if weight.dtype.itemsize >= up.dtype.itemsize and weight.is_contiguous():
+        matrix = weight.view(len(left), -1)
+        matrix.addmm_(left.to(weight.dtype), right.to(weight.dtype), alpha=-scaling)
+        return 0.0
+    before = weight.float()
+    wanted = before - (scaling * (left @ right)).reshape(weight.shape)
     weight.copy_(wanted)
-    return float((weight.float() - wanted).norm() / scale)
+    lost = (weight.float() - wanted).norm()
+    return float(lost / before.norm().clamp_min(torch.finfo(torch.float32).tiny))

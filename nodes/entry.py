@@ -10,10 +10,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .host import ComfyExtension
+from comfy_api.latest import ComfyExtension  # pyright: ignore[reportMissingImports]
 
 CORE = "cntlora_core"
-MODULES = ("load", "subject", "initialize", "train", "lora", "sample", "inspect")
+MODULES = ("load", "subject", "initialize", "train", "lora", "sample", "evaluate", "inspect")
 
 logger = logging.getLogger(__name__)
 

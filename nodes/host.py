@@ -1,10 +1,14 @@
-"""What the nodes use of ComfyUI, imported in one place."""
+"""What the nodes use of ComfyUI apart from its node classes, imported in one place."""
 
 from __future__ import annotations
 
-import comfy.model_management as model_management  # pyright: ignore[reportMissingImports]
-import folder_paths  # pyright: ignore[reportMissingImports]
-from comfy.utils import ProgressBar  # pyright: ignore[reportMissingImports]
-from comfy_api.latest import ComfyExtension, io  # pyright: ignore[reportMissingImports]
+from typing import Any
 
-__all__ = ["ComfyExtension", "ProgressBar", "folder_paths", "io", "model_management"]
+import comfy.model_management  # pyright: ignore[reportMissingImports]
+import comfy.utils  # pyright: ignore[reportMissingImports]
+import folder_paths as comfy_folders  # pyright: ignore[reportMissingImports]
+
+# As values, since type checkers do not have ComfyUI at hand.
+ProgressBar: Any = comfy.utils.ProgressBar
+model_management: Any = comfy.model_management
+folder_paths: Any = comfy_folders

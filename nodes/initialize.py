@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, get_args
 
+from comfy_api.latest import io  # pyright: ignore[reportMissingImports]
+
 from cntlora_core.config import CNTLoRAConfig, Factorization, RankBudget, Subspace
 from cntlora_core.diffusion.settings import AdapterSettings, Method, torch_dtype
 
-from .host import io
 from .pictures import image_tensor, shown
 from .runtime import device_name, tell, working
 from .sockets import ModelChoice, ModelSocket, StartSocket, SubjectSocket, TrainingStart
@@ -129,7 +130,7 @@ def _main_inputs() -> list[io.Input]:
             options=method_names(),
             default=default_method(),
             tooltip="cross, self and shift start from your photos (CNTLoRA); cross learns fastest. "
-            "lora is the ordinary random start.",
+            "lora is the ordinary random start; the others are known methods to compare with.",
         ),
         io.Int.Input(
             "rank",

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from comfy_api.latest import io  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-from .host import folder_paths, io
+from .host import folder_paths
 from .pictures import image_tensor, shown
 from .runtime import tell
 from .sockets import LoRAModel, LoRASocket

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import get_args
 
+from comfy_api.latest import io  # pyright: ignore[reportMissingImports]
+
 from cntlora_core.diffusion.settings import Precision, TrainingSettings
 
-from .host import io
 from .sockets import ModelChoice, ModelSocket
 from .widgets import ADVANCED, CATEGORY, default_of, model_names, model_path
 

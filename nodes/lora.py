@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from comfy_api.latest import io  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 from cntlora_core.files import save_safetensors_atomic
 
-from .host import folder_paths, io
+from .host import folder_paths
 from .runtime import tell
 from .sockets import LoRAModel, LoRASocket
 from .widgets import CATEGORY

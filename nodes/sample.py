@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from comfy_api.latest import io  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-from .host import io
 from .pictures import image_tensor, shown
 from .runtime import HostReporter, device_name, working
 from .sockets import LoRAModel, LoRASocket, ModelChoice, ModelSocket
@@ -98,7 +98,13 @@ class DrawPictures(io.ComfyNode):
                 ),
                 *_sampling_inputs(),
             ],
-            outputs=[io.Image.Output(display_name="images", tooltip="The pictures, one batch.")],
+            outputs=[
+                io.Image.Output(display_name="images", tooltip="The pictures, one batch."),
+                io.String.Output(
+                    display_name="prompts",
+                    tooltip="The prompt of each picture, a line each, for Measure Pictures.",
+                ),
+            ],
         )
 
     @classmethod
@@ -127,7 +133,7 @@ class DrawPictures(io.ComfyNode):
             pipeline = load_pipeline(model, loras, settings.scheduler, reporter)
             seeds = list(range(seed, seed + len(asked)))
             pictures = draw(pipeline, asked, settings, seeds=seeds, reporter=reporter)
-        return io.NodeOutput(image_tensor(pictures), ui=shown(pictures))
+        return io.NodeOutput(image_tensor(pictures), "\n".join(asked), ui=shown(pictures))
 
 
 class CompareLoRAs(io.ComfyNode):
@@ -224,7 +230,7 @@ def _sampling_inputs() -> list[Any]:
             min=0.0,
             max=100.0,
             step=0.5,
-            tooltip="How closely the picture follows the prompt (CFG). The small model likes 5.",
+            tooltip="How closely the picture follows the prompt (CFG). The small model likes 2.5.",
         ),
         io.String.Input(
             "negative_prompt", default="", tooltip="What the pictures should not show."

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from comfy_api.latest import io  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 from cntlora_core.data.photos import PhotoSet
 from cntlora_core.diffusion.settings import Precision
-
-from .host import io
 
 if TYPE_CHECKING:
     from cntlora_core.diffusion.stages import Start, Subject

@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from comfy_api.latest import io  # pyright: ignore[reportMissingImports]
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -14,7 +15,6 @@ from cntlora_core.data.photos import IMAGE_SUFFIXES, PhotoSet, load_photos, phot
 from cntlora_core.diffusion.settings import PriorSettings, SubjectSettings, torch_dtype
 from cntlora_core.sheets import contact_sheet
 
-from .host import io
 from .pictures import image_arrays, image_tensor, shown
 from .runtime import device_name, tell, working
 from .sockets import ClassImages, ClassImagesSocket, ModelChoice, ModelSocket, SubjectSocket

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
+from comfy_api.latest import io  # pyright: ignore[reportMissingImports]
 from PIL import Image
 
 from cntlora_core.data.captions import fill_placeholders
@@ -19,7 +20,6 @@ from cntlora_core.diffusion.settings import (
 )
 from cntlora_core.files import safe_name
 
-from .host import io
 from .pictures import image_tensor, shown
 from .runtime import device_name, tell, working
 from .sockets import (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ ADVANCED = {"advanced": True}
 """For ``extra_dict``: the widget shows after "Show Advanced" in the node's menu."""
 
 SMALL_MODEL = "small model (built in, 64 px)"
+SMALL_ENCODER = "small (built in, for 64 px)"
 FOLDER_MARK = "diffusers/"
 NO_FOLDER = "(none)"
 EXAMPLE_MARK = "example/"
@@ -65,6 +67,39 @@ def model_path(name: str) -> Path:
             if (folder / "model_index.json").is_file():
                 return folder
     return Path(folder_paths.get_full_path_or_raise("checkpoints", name))
+
+
+def _encoder_folders(kind: str) -> dict[str, Path]:
+    """Folders of transformers' layout in ComfyUI's clip_vision folders, CLIP models or others."""
+    found = {}
+    for root in folder_paths.get_folder_paths("clip_vision"):
+        for config in sorted(Path(root).glob("*/config.json")):
+            try:
+                is_clip = json.loads(config.read_text("utf-8")).get("model_type") == "clip"
+            except (OSError, ValueError, AttributeError):
+                continue
+            if is_clip == (kind == "clip"):
+                found.setdefault(config.parent.name, config.parent)
+    return found
+
+
+def encoder_names(kind: str) -> list[str]:
+    """The embedded encoder, and those that ComfyUI has a folder of; kind: vision or clip."""
+    return [SMALL_ENCODER, *_encoder_folders(kind)]
+
+
+def encoder_source(name: str, kind: str) -> str:
+    """What the core calls the encoder of that name.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if name == SMALL_ENCODER:
+        return "small"
+    folders = _encoder_folders(kind)
+    if name not in folders:
+        raise FileNotFoundError(f"there is no encoder {name!r} in ComfyUI's clip_vision folders")
+    return str(folders[name])
 
 
 def input_folders() -> list[str]:

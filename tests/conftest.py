@@ -126,3 +126,49 @@ def photo_folder(tmp_path: Path) -> Path:
         ImageDraw.Draw(image).ellipse((5 + i, 6, 30, 40 - 2 * i), fill=(230, 60 * i, 20))
         image.save(folder / f"{i}.png")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_encoders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders ``vision`` and ``clip``: tiny random encoders of the kinds that judge pictures."""
+    from transformers import (
+        CLIPConfig,
+        CLIPImageProcessorPil,
+        CLIPModel,
+        CLIPTextConfig,
+        CLIPTokenizer,
+        CLIPVisionConfig,
+        ViTConfig,
+        ViTImageProcessorPil,
+        ViTModel,
+    )
+
+    base = tmp_path_factory.mktemp("tiny encoders")
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    grey = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    torch.manual_seed(1)
+    vit = ViTModel(ViTConfig(image_size=16, patch_size=8, **shape), add_pooling_layer=False)
+    vit.half().save_pretrained(base / "vision")
+    ViTImageProcessorPil(size={"height": 16, "width": 16}, **grey).save_pretrained(base / "vision")
+    write_tokenizer(base / "clip")
+    tokenizer = CLIPTokenizer.from_pretrained(str(base / "clip"))
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=77,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **shape,
+    )
+    vision = CLIPVisionConfig(image_size=16, patch_size=8, **shape)
+    both = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=24)
+    CLIPModel(both).half().save_pretrained(base / "clip")
+    CLIPImageProcessorPil(
+        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, **grey
+    ).save_pretrained(base / "clip")
+    return base

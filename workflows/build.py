@@ -41,7 +41,8 @@ class Node:
         at: Column and height on the canvas, in pixels.
         given: Links and widget values by input.
         title: Over the node, where it is not the usual one.
-        height: On the canvas, in pixels; by default as its widgets need.
+        tall: Height on the canvas, in pixels; by default as its widgets need.
+        wide: Width on the canvas, in pixels.
         number: Its number in the graph.
     """
 
@@ -49,8 +50,8 @@ class Node:
     at: tuple[int, int]
     given: dict[str, Any] = field(default_factory=dict)
     title: str | None = None
-    height: int = 0
-    width: int = 330
+    tall: int = 0
+    wide: int = 330
     number: int = 0
 
     def out(self, output: int = 0) -> Link:
@@ -63,14 +64,14 @@ class Graph:
     def __init__(self) -> None:
         self.nodes: list[Node] = []
 
-    def add(self, kind: str, at: tuple[int, int], *, title: str | None = None, height: int = 0,
-            width: int = 330, **given: Any) -> Node:  # fmt: skip
-        node = Node(kind, at, given, title, height, width, len(self.nodes) + 1)
+    def add(self, kind: str, at: tuple[int, int], *, title: str | None = None, tall: int = 0,
+            wide: int = 330, **given: Any) -> Node:  # fmt: skip
+        node = Node(kind, at, given, title, tall, wide, len(self.nodes) + 1)
         self.nodes.append(node)
         return node
 
-    def note(self, at: tuple[int, int], text: str, height: int = 160) -> None:
-        self.add("MarkdownNote", at, height=height, text=text)
+    def note(self, at: tuple[int, int], text: str, tall: int = 160) -> None:
+        self.add("MarkdownNote", at, tall=tall, text=text)
 
 
 def inputs_of(info: Mapping[str, Any], kind: str) -> dict[str, tuple[Any, dict[str, Any]]]:
@@ -95,7 +96,8 @@ def widget_values(info: Mapping[str, Any], node: Node) -> dict[str, Any]:
             continue
         choices = kind if isinstance(kind, list) else options.get("options", [None])
         default = options.get("default", choices[0] if choices else None)
-        values[name] = node.given.get(name, default)
+        given = node.given.get(name, default)
+        values[name] = default if isinstance(given, Link) else given
     return values
 
 
@@ -128,7 +130,7 @@ def canvas_layout(name: str, graph: Graph, info: Mapping[str, Any]) -> dict[str,
     leaving: dict[tuple[int, int], list[int]] = {}
     entering: dict[tuple[int, str], int] = {}
     for node in graph.nodes:
-        sockets = [] if node.kind not in info else _sockets(info, node.kind)
+        sockets = [] if node.kind not in info else _sockets(info, node)
         for slot, (input_name, kind) in enumerate(sockets):
             link = node.given.get(input_name)
             if isinstance(link, Link):
@@ -151,8 +153,16 @@ def canvas_layout(name: str, graph: Graph, info: Mapping[str, Any]) -> dict[str,
     }
 
 
-def _sockets(info: Mapping[str, Any], kind: str) -> list[tuple[str, str]]:
-    return [(name, t) for name, (t, _) in inputs_of(info, kind).items() if not is_widget(t)]
+def _sockets(info: Mapping[str, Any], node: Node) -> list[tuple[str, str]]:
+    """Inputs that are no widgets, and after them the widgets that a link replaces."""
+    found = inputs_of(info, node.kind).items()
+    plain = [(name, kind) for name, (kind, _) in found if not is_widget(kind)]
+    linked = [
+        (name, kind)
+        for name, (kind, _) in found
+        if is_widget(kind) and isinstance(node.given.get(name), Link)
+    ]
+    return [*plain, *linked]
 
 
 def _canvas_node(
@@ -175,7 +185,7 @@ def _canvas_node(
     if node.title:
         content["title"] = node.title
     if node.kind not in info:
-        content |= {"size": [node.width, node.height], "widgets_values": [node.given["text"]]}
+        content |= {"size": [node.wide, node.tall], "widgets_values": [node.given["text"]]}
         return content
     known = info[node.kind]
     shown, values = 0, []
@@ -187,13 +197,18 @@ def _canvas_node(
         if kind == "INT" and fixed:
             values.append("fixed")
             shown += 1
-    sockets = _sockets(info, node.kind)
+    sockets = _sockets(info, node)
     rows = max(len(sockets), len(known["output"])) + shown
     outputs = zip(known["output_name"], known["output"])
     return content | {
-        "size": [node.width, node.height or HEAD + LINE_HEIGHT * rows],
+        "size": [node.wide, node.tall or HEAD + LINE_HEIGHT * rows],
         "inputs": [
-            {"name": name, "type": kind, "link": entering.get((node.number, name))}
+            {
+                "name": name,
+                "type": kind,
+                "link": entering.get((node.number, name)),
+                **({"widget": {"name": name}} if is_widget(kind) else {}),
+            }
             for name, kind in sockets
         ],
         "outputs": [
@@ -209,31 +224,40 @@ def small_model() -> Graph:
     graph = Graph()
     model = graph.add("CNTLoRALoadModel", (40, 40), checkpoint=SMALL)
     subject = graph.add(
-        "CNTLoRASubject", (40, 200), folder="example/penguin", class_name="penguin", height=520
+        "CNTLoRASubject", (40, 200), folder="example/penguin", class_name="penguin", tall=480
     )
     others = graph.add(
         "CNTLoRAClassImages", (420, 40), model=model.out(), subject=subject.out(), count=50,
-        guidance=5.0, height=380,
+        guidance=2.5, tall=380,
     )  # fmt: skip
     start = graph.add(
-        "CNTLoRAInitialize", (420, 460), model=model.out(), subject=subject.out(), rank=16,
-        passes=8, height=380,
+        "CNTLoRAInitialize", (420, 440), model=model.out(), subject=subject.out(), rank=16,
+        passes=8, tall=380,
     )  # fmt: skip
     lora = graph.add(
         "CNTLoRATrain", (800, 40), start=start.out(), class_images=others.out(), steps=400,
-        preview_every=100, height=720,
+        preview_every=100, tall=640,
     )  # fmt: skip
     graph.add("CNTLoRASave", (1180, 40), lora=lora.out(), filename_prefix="small_penguin")
     prompts = "a photo of sks penguin\na photo of sks penguin on the beach"
     graph.add(
         "CNTLoRACompare", (1180, 220), model=model.out(), lora_1=lora.out(), prompts=prompts,
-        seeds="0, 1, 2", guidance=5.0, height=640, width=520,
+        seeds="0, 1, 2", guidance=2.5, tall=640, wide=520,
+    )  # fmt: skip
+    drawn = graph.add(
+        "CNTLoRASample", (800, 720), model=model.out(), lora=lora.out(), prompts=prompts,
+        per_prompt=4, guidance=2.5, tall=560,
+    )  # fmt: skip
+    graph.add(
+        "CNTLoRAEvaluate", (1180, 900), images=drawn.out(), subject=subject.out(),
+        prompts=drawn.out(1), tall=560, wide=520,
     )  # fmt: skip
     graph.note(
-        (40, 760),
+        (40, 740),
         "**Teach the small model a penguin.** Press Run: it takes some minutes on a CPU. Above the "
         "training you see the loss and preview pictures; the grid on the right shows the model "
-        "without the LoRA and with it.\n\nThen load *personalise_sd15* for photos of your own.",
+        "without the LoRA and with it, and below it eight pictures are measured.\n\nThen load "
+        "*personalise_sd15* for photos of your own.",
     )
     return graph
 
@@ -242,31 +266,31 @@ def sd15() -> Graph:
     graph = Graph()
     model = graph.add("CNTLoRALoadModel", (40, 40), checkpoint=CHECKPOINT)
     subject = graph.add(
-        "CNTLoRASubject", (40, 200), folder="example/backpack", class_name="backpack", height=520
+        "CNTLoRASubject", (40, 200), folder="example/backpack", class_name="backpack", tall=480
     )
     others = graph.add(
-        "CNTLoRAClassImages", (420, 40), model=model.out(), subject=subject.out(), height=380
+        "CNTLoRAClassImages", (420, 40), model=model.out(), subject=subject.out(), tall=380
     )
     start = graph.add(
-        "CNTLoRAInitialize", (420, 460), model=model.out(), subject=subject.out(), height=380
+        "CNTLoRAInitialize", (420, 440), model=model.out(), subject=subject.out(), tall=380
     )
     lora = graph.add(
-        "CNTLoRATrain", (800, 40), start=start.out(), class_images=others.out(), height=720
+        "CNTLoRATrain", (800, 40), start=start.out(), class_images=others.out(), tall=640
     )
     graph.add("CNTLoRASave", (1180, 40), lora=lora.out())
-    graph.add("LossGraphNode", (1180, 200), loss=lora.out(1))
-    loaded = graph.add("CheckpointLoaderSimple", (800, 800), ckpt_name=CHECKPOINT)
+    graph.add("LossGraphNode", (1180, 220), loss=lora.out(1))
+    loaded = graph.add("CheckpointLoaderSimple", (800, 740), ckpt_name=CHECKPOINT)
     applied = graph.add(
-        "CNTLoRAApply", (1180, 640), model=loaded.out(), clip=loaded.out(1), lora=lora.out()
+        "CNTLoRAApply", (1180, 620), model=loaded.out(), clip=loaded.out(1), lora=lora.out()
     )
     _draw(graph, (1560, 40), applied, loaded, "a photo of sks backpack in the snow")
     graph.note(
-        (40, 760),
+        (40, 740),
         "**Teach Stable Diffusion 1.5 your subject.**\n\n1. Put 4 to 6 photos into a folder in "
         "ComfyUI's `input` and choose it under *folder* (or connect images).\n2. Say what it is "
         "under *class_name*.\n3. Run. Cancel whenever you like: the next run goes on.\n\nYour "
         "subject is called `sks backpack` in prompts, with your own class name.",
-        height=260,
+        tall=260,
     )
     return graph
 
@@ -275,31 +299,31 @@ def compare_starts() -> Graph:
     graph = Graph()
     model = graph.add("CNTLoRALoadModel", (40, 40), checkpoint=SMALL)
     subject = graph.add(
-        "CNTLoRASubject", (40, 200), folder="example/clock", class_name="clock", height=520
+        "CNTLoRASubject", (40, 200), folder="example/clock", class_name="clock", tall=480
     )
     others = graph.add(
         "CNTLoRAClassImages", (420, 40), model=model.out(), subject=subject.out(), count=50,
-        guidance=5.0, height=380,
+        guidance=2.5, tall=380,
     )  # fmt: skip
     loras = []
     for i, method in enumerate(("lora", "self", "cross")):
         y = 40 + i * 640
         start = graph.add(
             "CNTLoRAInitialize", (800, y), model=model.out(), subject=subject.out(), method=method,
-            rank=16, passes=8, title=f"Start: {method}", height=400,
+            rank=16, passes=8, title=f"Start: {method}", tall=400,
         )  # fmt: skip
         lora = graph.add(
             "CNTLoRATrain", (1180, y), start=start.out(), class_images=others.out(), steps=200,
-            preview_every=0, title=f"Teach: {method}", height=600,
+            preview_every=0, title=f"Teach: {method}", tall=600,
         )  # fmt: skip
         loras.append(lora.out())
     prompts = "a photo of sks clock\na photo of sks clock on the grass"
     graph.add(
         "CNTLoRACompare", (1560, 40), model=model.out(), prompts=prompts, seeds="0, 1, 2",
-        guidance=5.0, height=800, width=620, **{f"lora_{i}": x for i, x in enumerate(loras, 1)},
+        guidance=2.5, tall=800, wide=620, **{f"lora_{i}": x for i, x in enumerate(loras, 1)},
     )  # fmt: skip
     graph.note(
-        (40, 760),
+        (40, 740),
         "**One subject, three ways to start.** The same steps and seeds: an ordinary LoRA, and two "
         "that start from the photos. With a checkpoint of SD1.5 in the first node, set *rank* to "
         "128 and *guidance* to 7.5.",
@@ -315,7 +339,7 @@ def use_saved() -> Graph:
         "LoraLoader", (420, 40), model=loaded.out(), clip=loaded.out(1), lora_name=name
     )
     _draw(graph, (800, 40), lora, loaded, "a photo of sks backpack in the snow")
-    graph.add("CNTLoRAInspect", (40, 260), lora_name=name, height=340, width=640)
+    graph.add("CNTLoRAInspect", (40, 260), lora_name=name, tall=340, wide=640)
     graph.note(
         (40, 640),
         "**Use a LoRA that was saved.** Choose it in both nodes, press R first if it is not in the "
@@ -328,18 +352,16 @@ def _draw(graph: Graph, at: tuple[int, int], lora: Node, loaded: Node, prompt: s
     x, y = at
     wanted = graph.add("CLIPTextEncode", (x, y), clip=lora.out(1), text=prompt, title="Prompt")
     unwanted = graph.add(
-        "CLIPTextEncode", (x, y + 220), clip=lora.out(1), text="", title="Negative prompt"
+        "CLIPTextEncode", (x, y + 240), clip=lora.out(1), text="", title="Negative prompt"
     )
-    empty = graph.add("EmptyLatentImage", (x, y + 440), width=512, height=512)
+    empty = graph.add("EmptyLatentImage", (x, y + 480), width=512, height=512)
     drawn = graph.add(
         "KSampler", (x + 380, y), model=lora.out(), positive=wanted.out(), negative=unwanted.out(),
         latent_image=empty.out(), seed=0, steps=25, cfg=7.5, sampler_name="dpmpp_2m",
         scheduler="karras",
     )  # fmt: skip
-    picture = graph.add("VAEDecode", (x + 380, y + 340), samples=drawn.out(), vae=loaded.out(2))
-    graph.add(
-        "SaveImage", (x + 760, y), images=picture.out(), filename_prefix="cntlora", height=420
-    )
+    picture = graph.add("VAEDecode", (x + 380, y + 440), samples=drawn.out(), vae=loaded.out(2))
+    graph.add("SaveImage", (x + 760, y), images=picture.out(), filename_prefix="cntlora", tall=420)
 
 
 GRAPHS = {

@@ -28,8 +28,13 @@ from rich.table import Table
 
 from cntlora_core.benchmark.init_cases import INIT_CASES
 from cntlora_core.benchmark.init_plots import plot_cases
-from cntlora_core.benchmark.init_settings import InitBenchmark, MethodName
-from cntlora_core.benchmark.init_worker import InitTask, peak_bytes, task_to_json
+from cntlora_core.benchmark.init_settings import InitBenchmark
+from cntlora_core.benchmark.init_worker import (
+    InitTask,
+    check_method,
+    peak_bytes,
+    task_to_json,
+)
 from cntlora_core.console import result_console
 from cntlora_core.files import format_bytes, require_writable_folder, write_json_atomic
 from cntlora_core.progress import Reporter, silent
@@ -112,16 +117,20 @@ def run_cases(settings: InitBenchmark, reporter: Reporter = silent) -> dict[str,
 
     Raises:
         OSError: the output folder cannot be written to.
+        ValueError: for a method that there is not, or that cannot be measured.
     """
+    for method in settings.methods:
+        check_method(method)
     folder = require_writable_folder(settings.output)
     log = folder / "cases.log"
     log.unlink(missing_ok=True)
-    methods: list[MethodName] = [
+    methods = [
         "cntlora",
         *(m for m in dict.fromkeys(settings.methods) if m != "cntlora"),
     ]
     rival_repeats = settings.rival_repeats or settings.repeats
-    total = len(settings.cases) * (settings.repeats + (len(methods) - 1) * rival_repeats)
+    ours = sum(map(_is_ours, methods))
+    total = len(settings.cases) * (ours * settings.repeats + (len(methods) - ours) * rival_repeats)
     done = 0
     cases: dict[str, Any] = {}
     result = {"settings": _json_values(settings), "machine": machine(), "targets": TARGETS}
@@ -129,7 +138,7 @@ def run_cases(settings: InitBenchmark, reporter: Reporter = silent) -> dict[str,
         runs: dict[str, list[dict[str, Any]]] = {}
         # In turn, so that a slow spell of the machine meets all of them.
         for repeat in range(settings.repeats):
-            for method in methods if repeat < rival_repeats else methods[:1]:
+            for method in methods if repeat < rival_repeats else filter(_is_ours, methods):
                 if not all(run["ended"] for run in runs.get(method, [])):
                     done += 1
                     continue  # it would not end the next time either
@@ -174,6 +183,10 @@ def _in_words(run: dict[str, Any]) -> str:
     )
 
 
+def _is_ours(method: str) -> bool:
+    return method.startswith("cntlora")
+
+
 def linear_algebra_seconds(run: dict[str, Any]) -> float:
     """What a start took beyond the forward passes that it ran, at the speed of the bare ones.
 
@@ -189,7 +202,8 @@ def summarise(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     For each: ``total_seconds``, ``forward_seconds``, ``total_over_forwards``,
     ``linear_algebra_seconds``, ``extra_bytes`` (peak in the start less peak in the bare passes).
     For ours also ``memory_over_moments``; for the others ``times_faster``: their linear algebra
-    over ours, or ``times_faster_at_least`` for one that did not end.
+    over ours, or ``times_faster_at_least`` for one that did not end, and the same over that of
+    ``cntlora-fixed``, where it ran, as ``times_faster_fixed`` and ``times_faster_fixed_at_least``.
     """
     summary: dict[str, Any] = {}
     for method, all_runs in runs.items():
@@ -207,23 +221,23 @@ def summarise(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
             "extra_bytes": median(r["method_peak"] - r["forward_peak"] for r in ended),
             "adapter_bytes": ended[0]["adapter_bytes"],
         }
-        if method == "cntlora":
+        if _is_ours(method):
             own = summary[method]
             for key in ("points", "distinct_inputs", "moment_bytes"):
                 own[key] = ended[0][key]
             for key in ("capture_seconds", "solve_seconds"):
                 own[key] = median(r[key] for r in ended)
             own["memory_over_moments"] = own["extra_bytes"] / own["moment_bytes"]
-    ours = summary.get("cntlora", {}).get("linear_algebra_seconds")
-    if ours:
-        for method, other in summary.items():
-            if method == "cntlora" or "failed" in other:
+    for own, key in (("cntlora", "times_faster"), ("cntlora-fixed", "times_faster_fixed")):
+        ours = summary.get(own, {}).get("linear_algebra_seconds")
+        for method, other in summary.items() if ours else ():
+            if _is_ours(method) or "failed" in other:
                 continue
             seconds = other.get("linear_algebra_seconds")
             if other.get("total_seconds") is not None:
-                other["times_faster"] = seconds / ours
+                other[key] = seconds / ours
             elif seconds is not None:
-                other["times_faster_at_least"] = seconds / ours
+                other[f"{key}_at_least"] = seconds / ours
     return summary
 
 

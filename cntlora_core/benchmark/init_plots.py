@@ -86,7 +86,7 @@ def plot_tried(result: Mapping[str, Any], path: Path) -> None:
         for row, entry in enumerate(entries):
             ratio = entry.get("over_used")
             if ratio is None:
-                axis.text(0, row, f" {entry['skipped']}", va="center", fontsize=7)
+                axis.text(0, row, f" {entry['skipped'][:34]} ...", va="center", fontsize=7)
                 continue
             axis.barh(row, ratio, color=_ALGEBRA if entry["used"] else _FORWARD)
             error = entry.get("error")
@@ -94,9 +94,8 @@ def plot_tried(result: Mapping[str, Any], path: Path) -> None:
             axis.text(ratio, row, said, va="center", fontsize=7)
         axis.set_yticks(range(len(entries)), [e["variant"] for e in entries], fontsize=7)
         axis.set_ylim(len(entries) - 0.4, -0.6)
-        axis.margins(x=0.3)
         axis.set_xlabel("time over that of what is used", fontsize=7)
-        axis.set_xlim(left=0)
+        axis.set_xlim(0, 1.45 * max(entry.get("over_used", 0.0) for entry in entries))
         axis.set_title(title, fontsize=8, loc="left")
     _save(figure, path)
 

@@ -33,7 +33,7 @@ from cntlora_core.progress import Reporter, silent
 EXPECTED = {
     "images": "forwards and sums in proportion; linear algebra not at all",
     "rank": "the factors' part of the linear algebra (d_out * d_in * k) only",
-    "width": "forwards and sums with its square, eigenproblems with its cube",
+    "width": "forwards and sums with its square; so do few eigenpairs, all of them with its cube",
     "depth": "everything in proportion",
 }
 """What the arithmetic says of each variable."""

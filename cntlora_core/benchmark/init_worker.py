@@ -3,7 +3,7 @@
     python -m cntlora_core.benchmark.init_worker TASK.json RESULT.json
 
 ``RESULT.json`` is rewritten as the work goes on, so that whoever ends this process knows how far it
-came. Bare forward passes over the same batches are timed first, in the same process.
+came. Bare forward passes over the same batches are timed in the same process, before and after.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from json import loads
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,11 @@ from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.eva import initialize_lora_eva_weights
 from torch import nn
+from torch.nn import Linear
 
 from cntlora_core.attachment import find_attachment_points
 from cntlora_core.benchmark.init_cases import INIT_CASES, InitCase, batches_of, build_case
-from cntlora_core.benchmark.init_settings import CaseName, MethodName
+from cntlora_core.benchmark.init_settings import CaseName
 from cntlora_core.config import CNTLoRAConfig
 from cntlora_core.files import write_json_atomic
 from cntlora_core.initialize import collect_moments, get_cntlora_model
@@ -42,7 +44,8 @@ class InitTask:
 
     Attributes:
         case: The model and its data.
-        method: The start.
+        method: The start: "cntlora", "cntlora-fixed" (one rank for all), "eva", "corda", or a name
+            of the registry of methods.
         quick: Tiny sizes.
         model: A checkpoint; None for random weights.
         threads: Of torch; None for its own choice.
@@ -50,7 +53,7 @@ class InitTask:
     """
 
     case: CaseName
-    method: MethodName
+    method: str
     quick: bool = False
     model: str | None = None
     threads: int | None = None
@@ -77,6 +80,14 @@ def _cntlora(
 ) -> PeftModel:
     config = case.lora_config(quick)
     return get_cntlora_model(model, config, CNTLoRAConfig(), batches, forward_fn=forward)
+
+
+def _cntlora_fixed(
+    model: nn.Module, case: InitCase, quick: bool, batches: list, forward: Forwards
+) -> PeftModel:
+    """One rank for all, as CorDA has it: no directions beyond it to share out."""
+    config, settings = case.lora_config(quick), CNTLoRAConfig(rank_budget="fixed")
+    return get_cntlora_model(model, config, settings, batches, forward_fn=forward)
 
 
 def _eva(
@@ -111,7 +122,40 @@ def _corda(
     return peft_model
 
 
-_STARTS = {"cntlora": _cntlora, "eva": _eva, "corda": _corda}
+def _of_registry(
+    name: str, model: nn.Module, case: InitCase, quick: bool, batches: list, forward: Forwards
+) -> PeftModel:
+    from cntlora_core.methods import start_adapter
+
+    started = start_adapter(model, case.lora_config(quick), name, batches, forward_fn=forward)
+    assert isinstance(started.model, PeftModel)
+    return started.model
+
+
+def check_method(name: str) -> None:
+    """Refuse what cannot be measured.
+
+    Raises:
+        ValueError: saying what can.
+    """
+    from cntlora_core.methods import get_method
+
+    if name in _STARTS:
+        return
+    method = get_method(name)
+    if method.needs == "gradients" or name == "full":
+        raise ValueError(
+            f"method {name!r} {'needs a loss' if name != 'full' else 'has no start'}, which these "
+            "cases do not have: choose cntlora, eva, corda, or another of `cntlora methods`"
+        )
+
+
+_STARTS = {
+    "cntlora": _cntlora,
+    "cntlora-fixed": _cntlora_fixed,
+    "eva": _eva,
+    "corda": _corda,
+}
 
 
 def _batch_size(task: InitTask, case: InitCase, samples: int) -> int:
@@ -130,7 +174,8 @@ def measure(task: InitTask, report: Callable[[dict[str, Any]], None]) -> dict[st
         report: Called with what is known so far; ``started`` is there once the start runs.
 
     Returns:
-        ``forward_seconds`` of the bare passes over all batches, ``total_seconds`` of the start,
+        ``forward_seconds`` of the bare passes over all batches, the mean of those before the start
+        and those after it, ``total_seconds`` of the start,
         ``forwards_run`` by it, ``batches`` in the data, and in bytes the peak of resident memory
         in the bare passes (``forward_peak``) and in the start (``method_peak``), and of the
         adapter's weights (``adapter_bytes``). For ours also its own ``capture_seconds`` and
@@ -144,14 +189,12 @@ def measure(task: InitTask, report: Callable[[dict[str, Any]], None]) -> dict[st
     model, samples = build_case(case, checkpoint, task.quick, task.seed)
     batches = batches_of(samples, _batch_size(task, case, len(samples)))
     model(**batches[0])
-    get_peft_model(nn.Sequential(nn.Linear(1, 1)), LoraConfig(target_modules=["0"]))  # its imports
+    get_peft_model(nn.Sequential(Linear(1, 1)), LoraConfig(target_modules=["0"]))  # its imports
     gc.collect()
     reset_peak()
-    start = time.perf_counter()
-    for batch in batches:
-        model(**batch)
+    before = _bare_seconds(model, batches)
     result: dict[str, Any] = {
-        "forward_seconds": time.perf_counter() - start,
+        "forward_seconds": before,
         "forward_peak": peak_bytes(),
         "batches": len(batches),
         "threads": torch.get_num_threads(),
@@ -161,24 +204,35 @@ def measure(task: InitTask, report: Callable[[dict[str, Any]], None]) -> dict[st
     report(result | {"started": True, "forwards_run": 0})
     forward = Forwards(lambda count: report(result | {"started": True, "forwards_run": count}))
     start = time.perf_counter()
-    peft_model = _STARTS[task.method](model, case, task.quick, batches, forward)
+    direct = _STARTS.get(task.method)
+    method = direct if direct is not None else partial(_of_registry, task.method)
+    peft_model = method(model, case, task.quick, batches, forward)
     result["total_seconds"] = time.perf_counter() - start
     result["method_peak"] = peak_bytes()
     result["forwards_run"] = forward.count
     result["adapter_bytes"] = sum(
         p.numel() * p.element_size() for n, p in peft_model.named_parameters() if "lora_" in n
     )
-    if task.method == "cntlora":
-        result |= _own_facts(peft_model, case, task.quick, batches)
+    base = peft_model.unload()
+    assert isinstance(base, nn.Module)
+    # A machine's speed drifts: bare passes before and after bracket those of the start.
+    result["forward_seconds"] = (before + _bare_seconds(base, batches)) / 2
+    if task.method.startswith("cntlora"):
+        result |= _own_facts(peft_model, base, case, task.quick, batches)
     return result
 
 
+def _bare_seconds(model: nn.Module, batches: list[Any]) -> float:
+    start = time.perf_counter()
+    for batch in batches:
+        model(**batch)
+    return time.perf_counter() - start
+
+
 def _own_facts(
-    peft_model: PeftModel, case: InitCase, quick: bool, batches: list[Any]
+    peft_model: PeftModel, base: nn.Module, case: InitCase, quick: bool, batches: list[Any]
 ) -> dict[str, Any]:
     found: Any = peft_model.cntlora_report
-    base = peft_model.unload()
-    assert isinstance(base, nn.Module)
     points = find_attachment_points(base, case.lora_config(quick))
     moments = collect_moments(base, points, batches[:1]).moments
     return {

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import resource
 import runpy
+import signal
 import sys
 import time
 
@@ -22,6 +23,7 @@ def main() -> None:
     result, program, *arguments = sys.argv[1:]
     times: list[float] = []
     register_optimizer_step_post_hook(lambda *_: times.append(time.perf_counter()))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # a server is ended from outside
     try:
         if program == "-m":
             sys.argv = arguments

@@ -20,6 +20,7 @@ from cntlora_core.data.latents import LatentSet
 from cntlora_core.diffusion.objective import training_target
 from cntlora_core.diffusion.settings import AdapterSettings
 from cntlora_core.initialize import InitReport, collect_moments, report_of
+from cntlora_core.memory import give_back_freed_memory
 from cntlora_core.methods import Limits, StartReport, StartRequest, get_method
 from cntlora_core.plan import check_points
 from cntlora_core.processes import Processes, plan_from_first
@@ -194,6 +195,7 @@ def initialize_adapter(
     captured = collect_moments(
         models, points, batches, forward_fn=forward, progress=passes_progress
     )
+    give_back_freed_memory()  # activations: what comes next needs much less
     middle = time.perf_counter()
     plan = plan_from_first(
         lambda: plan_adapter(
@@ -203,6 +205,7 @@ def initialize_adapter(
             rank=settings.rank,
             scaling=settings.scaling,
             progress=solve_progress,
+            release=True,
         ),
         Processes(),
     )

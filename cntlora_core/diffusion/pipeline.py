@@ -31,6 +31,7 @@ from cntlora_core.diffusion.checkpoint import (
 )
 from cntlora_core.diffusion.fingerprint import fingerprint_model
 from cntlora_core.diffusion.original_layout import original_key
+from cntlora_core.hub import why_not_fetched
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -276,30 +277,7 @@ def _locate(model: str | Path, local_files_only: bool | None) -> Path:
             )
         )
     except Exception as error:  # the hub's client raises a dozen kinds, OSError and others
-        raise CheckpointError(text, _not_fetched(error)) from error
-
-
-def _not_fetched(error: BaseException) -> str:
-    """Why the hub gave nothing; diffusers hides the reason in the chain of causes."""
-    chain = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
-        chain.append(cause)
-    kinds = {kind.__name__ for link in chain for kind in type(link).__mro__}
-    if "OfflineModeIsEnabled" in kinds:
-        reason = "it is not in the hub's cache, and HF_HUB_OFFLINE is set"
-    elif "GatedRepoError" in kinds:
-        reason = "its owner asks you to accept terms on the hub first, then log in"
-    elif "RepositoryNotFoundError" in kinds:
-        reason = "the hub has no such public model"
-    elif "RemoteEntryNotFoundError" in kinds:
-        reason = "that model on the hub is not a diffusers folder"
-    elif kinds & {"ConnectError", "ConnectionError", "TimeoutException", "Timeout"}:
-        reason = "it is not in the hub's cache, and the hub cannot be reached"
-    elif "LocalEntryNotFoundError" in kinds:
-        reason = "it is not in the hub's cache, and local_files_only forbids to download it"
-    else:
-        reason = f"{type(error).__name__}: {error}"
-    return f"there is no such file or folder here, and as a hub id it cannot be had: {reason}."
+        raise CheckpointError(text, why_not_fetched(error, "a diffusers folder")) from error
 
 
 def _names_in(path: Path, part: str, config: Any) -> Callable[[str], list[str]]:

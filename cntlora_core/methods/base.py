@@ -31,10 +31,13 @@ class Limits:
     Attributes:
         max_passes: Passes over the data.
         max_seconds: Time; None for as long as it takes.
+        held_bytes: How much of what layers read may be held in memory at a time. EVA ends soonest
+            where that is a whole pass over the data.
     """
 
     max_passes: int = 100
     max_seconds: float | None = None
+    held_bytes: int = 4 * 2**30
 
     def __post_init__(self) -> None:
         if self.max_passes < 1:
@@ -43,6 +46,8 @@ class Limits:
             math.isfinite(self.max_seconds) and self.max_seconds > 0
         ):
             raise ValueError(f"max_seconds must be a positive number, got {self.max_seconds}")
+        if self.held_bytes < 0:
+            raise ValueError(f"held_bytes must be at least 0, got {self.held_bytes}")
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
+from torch.nn import Linear
 
 from cntlora_core.adapter import AdapterPlan, adapter_weights, plan_plain_lora
 from cntlora_core.attachment import AttachmentPoint
@@ -88,7 +89,7 @@ def factors_by_peft(
         RuntimeError: if the installed peft does something else to the weight.
     """
     with torch.device("meta"):
-        linear = nn.Linear(point.in_features, point.out_features, bias=False)
+        linear = Linear(point.in_features, point.out_features, bias=False)
     if reads_weight:
         weight = point.weight().clone(memory_format=torch.contiguous_format)
     else:

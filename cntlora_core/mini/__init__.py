@@ -6,9 +6,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["MiniSubject", "model_path", "subject", "subjects"]
+__all__ = ["MiniSubject", "encoder_path", "model_path", "subject", "subjects"]
 
 _HERE = Path(__file__).resolve().parent
+ENCODERS = ("clip", "vision")
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,28 @@ def model_path() -> Path:
     if not (path / "model_index.json").is_file():
         raise FileNotFoundError(
             f"No model at {path}. The weights are package data; reinstall the package, or train "
+            "them with the commands in cntlora_core/mini/README.md."
+        )
+    return path
+
+
+def encoder_path(kind: str) -> Path:
+    """Folder of one of the small encoders that judge pictures, for transformers' classes.
+
+    Args:
+        kind: ``"vision"``, a ViTModel whose first token stands for the picture; or ``"clip"``, a
+            CLIPModel with its tokenizer.
+
+    Raises:
+        ValueError: there is no such kind.
+        FileNotFoundError: the package was installed without its weights.
+    """
+    if kind not in ENCODERS:
+        raise ValueError(f"No encoder {kind!r}; there are: {', '.join(ENCODERS)}")
+    path = _HERE / "encoders" / kind
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(
+            f"No encoder at {path}. The weights are package data; reinstall the package, or train "
             "them with the commands in cntlora_core/mini/README.md."
         )
     return path

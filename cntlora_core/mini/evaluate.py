@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import ResNetForImageClassification
 
-from cntlora_core.diffusion.sampler import SamplingSettings, sample
+from cntlora_core.console import ConsoleReporter
+from cntlora_core.diffusion.sampler import SamplingSettings, draw, load_for_sampling
 from cntlora_core.mini import model_path
 from cntlora_core.mini.backgrounds import COLOURS, SCENES
 from cntlora_core.mini.compose import Background
@@ -19,7 +21,9 @@ from cntlora_core.mini.dataset import save_sheet
 from cntlora_core.mini.things import with_article
 from cntlora_core.mini.training import write_json
 
-__all__ = ["JUDGED_NAMES", "judge", "prompts_to_judge"]
+__all__ = ["JUDGED_NAMES", "as_batch", "judge", "load_judge", "prompts_to_judge"]
+
+JUDGE = Path(__file__).parent / "encoders" / "judge"
 
 JUDGED_NAMES = (
     *("cat", "dog", "bird", "penguin", "octopus", "fish", "owl", "fox", "elephant", "teddy bear"),
@@ -71,11 +75,26 @@ def judge(
     return thing == wanted[:, 0], behind == wanted[:, 1]
 
 
+def as_batch(pictures: Sequence[Image.Image]) -> Tensor:
+    """Pictures as the judge takes them: (n, 3, height, width) in -1..1."""
+    stack = np.stack([np.asarray(picture.convert("RGB"), np.float32) for picture in pictures])
+    return torch.from_numpy(stack).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+def load_judge(folder: Path | None = None) -> ResNetForImageClassification:
+    """The classifier, in eval mode; the shipped one, or the output of ``mini.train_classifier``."""
+    judge = ResNetForImageClassification.from_pretrained(folder or JUDGE)
+    assert isinstance(judge, ResNetForImageClassification)
+    return judge.eval()
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, help="folder of the model; the shipped one if left")
-    parser.add_argument("--classifier", type=Path, required=True, help="of mini.train_classifier")
+    parser.add_argument(
+        "--classifier", type=Path, help="folder of the judge; the shipped one if left"
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder of figures and sheet")
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
@@ -87,12 +106,10 @@ def main() -> None:
     settings = SamplingSettings(
         steps=args.steps, guidance=args.guidance, seed=args.seed, batch_size=20
     )
-    model = args.model or model_path()
-    drawn = sample(str(model), [prompt for prompt, _, _ in rows], (), settings, device="cpu")
-    stack = np.stack([np.asarray(picture.convert("RGB"), np.float32) for picture in drawn])
-    pictures = torch.from_numpy(stack).permute(0, 3, 1, 2) / 127.5 - 1
-    classifier = ResNetForImageClassification.from_pretrained(args.classifier).eval()
-    things, backgrounds = judge(classifier, pictures, rows)
+    pipeline = load_for_sampling(str(args.model or model_path()), (), device="cpu")
+    with ConsoleReporter().running() as reporter:
+        drawn = draw(pipeline, [prompt for prompt, _, _ in rows], settings, reporter=reporter)
+    things, backgrounds = judge(load_judge(args.classifier), as_batch(drawn), rows)
     figures = {
         "pictures": len(rows),
         "things": round(things.float().mean().item(), 4),

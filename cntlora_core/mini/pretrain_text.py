@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch.nn import functional
+from torch.nn import Linear, functional
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from cntlora_core.mini.train_diffusion import DiffusionConfig, build_text_encoder, tokenize
@@ -77,7 +77,7 @@ def pretrain(
     text_encoder = build_text_encoder(config, tokenizer)
     if start is not None:
         text_encoder.load_state_dict(start)
-    head = torch.nn.Linear(config.text_width, len(tokenizer))
+    head = Linear(config.text_width, len(tokenizer))
     parameters = [*text_encoder.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01)
     rng = np.random.default_rng(config.seed)

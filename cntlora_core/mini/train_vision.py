@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.nn import Linear, functional
 from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
 
 from cntlora_core.memory import keep_freed_memory
@@ -75,7 +75,7 @@ def build_encoder(config: VisionConfig) -> ViTModel:
 def build_head(config: VisionConfig) -> nn.Module:
     """Used while training only."""
     width = config.width
-    return nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, config.head))
+    return nn.Sequential(Linear(width, 2 * width), nn.GELU(), Linear(2 * width, config.head))
 
 
 def contrast_loss(

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Linear
 from transformers import AutoModel, AutoTokenizer
 
 PartOfSpeech = Literal["noun", "verb", "adj", "adv"]
@@ -117,7 +118,7 @@ class GlossClassifier(nn.Module):
     def __init__(self, encoder: nn.Module, categories: int) -> None:
         super().__init__()
         self.encoder = encoder
-        self.head = nn.Linear(encoder.config.hidden_size, categories)  # pyright: ignore
+        self.head = Linear(encoder.config.hidden_size, categories)  # pyright: ignore
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None

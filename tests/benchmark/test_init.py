@@ -19,23 +19,23 @@ from cntlora_core.benchmark.init_scaling import (
     measure_shape,
     run_scaling,
 )
-from cntlora_core.benchmark.init_settings import CASES, METHODS, InitBenchmark
+from cntlora_core.benchmark.init_settings import CASES, DIRECT, InitBenchmark
 from cntlora_core.benchmark.init_worker import InitTask, measure, peak_bytes, reset_peak
 from cntlora_core.cli import main
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*DIRECT, "pissa", "self"])
 @pytest.mark.parametrize("case", CASES)
 def test_every_start_runs_on_every_case(case: Any, method: Any):
     reports: list[dict[str, Any]] = []
     found = measure(InitTask(case, method, quick=True), reports.append)
     assert reports[0]["started"]
     assert found["forward_seconds"] > 0
-    assert found["forwards_run"] >= found["batches"]
+    assert found["forwards_run"] >= (0 if method == "pissa" else found["batches"])
     assert found["method_peak"] > 0
     if method == "corda":  # one sample at a time, one pass
         assert found["forwards_run"] == found["batches"] == (5 if case == "sd15" else 4)
-    if method == "cntlora":
+    if method.startswith("cntlora"):
         assert found["forwards_run"] == found["batches"]
         assert found["total_seconds"] >= found["capture_seconds"] + found["solve_seconds"]
         assert found["distinct_inputs"] < found["points"]
@@ -43,6 +43,13 @@ def test_every_start_runs_on_every_case(case: Any, method: Any):
         if case != "sd15":
             assert found["distinct_inputs"] == 2 * 2
             assert found["moment_bytes"] == 4 * 32 * 32 * 4
+
+
+def test_what_cannot_be_measured_is_refused_before_anything_runs(tmp_path: Path):
+    for name, words in (("lora_ga", "needs a loss"), ("evaa", "no method 'evaa'")):
+        with pytest.raises(ValueError, match=words):
+            run_cases(InitBenchmark(tmp_path / "out", methods=(name,), quick=True))
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_full_size_cases_have_the_sizes_that_they_claim():
@@ -79,17 +86,27 @@ def test_peak_memory_is_seen_and_forgotten():
 def test_the_command_measures_in_processes_and_ends_what_takes_too_long(tmp_path: Path):
     folder = tmp_path / "out"
     arguments = ["bench", "init", "--quick", "--cases", "roberta-large", "--methods", "corda"]
-    arguments += ["--repeats", "2", "--rival-repeats", "1", "--output", str(folder)]
+    arguments += [
+        "cntlora-fixed",
+        "--repeats",
+        "2",
+        "--rival-repeats",
+        "1",
+        "--output",
+        str(folder),
+    ]
     assert main(arguments) == 0
     result = json.loads((folder / "cases.json").read_text())
     summary = result["cases"]["roberta-large"]["summary"]
-    assert list(summary) == ["cntlora", "corda"]
+    assert list(summary) == ["cntlora", "corda", "cntlora-fixed"]
     runs = result["cases"]["roberta-large"]["runs"]
     assert {method: len(measured) for method, measured in runs.items()} == {
         "cntlora": 2,
         "corda": 1,
+        "cntlora-fixed": 2,
     }
     assert summary["corda"]["times_faster"] > 0
+    assert summary["corda"]["times_faster_fixed"] > 0
     assert summary["cntlora"]["total_over_forwards"] > 1
     assert (folder / "cases.png").stat().st_size > 1000
     late = run_worker(InitTask("roberta-large", "eva", quick=True), 1e-9, folder / "log")
@@ -135,12 +152,16 @@ def test_ratios_are_medians_and_a_rival_that_does_not_end_gives_a_bound():
     endless = [
         {"ended": False, "limit": 100.0, "forwards_run": 20, "forward_seconds": 10.0, "batches": 5}
     ]
-    summary = summarise({"cntlora": ours, "eva": rival, "corda": endless})
+    fixed = [run_of(14.0, **own)]
+    summary = summarise({"cntlora": ours, "eva": rival, "corda": endless, "cntlora-fixed": fixed})
     assert summary["cntlora"]["total_over_forwards"] == pytest.approx(1.2)
     assert summary["cntlora"]["linear_algebra_seconds"] == pytest.approx(2.0)
     assert summary["cntlora"]["memory_over_moments"] == pytest.approx(1.25)
     assert summary["eva"]["times_faster"] == pytest.approx(20.0 / 2.0)
+    assert summary["eva"]["times_faster_fixed"] == pytest.approx(20.0 / 4.0)
     assert summary["corda"]["times_faster_at_least"] == pytest.approx(60.0 / 2.0)
+    assert summary["corda"]["times_faster_fixed_at_least"] == pytest.approx(60.0 / 4.0)
+    assert "times_faster" not in summary["cntlora-fixed"]
     # Noise in the passes cannot make the linear algebra vanish.
     quick = summarise({"cntlora": [run_of(9.0, **own)]})
     assert quick["cntlora"]["linear_algebra_seconds"] == 1.0

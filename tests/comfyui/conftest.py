@@ -74,7 +74,7 @@ def comfy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("input", "output", "temp"):
         (base / name).mkdir()
         getattr(folder_paths, f"set_{name}_directory")(str(base / name))
-    for name in ("checkpoints", "diffusers", "loras"):
+    for name in ("checkpoints", "diffusers", "loras", "clip_vision"):
         folder = base / "models" / name
         folder.mkdir(parents=True)
         folder_paths.folder_names_and_paths[name][0][:] = [str(folder)]

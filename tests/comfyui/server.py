@@ -52,9 +52,18 @@ class Server:
         base: Folder for everything that ComfyUI writes and reads.
         pack_name: What this repository is called in ``custom_nodes``.
         more: Further arguments.
+        program: What Python runs: ComfyUI's main.py, or something that runs it.
+        python_path: For PYTHONPATH, which ComfyUI is otherwise started without.
     """
 
-    def __init__(self, base: Path, pack_name: str = "cntlora-nodes", *more: str) -> None:
+    def __init__(
+        self,
+        base: Path,
+        pack_name: str = "cntlora-nodes",
+        *more: str,
+        program: tuple[str, ...] = ("main.py",),
+        python_path: str = "",
+    ) -> None:
         assert COMFYUI_PATH is not None
         self.base, self.pack_name = base, pack_name
         for name in ("input", "output", "models/checkpoints", "custom_nodes", "user"):
@@ -68,10 +77,10 @@ class Server:
         self.log_path = base / "server.log"
         port = self.address.rpartition(":")[2]
         arguments = [
-            COMFYUI_PYTHON, "main.py", "--cpu", "--port", port, "--base-directory", str(base),
+            COMFYUI_PYTHON, *program, "--cpu", "--port", port, "--base-directory", str(base),
             "--disable-auto-launch", "--database-url", "sqlite:///:memory:", *more,
         ]  # fmt: skip
-        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        environment = {**os.environ, "PYTHONPATH": python_path}
         with self.log_path.open("w") as log:
             self.process = subprocess.Popen(
                 arguments, cwd=COMFYUI_PATH, env=environment, stdout=log, stderr=log
@@ -82,12 +91,25 @@ class Server:
     def log(self) -> str:
         return self.log_path.read_text("utf-8", errors="replace")
 
-    @property
-    def memory(self) -> int:
-        """Resident memory in bytes."""
+    def memory(self, kind: str = "VmRSS") -> int:
+        """Resident memory in bytes; or its peak (VmHWM), or without mapped files (RssAnon)."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
-        line = next(line for line in status.splitlines() if line.startswith("VmRSS"))
+        line = next(line for line in status.splitlines() if line.startswith(kind))
         return int(line.split()[1]) * 1024
+
+    def forget_peak_memory(self) -> None:
+        """From now on VmHWM is the peak since this call."""
+        Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
+
+    def settled_memory(self) -> int:
+        """Resident memory once ComfyUI has dropped its models and its cache, in bytes."""
+        self.free()
+        readings = [self.memory()]
+        while len(readings) < 5 or max(readings[-5:]) > 1.01 * min(readings[-5:]):
+            assert len(readings) < 90, readings
+            time.sleep(2)
+            readings.append(self.memory())
+        return readings[-1]
 
     def wait_for(self, condition: Callable[[], Any], seconds: float) -> Any:
         deadline = time.monotonic() + seconds

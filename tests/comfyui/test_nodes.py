@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import shutil
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -151,6 +153,51 @@ def test_cancelling_keeps_a_state_and_queueing_again_goes_on_from_it(
     assert not (folder / "state.safetensors").exists()
 
 
+CANCELLED_IN = {
+    "drawing class images": ("CNTLoRAClassImages", {"count": 9, "steps": 3, "images_seed": 9}),
+    "encoding photos": ("CNTLoRAInitialize", {"rank": 4, "passes": 1}),
+    "reading activations": ("CNTLoRAInitialize", {"rank": 4, "passes": 5}),
+    "looking at pictures (DINO)": ("CNTLoRAEvaluate", {"prompts": "a dog"}),
+}
+
+
+@pytest.mark.parametrize("stage", CANCELLED_IN)
+def test_cancelling_stops_at_once_and_leaves_nothing_half_written(
+    pack: Pack,
+    run: SimpleNamespace,
+    comfy: Path,
+    tiny_encoders: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stage: str,
+) -> None:
+    from comfy import model_management  # pyright: ignore[reportMissingImports]
+
+    from cntlora_core.metrics import encoders
+
+    kind, settings = CANCELLED_IN[stage]
+    inputs = {"subject": subject_of(pack, images=[pictures(4, 44 + len(stage))]).args[0]}
+    inputs |= {"images": pictures(40, 16)} if "DINO" in stage else {"model": run.model}
+    monkeypatch.setattr(encoders.mini, "encoder_path", lambda kind: tiny_encoders / kind)
+    reporter = pack.module("runtime").HostReporter
+    plain, after = reporter._say, []
+
+    def press_cancel(self: Any, told: str, done: int, total: int, values: dict) -> None:
+        plain(self, told, done, total, values)
+        if after or (told == stage and 0 < done + values.get("within", 0.0) < total):
+            after.append(told)
+            model_management.interrupt_current_processing()
+
+    monkeypatch.setattr(reporter, "_say", press_cancel)
+    with pytest.raises(model_management.InterruptProcessingException):
+        pack.run(kind, **inputs, **settings)
+    assert after == [stage]  # nothing more was done than the step at which it was pressed
+    assert not model_management.processing_interrupted()
+    assert not [path for path in comfy.rglob("*.tmp") if path.is_file()]
+    monkeypatch.setattr(reporter, "_say", plain)
+    again = pack.run(kind, **inputs, **settings)
+    assert again.ui["images"]
+
+
 def test_saving_puts_the_lora_where_loaders_look(
     pack: Pack, run: SimpleNamespace, comfy: Path
 ) -> None:
@@ -173,11 +220,12 @@ def test_saving_puts_the_lora_where_loaders_look(
 
 def test_drawing_with_the_lora_changes_the_pictures(pack: Pack, run: SimpleNamespace) -> None:
     few = {"prompts": "a photo of sks dog\n\na red dog", "steps": 1, "per_prompt": 2}
-    plain = pack.run("CNTLoRASample", model=run.model, **few).args[0]
+    plain, prompts = pack.run("CNTLoRASample", model=run.model, **few).args
     drawn = pack.run("CNTLoRASample", model=run.model, lora=run.trained.args[0], **few).args[0]
     off = pack.run(
         "CNTLoRASample", model=run.model, lora=run.trained.args[0], strength=0.0, **few
     ).args[0]
+    assert prompts.splitlines() == ["a photo of sks dog"] * 2 + ["a red dog"] * 2
     assert plain.shape == (4, 32, 32, 3)
     assert not torch.equal(plain, drawn)
     assert torch.equal(plain, off)
@@ -192,6 +240,46 @@ def test_the_grid_has_a_row_for_each_lora(pack: Pack, run: SimpleNamespace) -> N
     assert grid.args[0].shape[1] > smaller.args[0].shape[1]
     with pytest.raises(ValueError, match="'many' is no number"):
         pack.run("CNTLoRACompare", model=run.model, lora_1=lora, **{**few, "seeds": "many"})
+
+
+def test_pictures_are_measured_against_the_photos(
+    pack: Pack, run: SimpleNamespace, comfy: Path, tiny_encoders: Path
+) -> None:
+    from cntlora_core.metrics import load_encoders, measure, subject_features
+
+    subject = run.subject.args[0]
+    folder = comfy / "models" / "clip_vision"
+    for kind in ("vision", "clip"):
+        (folder / f"tiny {kind}").symlink_to(tiny_encoders / kind, target_is_directory=True)
+    judges = {"dino": "tiny vision", "clip": "tiny clip"}
+    widgets = pack.module("widgets")
+    assert widgets.encoder_names("vision") == [widgets.SMALL_ENCODER, judges["dino"]]
+    assert widgets.encoder_names("clip") == [widgets.SMALL_ENCODER, judges["clip"]]
+    images, prompts = pictures(4, 32), "a red {token} {class}\na cat"
+    output = pack.run("CNTLoRAEvaluate", images=images, subject=subject, prompts=prompts, **judges)
+    dino, clip_i, clip_t, sheet, report = output.args
+    encoders = load_encoders(tiny_encoders / "vision", tiny_encoders / "clip")
+    drawn = [Image.fromarray(np.rint(x.numpy() * 255).astype(np.uint8)) for x in images]
+    expected = measure(
+        encoders,
+        subject_features(encoders, [photo.image for photo in subject.photos.photos]),
+        drawn,
+        ["a red sks dog"] * 2 + ["a cat"] * 2,
+        token="sks",
+    )
+    assert dino == pytest.approx(100 * expected.dino, abs=1e-3)
+    assert clip_i == pytest.approx(100 * expected.clip_i, abs=1e-3)
+    assert clip_t == pytest.approx(100 * (expected.clip_t or 0), abs=1e-3)
+    assert "  a red sks dog: DINO" in report
+    assert "the photos themselves (3)" in report
+    assert sheet.ndim == 4
+    assert len(output.ui["images"]) == 1
+    with pytest.raises(ValueError, match="4 pictures and 3 prompts"):
+        pack.run("CNTLoRAEvaluate", images=images, subject=subject, prompts="a\nb\nc", **judges)
+    with pytest.raises(FileNotFoundError, match="no encoder"):
+        pack.run(
+            "CNTLoRAEvaluate", images=images, subject=subject, **{**judges, "clip": "../../etc"}
+        )
 
 
 def test_a_lora_of_another_model_is_refused_in_few_words(pack: Pack, run: SimpleNamespace) -> None:
@@ -287,6 +375,34 @@ def test_bad_settings_are_an_error_in_words(pack: Pack, run: SimpleNamespace) ->
     moved = dataclasses.replace(run.start.args[0], start=other)
     with pytest.raises(ValueError, match="made on another model"):
         train(pack, moved)
+
+
+def live_bytes() -> int:
+    """What the tensors that Python knows of hold."""
+    gc.collect()
+    storages = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some objects warn when they are asked for their type
+        for found in gc.get_objects():
+            if isinstance(found, Tensor) and found.device.type == "cpu":
+                storage = found.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def test_no_model_stays_in_memory(pack: Pack, run: SimpleNamespace) -> None:
+    def teach_and_draw(name: str) -> None:
+        model, subject = run.model, run.subject.args[0]
+        start = pack.run("CNTLoRAInitialize", model=model, subject=subject, rank=4, passes=1)
+        lora = train(pack, start.args[0], run.others.args[0], name=name).args[0]
+        pack.run("CNTLoRASample", model=model, lora=lora, prompts="a dog", steps=1)
+        pack.run("CNTLoRACompare", model=model, lora_1=lora, prompts="a dog", seeds="0", steps=1)
+
+    teach_and_draw("kept once")  # what libraries keep for themselves
+    before = live_bytes()
+    teach_and_draw("kept twice")
+    weights = sum(path.stat().st_size for path in run.model.path.rglob("*.safetensors"))
+    assert live_bytes() - before < 0.01 * weights
 
 
 def test_memory_is_asked_for_and_given_back_also_after_an_error(

@@ -24,6 +24,7 @@ NODE_IDS = (
     "CNTLoRAApply",
     "CNTLoRASample",
     "CNTLoRACompare",
+    "CNTLoRAEvaluate",
     "CNTLoRAInspect",
 )
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
@@ -151,7 +152,8 @@ def api_graph(canvas: dict[str, Any], pack: Pack) -> dict[str, Any]:
             widgets = pack.nodes[node["type"]].GET_SCHEMA().inputs
             for widget in sorted(widgets, key=lambda widget: bool(widget.optional)):
                 if hasattr(widget, "default"):
-                    inputs[widget.id] = next(values)
+                    value = next(values)
+                    inputs.setdefault(widget.id, value)  # a link takes its place
                     if getattr(widget, "control_after_generate", False):
                         assert next(values) == "fixed"
             assert next(values, None) is None

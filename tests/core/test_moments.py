@@ -55,6 +55,30 @@ def test_merge_equals_one_fitter():
     torch.testing.assert_close(left.result().matrix, one.result().matrix)
 
 
+@pytest.mark.parametrize("width", [513, 1100])
+def test_wide_sums_are_whole_though_half_of_them_is_computed(width):
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.randn(7, width, generator=generator) for _ in range(2))
+    fitter, other = SecondMoment(width), SecondMoment(width)
+    fitter.update(first)
+    other.update(second)
+    fitter.merge(other)
+    matrix = fitter.result().matrix
+    rows = torch.cat([first, second]).double()
+    torch.testing.assert_close(matrix.double(), rows.T @ rows / 14, rtol=1e-5, atol=1e-5)
+    assert other.total is not None  # merging leaves the other as it was
+    torch.testing.assert_close(other.result().matrix, second.T @ second / 7, rtol=1e-5, atol=1e-5)
+
+
+def test_a_released_moment_keeps_its_width_and_count():
+    fitter = SecondMoment(3)
+    fitter.update(torch.ones(2, 3))
+    moment = fitter.result()
+    moment.release()
+    assert (moment.width, moment.count) == (3, 2)
+    assert moment.matrix.untyped_storage().nbytes() == 0
+
+
 def test_non_finite_rows_and_wrong_widths_are_refused():
     with pytest.raises(FloatingPointError):
         SecondMoment(2).update(torch.tensor([[1.0, float("nan")]]))

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from PIL import Image
 from safetensors.torch import load_file
 
 from cntlora_core import mini
+from cntlora_core.mini.curves import plot_curves, read_log
 from cntlora_core.mini.train_autoencoder import (
     LATENT_DEVIATION,
     SCALING_FACTOR,
@@ -138,3 +140,18 @@ def test_a_config_refuses_what_does_not_fit():
         DiffusionConfig(channels=(20, 20, 20, 20))
     with pytest.raises(TypeError):
         DiffusionConfig.from_json({"chanels": [1]})
+
+
+def test_curves_read_a_resumed_log_once_and_refuse_a_folder_without(tmp_path: Path):
+    run = tmp_path / "run"
+    run.mkdir()
+    losses = {25: 3.0, 50: 2.0, 75: 1.0}
+    rows = [(25, 3.0), (50, 9.0), (50, 2.0), (75, 1.0)]  # step 50 was done again after a stop
+    lines = [{"step": s, "loss": loss, "rate": 1e-3, "seconds": s} for s, loss in rows]
+    (run / "log.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + "\n")
+    assert {entry["step"]: entry["loss"] for entry in read_log(run)} == losses
+    plot_curves([("a", run), ("b", run)], tmp_path / "curves.png")
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.width > picture.height > 100
+    with pytest.raises(FileNotFoundError, match="training script"):
+        read_log(tmp_path)

@@ -1,0 +1,106 @@
+"""Drawing what is to be measured: the same prompts and seeds with each LoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from cntlora_core.diffusion.compare import BASE_LABEL
+from cntlora_core.diffusion.sampler import LoRAUse, SamplingSettings, apply_lora_files, draw
+from cntlora_core.files import require_writable_folder, safe_name
+from cntlora_core.metrics.pictures import write_prompts
+from cntlora_core.progress import Reporter, silent
+from cntlora_core.sheets import save_image
+
+
+@dataclass(frozen=True)
+class Drawings:
+    """What is drawn with each LoRA.
+
+    Attributes:
+        prompts: One or more.
+        per_prompt: Pictures of each; DreamBooth's protocol takes four.
+        with_base: Draw without a LoRA too, to see what it brought.
+        sampling: How each picture is drawn; the seeds count up from its own for every prompt.
+    """
+
+    prompts: tuple[str, ...]
+    per_prompt: int = 4
+    with_base: bool = True
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise ValueError("there are no prompts to draw")
+        if self.per_prompt < 1:
+            raise ValueError(f"per_prompt must be at least 1, got {self.per_prompt}")
+
+    @property
+    def all_prompts(self) -> list[str]:
+        """The prompt of each picture."""
+        return [prompt for prompt in self.prompts for _ in range(self.per_prompt)]
+
+    @property
+    def all_seeds(self) -> list[int]:
+        """The seed of each picture."""
+        first = self.sampling.seed
+        return list(range(first, first + self.per_prompt)) * len(self.prompts)
+
+
+def draw_each(
+    pipeline: StableDiffusionPipeline,
+    loras: Sequence[LoRAUse],
+    drawings: Drawings,
+    reporter: Reporter = silent,
+) -> Iterator[tuple[str, list[Image.Image]]]:
+    """Draw without a LoRA, if asked for, and with each; yields a label and the pictures.
+
+    Args:
+        pipeline: Without adapters; it is left without them.
+        loras: Each for itself, with its strength.
+        drawings: What to draw.
+        reporter: Told the number of pictures done.
+    """
+    prompts, seeds = drawings.all_prompts, drawings.all_seeds
+
+    def pictures(label: str) -> tuple[str, list[Image.Image]]:
+        stage = f"drawing {label}"
+        return label, draw(
+            pipeline, prompts, drawings.sampling, seeds=seeds, reporter=reporter, stage=stage
+        )
+
+    if drawings.with_base:
+        yield pictures(BASE_LABEL)
+    for lora, label in zip(loras, _labels(loras), strict=True):
+        try:
+            apply_lora_files(pipeline, [lora])
+            yield pictures(label)
+        finally:
+            pipeline.unload_lora_weights()
+
+
+def _labels(loras: Sequence[LoRAUse]) -> list[str]:
+    """File names, with strengths where these differ from 1, made different where they are not."""
+    labels: list[str] = []
+    for lora in loras:
+        label = lora.path.stem if lora.strength == 1 else f"{lora.path.stem} at {lora.strength:g}"
+        labels.append(label if label not in labels else f"{label} ({len(labels) + 1})")
+    return labels
+
+
+def save_drawings(folder: Path, pictures: Sequence[Image.Image], drawings: Drawings) -> Path:
+    """Write pictures and their prompts, so that the folder can be measured again."""
+    folder = require_writable_folder(folder)
+    prompts = {}
+    for number, (prompt, seed, picture) in enumerate(
+        zip(drawings.all_prompts, drawings.all_seeds, pictures, strict=True)
+    ):
+        name = f"{number // drawings.per_prompt:02}-{safe_name(prompt, max_length=60)}-{seed}.png"
+        save_image(picture, folder / name)
+        prompts[name] = prompt
+    write_prompts(folder, prompts)
+    return folder

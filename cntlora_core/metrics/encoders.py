@@ -1,0 +1,267 @@
+"""The encoders that judge pictures: one that sees (DINO), and one that also reads (CLIP).
+
+Both are transformers' own classes, by hub id or folder, from safetensors files only. Pictures are
+cut to their middle square first, so that no image processor squeezes them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.nn import functional
+
+from cntlora_core import mini
+from cntlora_core.data.captions import encode_prompts
+from cntlora_core.hub import why_not_fetched
+from cntlora_core.progress import Reporter, silent
+
+DINO = "facebook/dino-vits16"
+"""The encoder of the subject in DreamBooth's protocol."""
+
+CLIP = "openai/clip-vit-large-patch14"
+"""The encoder of pictures and prompts."""
+
+SMALL = "small"
+"""Stands for the encoders that come with this package, made for pictures of 64 pixels."""
+
+BATCH_SIZE = 16
+_FILES = ("*.json", "*.txt", "*.safetensors")
+
+
+@dataclass(frozen=True, eq=False)
+class ImageEncoder:
+    """Pictures to features.
+
+    Attributes:
+        model: A vision transformer of transformers'; its first token stands for the picture.
+        processor: Its image processor.
+        source: Where it came from.
+    """
+
+    model: Any
+    processor: Any
+    source: str
+
+    def encode_images(self, pictures: Sequence[Image.Image], reporter: Reporter = silent) -> Tensor:
+        """Features of length 1, float32 (n, d)."""
+        return _encode_images(
+            pictures,
+            self.processor,
+            lambda pixels: self.model(pixel_values=pixels).last_hidden_state[:, 0],
+            self.model.device,
+            reporter,
+            "looking at pictures (DINO)",
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class ClipEncoder:
+    """Pictures and prompts to features in one space.
+
+    Attributes:
+        model: A CLIPModel.
+        processor: Its image processor.
+        tokenizer: Of its text tower.
+        source: Where it came from.
+    """
+
+    model: Any
+    processor: Any
+    tokenizer: Any
+    source: str
+
+    def encode_images(self, pictures: Sequence[Image.Image], reporter: Reporter = silent) -> Tensor:
+        """Features of length 1, float32 (n, d)."""
+        return _encode_images(
+            pictures,
+            self.processor,
+            lambda pixels: _rows(self.model.get_image_features(pixel_values=pixels)),
+            self.model.device,
+            reporter,
+            "looking at pictures (CLIP)",
+        )
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> tuple[Tensor, tuple[str, ...]]:
+        """Features of length 1, float32 (n, d); and what of long prompts is not read."""
+        encoded = encode_prompts(prompts, self.tokenizer)
+        rows = []
+        for start in range(0, len(prompts), BATCH_SIZE):
+            tokens = encoded.input_ids[start : start + BATCH_SIZE].to(self.model.device)
+            rows.append(_rows(self.model.get_text_features(input_ids=tokens)).float().cpu())
+        return functional.normalize(torch.cat(rows), dim=-1), encoded.messages
+
+
+@dataclass(frozen=True, eq=False)
+class Encoders:
+    """What an evaluation judges with."""
+
+    dino: ImageEncoder
+    clip: ClipEncoder
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Where both came from, for records."""
+        return {"dino": self.dino.source, "clip": self.clip.source}
+
+
+def load_encoders(
+    dino: str | Path = DINO,
+    clip: str | Path = CLIP,
+    *,
+    device: str | torch.device = "cpu",
+    local_files_only: bool = False,
+) -> Encoders:
+    """Load both encoders.
+
+    Args:
+        dino: Hub id or folder of a vision transformer; ``"small"`` is the package's own.
+        clip: Hub id or folder of a CLIPModel with tokenizer; ``"small"`` likewise.
+        device: Where they work.
+        local_files_only: Take a hub id from the hub's cache, without network.
+
+    Raises:
+        FileNotFoundError: there is none, or it lacks a file.
+        ValueError: it is of another kind.
+    """
+    return Encoders(
+        load_image_encoder(dino, device=device, local_files_only=local_files_only),
+        load_clip(clip, device=device, local_files_only=local_files_only),
+    )
+
+
+def load_image_encoder(
+    source: str | Path = DINO,
+    *,
+    device: str | torch.device = "cpu",
+    local_files_only: bool = False,
+) -> ImageEncoder:
+    """A vision transformer; see :func:`load_encoders`."""
+    from transformers import AutoModel
+
+    folder = find_encoder(source, "vision", local_files_only)
+    kind = _model_type(folder)
+    if kind == "clip":
+        raise ValueError(f"{source} is a CLIP model; the subject is judged by one such as {DINO}")
+    # ViT's pooling layer is not part of DINO's files, and would be random.
+    options = {"add_pooling_layer": False} if kind == "vit" else {}
+    model = _load(AutoModel, folder, **options)
+    if not hasattr(model.config, "image_size"):
+        raise ValueError(f"{source} is a model of the kind {kind!r}, which encodes no pictures")
+    return ImageEncoder(model.to(device), _processor(folder), str(source))
+
+
+def load_clip(
+    source: str | Path = CLIP,
+    *,
+    device: str | torch.device = "cpu",
+    local_files_only: bool = False,
+) -> ClipEncoder:
+    """A CLIP model with its tokenizer; see :func:`load_encoders`."""
+    from transformers import CLIPModel, CLIPTokenizer
+
+    folder = find_encoder(source, "clip", local_files_only)
+    if (kind := _model_type(folder)) != "clip":
+        raise ValueError(f"{source} is a model of the kind {kind!r}; one such as {CLIP} is needed")
+    tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+    return ClipEncoder(
+        _load(CLIPModel, folder).to(device), _processor(folder), tokenizer, str(source)
+    )
+
+
+def find_encoder(source: str | Path, kind: str, local_files_only: bool = False) -> Path:
+    """The folder that was meant; a hub id is downloaded, safetensors files only.
+
+    Args:
+        source: Folder, hub id, or ``"small"``.
+        kind: Which of the package's encoders ``"small"`` is: ``vision`` or ``clip``.
+        local_files_only: Take a hub id from the hub's cache, without network.
+
+    Raises:
+        FileNotFoundError: with what is missing.
+    """
+    text = str(source)
+    if text == SMALL:
+        return mini.encoder_path(kind)
+    folder = Path(text).expanduser()
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(
+                snapshot_download(
+                    text, allow_patterns=list(_FILES), local_files_only=local_files_only
+                )
+            )
+        except Exception as error:  # the hub's client raises a dozen kinds
+            raise FileNotFoundError(
+                f"encoder {text}: {why_not_fetched(error, 'a model of transformers')} Give the "
+                "folder of a model that you have, or 'small' for the encoders that come along."
+            ) from error
+    for pattern in ("config.json", "preprocessor_config.json", "*.safetensors"):
+        if not any(folder.glob(pattern)):
+            raise FileNotFoundError(
+                f"encoder {text}: {folder} holds no {pattern}; a model folder of transformers "
+                "with its image processor, and with weights as safetensors, is needed"
+            )
+    return folder
+
+
+def _model_type(folder: Path) -> str:
+    try:
+        return str(json.loads((folder / "config.json").read_text("utf-8"))["model_type"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / 'config.json'} is no configuration of a model") from error
+
+
+def _load(kind: Any, folder: Path, **options: Any) -> Any:
+    model = kind.from_pretrained(
+        str(folder), use_safetensors=True, local_files_only=True, **options
+    )
+    return model.float().eval().requires_grad_(False)
+
+
+def _processor(folder: Path) -> Any:
+    """The image processor in its Pillow form, which needs no torchvision."""
+    import transformers
+    from transformers import AutoImageProcessor
+
+    old = int(transformers.__version__.partition(".")[0]) < 5
+    options: dict[str, Any] = {"use_fast": False} if old else {"backend": "pil"}
+    return AutoImageProcessor.from_pretrained(str(folder), local_files_only=True, **options)
+
+
+@torch.no_grad()
+def _encode_images(
+    pictures: Sequence[Image.Image],
+    processor: Any,
+    encode: Any,
+    device: torch.device,
+    reporter: Reporter,
+    stage: str,
+) -> Tensor:
+    rows = []
+    reporter(stage, 0, len(pictures), {})
+    for start in range(0, len(pictures), BATCH_SIZE):
+        squares = [_square(picture) for picture in pictures[start : start + BATCH_SIZE]]
+        pixels = processor(images=squares, return_tensors="pt")["pixel_values"]
+        rows.append(encode(pixels.to(device)).float().cpu())
+        reporter(stage, start + len(squares), len(pictures), {})
+    return functional.normalize(torch.cat(rows), dim=-1)
+
+
+def _square(picture: Image.Image) -> Image.Image:
+    side = min(picture.size)
+    return ImageOps.fit(picture.convert("RGB"), (side, side), Image.Resampling.BICUBIC)
+
+
+def _rows(features: Any) -> Tensor:
+    """transformers 5 wraps CLIP's features, 4 hands them over bare."""
+    return features if isinstance(features, Tensor) else features.pooler_output

@@ -1,0 +1,113 @@
+"""Folders of generated pictures, each with the prompt that it was drawn with, and prompt files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from cntlora_core.data.captions import SubjectPrompts, fill_placeholders
+from cntlora_core.data.photos import load_photos
+from cntlora_core.files import write_json_atomic
+
+PROMPTS_NAME = "prompts.json"
+"""In a folder of pictures: an object with the prompt of each file."""
+
+
+@dataclass(frozen=True, eq=False)
+class PromptedPictures:
+    """Generated pictures.
+
+    Attributes:
+        pictures: In the order of their names.
+        prompts: One for each, or None where they are not known.
+        notes: What a person should know of the files.
+    """
+
+    pictures: tuple[Image.Image, ...]
+    prompts: tuple[str, ...] | None
+    notes: tuple[str, ...] = ()
+
+
+def read_pictures(folder: str | Path, prompt: str | None = None) -> PromptedPictures:
+    """The pictures of a folder and their prompts.
+
+    A prompt is taken from ``prompts.json``, which ``cntlora sample`` writes, else from a text file
+    of the same name beside the picture, else it is ``prompt``.
+
+    Args:
+        folder: The folder.
+        prompt: That of all pictures that have none of their own.
+
+    Raises:
+        OSError, ValueError: for a folder without pictures, or where some have a prompt and others
+            have none.
+    """
+    found = load_photos(folder)
+    listed = _listed(Path(folder))
+    prompts = [
+        listed.get(photo.path.name if photo.path else "") or photo.caption or prompt
+        for photo in found.photos
+    ]
+    images = tuple(photo.image for photo in found.photos)
+    notes = tuple(f"skipped {skipped.path.name}: {skipped.reason}" for skipped in found.skipped)
+    if not any(prompts):
+        return PromptedPictures(images, None, notes)
+    for photo, text in zip(found.photos, prompts, strict=True):
+        if not text:
+            raise ValueError(
+                f"{photo.path} has no prompt, though others have: add it to {PROMPTS_NAME} or put "
+                "it into a text file of the same name"
+            )
+    return PromptedPictures(images, tuple(str(text) for text in prompts), notes)
+
+
+def write_prompts(folder: Path, prompts: Mapping[str, str]) -> None:
+    """Add to the prompts of a folder's pictures, by their file names."""
+    write_json_atomic(folder / PROMPTS_NAME, {**_listed(folder), **prompts})
+
+
+def _listed(folder: Path) -> dict[str, str]:
+    path = folder / PROMPTS_NAME
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(content, dict) or not all(isinstance(x, str) for x in content.values()):
+        raise ValueError(f'{path} should hold an object such as {{"dog-0.png": "a dog"}}')
+    return content
+
+
+def read_prompts(texts: Sequence[str], subject: SubjectPrompts | None) -> tuple[str, ...]:
+    """Prompts as they were given, or the lines of files that were given, filled in.
+
+    Args:
+        texts: Prompts, and names of text files with a prompt in each line.
+        subject: Fills in ``{token}`` and ``{class}``, and ``{}`` for both.
+
+    Raises:
+        ValueError: a placeholder without a value, or nothing to draw.
+        OSError: a file cannot be read.
+    """
+    prompts: list[str] = []
+    for text in texts:
+        path = Path(text).expanduser()
+        lines = path.read_text("utf-8-sig").splitlines() if text.endswith(".txt") else [text]
+        prompts += [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError("there are no prompts: give some, or a text file with one in each line")
+    return tuple(_filled(prompt, subject) for prompt in prompts)
+
+
+def _filled(prompt: str, subject: SubjectPrompts | None) -> str:
+    marks = [mark for mark in ("{}", "{token}", "{class}") if mark in prompt]
+    if not marks:
+        return prompt
+    if subject is None:
+        raise ValueError(f"the prompt {prompt!r} has {marks[0]}: give a token and a class name")
+    return fill_placeholders(prompt.replace("{}", "{token} {class}"), subject)

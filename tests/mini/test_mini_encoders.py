@@ -1,0 +1,95 @@
+"""The small encoders that come along: they tell the embedded subjects, in a style unseen, apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from cntlora_core import mini
+from cntlora_core.data.photos import load_photos
+from cntlora_core.diffusion.sampler import SamplingSettings, sample
+from cntlora_core.metrics import Encoders, load_encoders, measure, subject_features
+from cntlora_core.metrics.encoders import SMALL
+from cntlora_core.mini.evaluate import as_batch, judge, load_judge, prompts_to_judge
+from cntlora_core.mini.things import with_article
+
+
+def shipped() -> bool:
+    try:
+        return all(mini.encoder_path(kind).is_dir() for kind in mini.ENCODERS)
+    except FileNotFoundError:
+        return False
+
+
+pytestmark = pytest.mark.skipif(not shipped(), reason="the small encoders are not there")
+
+SHARE = 0.9  # of the pictures; the card has 100 % and 97.5 % of 200
+
+
+@pytest.fixture(scope="module")
+def encoders() -> Encoders:
+    return load_encoders(SMALL, SMALL)
+
+
+def pictures(folder: Path) -> list:
+    return [photo.image for photo in load_photos(folder, read_captions=False).photos]
+
+
+def test_held_out_pictures_are_nearest_to_the_photos_of_their_subject(encoders: Encoders) -> None:
+    subjects = [mini.subject(name) for name in mini.subjects()]
+    photos = [encoders.dino.encode_images(pictures(s.photos)).mean(0) for s in subjects]
+    held_out = torch.cat([encoders.dino.encode_images(pictures(s.held_out)) for s in subjects])
+    nearest = (held_out @ torch.stack(photos).T).argmax(1)
+    own = torch.arange(len(subjects)).repeat_interleave(len(held_out) // len(subjects))
+    assert (nearest == own).float().mean() > 0.5  # chance: 0.1
+
+
+def test_the_name_of_a_thing_is_nearest_to_its_pictures(encoders: Encoders) -> None:
+    subjects = [mini.subject(name) for name in mini.subjects()]
+    prompts = [f"a photo of {with_article(subject.class_name)}" for subject in subjects]
+    texts, notes = encoders.clip.encode_prompts(prompts)
+    images = torch.cat([encoders.clip.encode_images(pictures(s.photos)) for s in subjects])
+    own = torch.arange(len(subjects)).repeat_interleave(len(images) // len(subjects))
+    assert ((images @ texts.T).argmax(1) == own).float().mean() > 0.3  # chance: 0.1
+    assert notes == ()
+
+
+def test_a_subject_scores_more_with_itself_than_with_others(encoders: Encoders) -> None:
+    penguin, tent = mini.subject("penguin"), mini.subject("tent")
+    features = subject_features(encoders, pictures(penguin.photos))
+    prompts = ["a photo of a penguin"] * 5
+    own = measure(encoders, features, pictures(penguin.held_out), prompts)
+    other = measure(encoders, features, pictures(tent.held_out), prompts)
+    assert own.dino > other.dino
+    assert own.clip_i > other.clip_i
+    assert (own.clip_t or 0) > (other.clip_t or 0)
+
+
+def test_the_judge_finds_thing_and_background_in_what_the_model_draws() -> None:
+    classifier = load_judge()
+    rows = prompts_to_judge(20, seed=1)
+    settings = SamplingSettings(steps=12, guidance=2.5, seed=1, batch_size=20)
+    drawn = sample(str(mini.model_path()), [row[0] for row in rows], (), settings, device="cpu")
+    pictures = as_batch(drawn)
+    things, backgrounds = judge(classifier, pictures, rows)
+    assert things.float().mean() >= SHARE
+    assert backgrounds.float().mean() >= SHARE
+    shuffled = rows[1:] + rows[:1]  # a judge that says yes to everything would pass the above
+    assert judge(classifier, pictures, shuffled)[0].float().mean() < 0.2
+
+
+def test_all_weights_together_are_at_most_40_mb_of_float16() -> None:
+    root = Path(mini.__file__).parent
+    weights = [
+        *(root / "model").rglob("*.safetensors"),
+        *(root / "encoders").rglob("*.safetensors"),
+    ]
+    assert len(weights) == 3 + 3
+    assert sum(path.stat().st_size for path in weights) <= 40e6
+    for path in weights:
+        with safe_open(path, "pt") as file:
+            kinds = {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+        assert kinds <= {"F16", "I64"}, path
