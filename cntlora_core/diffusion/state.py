@@ -106,7 +106,10 @@ def _plan_of(header: dict[str, Any], tensors: dict[str, Tensor]) -> Plan:
 
     points, rewrites_base = header["points"], header["rewrites_base"]
     if header.get("adapter", "lora") == "lora":
-        factors = {n: Factors(*initial(n, "down", "up"), *rest) for n, rest in points.items()}
+        factors = {}
+        for name, rest in points.items():
+            down, up = initial(name, "down", "up")
+            factors[name] = Factors(down, up, *rest)
         return AdapterPlan(factors, rewrites_base)
     from cntlora_core.lava.factors import LavaFactors, LavaPlan
 

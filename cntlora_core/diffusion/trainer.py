@@ -110,7 +110,7 @@ class SubjectTrainer:
         if training.gradient_checkpointing:
             _checkpoint_gradients(unet, text_encoder)
         self.parameters = dict(trained_parameters(unet, text_encoder, plan))
-        self._extra_loss = extra_loss(unet, text_encoder, plan)
+        self._extra_loss: Callable[[], Tensor] | None = extra_loss(unet, text_encoder, plan)
         self._fused = self._device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.AdamW(
             list(self.parameters.values()),

@@ -13,6 +13,7 @@ from cntlora_core.adapter import anchored
 from cntlora_core.conversion import ConversionReport
 from cntlora_core.files import require_writable_folder, save_safetensors_atomic
 from cntlora_core.lava import functional
+from cntlora_core.lava.config import LavaConfig
 from cntlora_core.lava.cp import decompose
 from cntlora_core.lava.factors import LavaFactors, LavaPlan, difference
 from cntlora_core.lava.inject import lava_layers, snapshot
@@ -53,6 +54,7 @@ def save_converted(
         )
     tensors = get_peft_model_state_dict(model, adapter_name=adapter_name)
     config = copy.deepcopy(model.peft_config[adapter_name])
+    assert isinstance(config, LavaConfig)
     trained_ranks, ranks, alphas = {}, {}, {}
     lost = size = 0.0
     for name, layer in lava_layers(model, adapter_name).items():

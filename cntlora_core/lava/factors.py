@@ -43,6 +43,13 @@ class LavaFactors:
         factors = (self.u, self.v, *self.spatial)
         return dict(zip(functional.factor_names(len(factors)), factors, strict=True))
 
+    def down(self) -> Tensor:
+        """What U is multiplied by: (R, c_in / groups * kh * kw), ``delta = scaling * U @ down``."""
+        right = self.v
+        for factor in self.spatial:
+            right = right[..., None, :] * factor
+        return right.flatten(0, -2).T
+
     def delta(self) -> Tensor:
         """The change of weight, (c_out, c_in / groups, kh, kw)."""
         return self.scaling * functional.delta(self.u, self.v, self.spatial)

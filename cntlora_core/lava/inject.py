@@ -87,7 +87,9 @@ def copy_lava_factors(
             parameter.copy_(factors.named()[key])
         rounding[name] = 0.0
         if plan.rewrites_base and factors.v.any():
-            rounding[name] = subtract_from_weight(layer.get_base_layer(), factors.delta())
+            rounding[name] = subtract_from_weight(
+                layer.get_base_layer(), factors.u, factors.down(), factors.scaling
+            )
     return rounding
 
 

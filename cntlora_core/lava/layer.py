@@ -84,7 +84,7 @@ class LavaLayer(nn.Module, BaseTunerLayer):
         for name in ("Y", "X"):
             if name in factors:  # columns of length 1, so that the terms are of V's size
                 nn.init.normal_(factors[name])
-                factors[name] /= factors[name].norm(dim=0)
+                factors[name].div_(factors[name].norm(dim=0))
         bound = 1 / math.sqrt(factors["V"].shape[0])  # Kaiming's, as in peft's LoRA
         factors["V"].uniform_(-bound, bound)
         nn.init.orthogonal_(factors["U"])

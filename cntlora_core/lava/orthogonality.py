@@ -37,14 +37,14 @@ class OrthogonalityLoss:
         self, model: nn.Module, adapter_name: str | None = None, strength: float | None = None
     ) -> None:
         self.factors: dict[str, nn.Parameter] = {}
-        groups: dict[tuple[object, ...], list[nn.Parameter]] = {}
+        groups: dict[tuple[object, ...], tuple[float, list[Tensor]]] = {}
         for name, factor, own_strength in _regularised(model, adapter_name):
             self.factors[name] = factor
             lam = own_strength if strength is None else strength
             if lam:
                 key = (lam, factor.shape, factor.device, factor.dtype)
-                groups.setdefault(key, []).append(factor)
-        self._groups = [(key[0], group) for key, group in groups.items()]
+                groups.setdefault(key, (lam, []))[1].append(factor)
+        self._groups = list(groups.values())
         self._device = next(iter(self.factors.values())).device if self.factors else None
 
     def __call__(self) -> Tensor:

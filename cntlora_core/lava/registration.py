@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import inspect
+from typing import Any
 
 from peft.utils import PeftType, register_peft_method
 
@@ -14,7 +15,7 @@ def add_member(enumeration: type[enum.Enum], name: str) -> None:
     """Add ``name = "name"`` to an enumeration of strings, as if it had been declared there."""
     if name in enumeration.__members__:
         return
-    member = str.__new__(enumeration, name)  # pyright: ignore[reportArgumentType]
+    member: Any = str.__new__(enumeration, name)  # pyright: ignore
     member._name_ = name
     member._value_ = name
     member.__objclass__ = enumeration

@@ -45,10 +45,10 @@ def with_orthogonality(trainer_class: type[AnyTrainer]) -> type[AnyTrainer]:
 
     OrthogonalTrainer.__name__ = f"Orthogonal{trainer_class.__name__}"
     OrthogonalTrainer.__qualname__ = OrthogonalTrainer.__name__
-    return OrthogonalTrainer
+    return OrthogonalTrainer  # pyright: ignore[reportReturnType]
 
 
-def _added(loss: Tensor, term: Tensor) -> Tensor:
+def _added(loss: Any, term: Tensor) -> Tensor:
     return loss + term.to(loss.device)
 
 

@@ -148,12 +148,10 @@ def measure(
         raise ValueError(f"{len(pictures)} pictures but {len(prompts)} prompts: give one for each")
     dino = encoders.dino.encode_images(pictures, reporter)
     clip = encoders.clip.encode_images(pictures, reporter)
-    whole = {
-        "dino": mean_pairwise_cosine(dino, subject.dino),
-        "clip_i": mean_pairwise_cosine(clip, subject.clip),
-    }
+    whole_dino = mean_pairwise_cosine(dino, subject.dino)
+    whole_clip = mean_pairwise_cosine(clip, subject.clip)
     if prompts is None:
-        return Fidelity(label, len(pictures), **whole, clip_t=None)
+        return Fidelity(label, len(pictures), whole_dino, whole_clip, clip_t=None)
     different = list(dict.fromkeys(prompts))
     texts, notes = encoders.clip.encode_prompts([without_token(p, token) for p in different])
     rows = torch.tensor([different.index(prompt) for prompt in prompts])
@@ -169,7 +167,7 @@ def measure(
         for chosen in [rows == i]
     )
     clip_t = mean_paired_cosine(clip, texts[rows])
-    return Fidelity(label, len(pictures), **whole, clip_t=clip_t, by_prompt=by_prompt, notes=notes)
+    return Fidelity(label, len(pictures), whole_dino, whole_clip, clip_t, by_prompt, notes)
 
 
 def measure_photos(

@@ -52,6 +52,7 @@ def sam():
         global_attn_indexes=[1],
         mlp_dim=32,
         num_pos_feats=4,
+        initializer_range=0.1,  # its own is 1e-10, where gradients vanish
     )
     inputs = {"pixel_values": torch.randn(1, 3, 32, 32)}
     return transformers.SamVisionModel(config), inputs, lambda out: out.last_hidden_state
@@ -132,10 +133,12 @@ def test_it_attaches_trains_a_step_and_comes_back(name, tmp_path):
     assert len(term.factors) == len(targets)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.1)
-    (read(model(**inputs)).square().mean() + term()).backward()
+    towards = torch.randn_like(before)
+    ((read(model(**inputs)) * towards).mean() + term()).backward()
     gradients = [layer.lava_V["default"].grad for layer in found.values()]
     reached = sum(gradient is not None and bool(gradient.any()) for gradient in gradients)
-    assert reached >= len(targets) - 1  # all but a layer whose output is not read
+    # Depth-Anything's first fusion has nothing to add: its two convolutions never run.
+    assert reached >= len(targets) - (2 if name == "Depth-Anything" else 1)
     optimizer.step()
     after = read(model(**inputs))
     assert not torch.equal(after, before)

@@ -21,7 +21,7 @@ from cntlora_core.lava import LavaConfig, OrthogonalityLoss
 
 METHODS = ("frozen", "lora", "lava without term", "lava", "dora")
 _ROUNDS = 15
-_MATRICES = ("query", "key", "value", "dense")
+_MATRICES: tuple[str, ...] = ("query", "key", "value", "dense")
 
 
 def _cells(settings: LavaBenchmark) -> list[Cell]:
@@ -32,15 +32,18 @@ def _run(cell: Cell, _task: Task | None, settings: LavaBenchmark) -> dict[str, A
     torch.manual_seed(cell["round"])
     quick = settings.quick
     if cell["case"] == "matrix":
-        small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-        config = RobertaConfig(**(small | {"intermediate_size": 64} if quick else {}))
+        config = RobertaConfig()
+        if quick:
+            config = RobertaConfig(
+                hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+            )
         base: nn.Module = RobertaForSequenceClassification(config)
         tokens = torch.randint(5, 1000, (2 if quick else 8, 16 if quick else 128))
-        targets, rank = list(_MATRICES), 8
+        targets, rank, classes = list(_MATRICES), 8, config.num_labels or 2
 
         def loss_of(model: nn.Module) -> torch.Tensor:
             return nn.functional.cross_entropy(
-                model(input_ids=tokens).logits, tokens[:, 0] % config.num_labels
+                model(input_ids=tokens).logits, tokens[:, 0] % classes
             )
     else:
         base = build_network("resnet18", 10, 0.125 if quick else 1.0)

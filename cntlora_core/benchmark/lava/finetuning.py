@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from cntlora_core.benchmark.lava.networks import Network, build_network, adapted_modules
+from cntlora_core.benchmark.lava.networks import Network, adapted_modules, build_network
 from cntlora_core.benchmark.lava.pictures import Pictures, source_pictures, target_pictures
 from cntlora_core.benchmark.lava.settings import LavaBenchmark, ModelName, TaskName
 from cntlora_core.files import save_safetensors_atomic, write_json_atomic

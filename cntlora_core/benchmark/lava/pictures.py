@@ -36,9 +36,11 @@ def source_pictures(settings: LavaBenchmark) -> tuple[int, Draw]:
     if settings.target == "emoji":
         assert settings.sprites is not None
         return _emoji(settings.sprites, ("google", "twitter"), settings.size)
-    return len(SHAPES), lambda count, generator: draw_shapes(
-        count, settings.size, "flat", generator
-    )
+    return len(SHAPES), _shapes(settings.size, "flat")
+
+
+def _shapes(size: int, style: str) -> Draw:
+    return lambda count, generator: draw_shapes(count, size, style, generator)
 
 
 def target_pictures(settings: LavaBenchmark, seed: int) -> Pictures:
@@ -52,11 +54,7 @@ def target_pictures(settings: LavaBenchmark, seed: int) -> Pictures:
         assert settings.sprites is not None
         classes, draw = _emoji(settings.sprites, ("3d",), settings.size)
     else:
-        classes = len(SHAPES)
-
-        def draw(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-            return draw_shapes(count, settings.size, "sketch", generator)
-
+        classes, draw = len(SHAPES), _shapes(settings.size, "sketch")
     return Pictures(
         classes, draw(count, generator), draw(judged // 2, generator), draw(judged, generator)
     )
