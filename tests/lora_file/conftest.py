@@ -6,6 +6,7 @@ import copy
 import logging
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -25,11 +26,11 @@ EVERYTHING = [
 ]
 TEXT_ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj"]
 # Scaling alpha / r differs between layers, and so do alpha and r each on their own.
-UNET_PATTERNS = {
+UNET_PATTERNS: dict[str, Any] = {
     "rank_pattern": {r".*attn2\.to_k": 2, r".*attn1\.to_q": 5},
     "alpha_pattern": {r".*attn2\.to_k": 7, r".*up_blocks\.1\..*to_v": 1},
 }
-TEXT_PATTERNS = {
+TEXT_PATTERNS: dict[str, Any] = {
     "rank_pattern": {r".*layers\.1\.self_attn\.q_proj": 3},
     "alpha_pattern": {
         r".*layers\.1\.self_attn\.q_proj": 5,
@@ -118,16 +119,9 @@ def error(actual: Tensor, expected: Tensor) -> float:
 
 def stock_pipeline(base: tuple[nn.Module, nn.Module]) -> StableDiffusionPipeline:
     unet, text_encoder = copy.deepcopy(base)
-    return StableDiffusionPipeline(
-        vae=None,
-        text_encoder=text_encoder,
-        tokenizer=None,
-        unet=unet,
-        scheduler=None,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    absent = ("vae", "tokenizer", "scheduler", "safety_checker", "feature_extractor")
+    parts: dict[str, Any] = {"unet": unet, "text_encoder": text_encoder, **dict.fromkeys(absent)}
+    return StableDiffusionPipeline(**parts, requires_safety_checker=False)
 
 
 @pytest.fixture
@@ -163,4 +157,6 @@ def assert_same_layers(actual: LoRALayers, expected: LoRALayers, tolerance: floa
         assert torch.equal(actual[name].up, layer.up), name
         assert actual[name].alpha == layer.alpha, name
         if layer.mid is not None:
-            assert torch.equal(actual[name].mid, layer.mid), name
+            mid = actual[name].mid
+            assert mid is not None, name
+            assert torch.equal(mid, layer.mid), name

@@ -121,7 +121,7 @@ def test_writer_refuses(base, tmp_path: Path) -> None:
         (good, {"layout": "peft"}, "peft layout is a folder"),
     ):
         with pytest.raises(ValueError, match=says):
-            write_lora_file(path, layers, **options)
+            write_lora_file(path, layers, **options)  # pyright: ignore[reportArgumentType]
         assert not path.exists()
     with pytest.raises(ValueError, match="is a folder"):
         write_lora_file(tmp_path, good)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from cntlora_core.lora_file import (
+    Layout,
     LoRALayers,
     collect_adapter,
     compress_layers,
@@ -37,7 +39,7 @@ from .conftest import (
 @pytest.mark.parametrize("targets", [ATTENTION, EVERYTHING], ids=["attention", "everything"])
 @pytest.mark.parametrize("layout", ["kohya", "diffusers"])
 def test_stock_pipeline_gives_the_trained_output(
-    base, tmp_path: Path, loader_messages: list[str], layout: str, targets: list[str]
+    base, tmp_path: Path, loader_messages: list[str], layout: Layout, targets: list[str]
 ) -> None:
     models = adapted(base, targets)
     expected, plain = outputs(*models), outputs(*base)
@@ -87,7 +89,7 @@ def test_peft_loads_the_peft_layout(base, tmp_path: Path, loader_messages: list[
     assert error(actual[1], expected[1]) < 1e-5
 
 
-def rewrite_base(models: tuple[nn.Module, nn.Module], layers: LoRALayers) -> None:
+def rewrite_base(models: Any, layers: LoRALayers) -> None:
     """W <- W - s B0 A0, as a data-driven start that keeps the output does."""
     for model, prefix in zip(models, ("unet", "text_encoder")):
         modules = dict(model.base_model.model.named_modules())
@@ -97,7 +99,7 @@ def rewrite_base(models: tuple[nn.Module, nn.Module], layers: LoRALayers) -> Non
 
 
 @pytest.mark.parametrize("layout", ["kohya", "diffusers"])
-def test_rewritten_base_is_undone_in_the_file(base, tmp_path: Path, layout: str) -> None:
+def test_rewritten_base_is_undone_in_the_file(base, tmp_path: Path, layout: Layout) -> None:
     models = adapted(base)
     initial = collect(models)
     rewrite_base(models, initial)

@@ -103,10 +103,13 @@ def test_reads_what_diffusers_saves(base, tmp_path: Path) -> None:
             "default",
         )
     expected = collect((unet, text_encoder))
+    unet_layers, text_layers = (
+        get_peft_model_state_dict(model, adapter_name="default") for model in (unet, text_encoder)
+    )
     StableDiffusionPipeline.save_lora_weights(
         tmp_path,
-        unet_lora_layers=get_peft_model_state_dict(unet, adapter_name="default"),
-        text_encoder_lora_layers=get_peft_model_state_dict(text_encoder, adapter_name="default"),
+        unet_lora_layers=unet_layers,  # pyright: ignore[reportArgumentType]
+        text_encoder_lora_layers=text_layers,  # pyright: ignore[reportArgumentType]
         **_collate_lora_metadata({"unet": unet, "text_encoder": text_encoder}),
     )
     found = read_lora_file(tmp_path / "pytorch_lora_weights.safetensors")
@@ -119,7 +122,7 @@ def test_reads_what_peft_saves(base, tmp_path: Path, use_rslora: bool) -> None:
     models = adapted(base, use_rslora=use_rslora)
     expected = collect(models)
     for model, part in zip(models, ("unet", "text_encoder")):
-        model.save_pretrained(tmp_path / part)
+        model.save_pretrained(str(tmp_path / part))
     found = read_lora_file(tmp_path)
     assert found.layout == "peft"
     assert found.layers.keys() == expected.keys()

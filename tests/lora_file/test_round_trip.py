@@ -8,14 +8,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cntlora_core.lora_file import LoRALayer, read_lora_file, relative_error, write_lora_file
+from cntlora_core.lora_file import (
+    Layout,
+    LoRALayer,
+    read_lora_file,
+    relative_error,
+    write_lora_file,
+)
 from cntlora_core.lora_names import kohya_name
 
 from .conftest import EVERYTHING, adapted, assert_same_layers, collect
 
 
 @pytest.mark.parametrize("layout", ["kohya", "diffusers", "peft"])
-def test_round_trip(base, tmp_path: Path, layout: str) -> None:
+def test_round_trip(base, tmp_path: Path, layout: Layout) -> None:
     layers = collect(adapted(base, EVERYTHING))
     metadata = {"modelspec.title": "a dog", "cntlora.method": "cntlora-cross"}
     path = tmp_path / ("adapter" if layout == "peft" else "a dog.safetensors")
@@ -35,7 +41,7 @@ def test_round_trip(base, tmp_path: Path, layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["kohya", "peft"])
-def test_round_trip_is_exact_where_alphas_agree(base, tmp_path: Path, layout: str) -> None:
+def test_round_trip_is_exact_where_alphas_agree(base, tmp_path: Path, layout: Layout) -> None:
     models = adapted(base, rank_pattern={}, alpha_pattern={}, lora_alpha=8)
     layers = collect(models)
     path = write_lora_file(tmp_path / "lora", layers, layout=layout)

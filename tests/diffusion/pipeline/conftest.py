@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -75,5 +76,5 @@ def folder(made: StableDiffusionParts, narrow: Path, tmp_path: Path) -> Path:
     return tmp_path / "a folder"
 
 
-def load_narrow(path: Path, configs: Path, **options: torch.dtype) -> StableDiffusionParts:
+def load_narrow(path: Path, configs: Path, **options: Any) -> StableDiffusionParts:
     return load_parts(path, configs, source=str(path), **options)
