@@ -9,6 +9,7 @@ from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from cntlora_core.files import atomic_write
 
@@ -42,17 +43,18 @@ def plot_curves(runs: Sequence[tuple[str, Path]], output: Path) -> None:
     axes = figure.subplots(1, len(runs), squeeze=False)[0]
     for axis, (title, run) in zip(axes, runs, strict=True):
         log = read_log(run)
-        steps = [entry["step"] for entry in log]
+        steps, losses = [entry["step"] for entry in log], [entry["loss"] for entry in log]
         rate = axis.twinx()
         peak = max(entry["rate"] for entry in log)
         rate.fill_between(steps, [e["rate"] / peak for e in log], color="#9db4c8", alpha=0.3)
         rate.set(ylim=(0, 1.05), yticks=[])
         axis.set_zorder(rate.get_zorder() + 1)
         axis.patch.set_visible(False)
-        axis.plot(steps, [entry["loss"] for entry in log], color="#2f6db5", linewidth=1.2)
+        axis.plot(steps, losses, color="#2f6db5", linewidth=1.2)
         axis.set(yscale="log", xlabel="step")
-        for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-            which("{x:g}")
+        axis.yaxis.set_major_formatter("{x:g}")
+        few = max(losses) < 20 * min(losses)  # else labels between the decades overlap
+        axis.yaxis.set_minor_formatter("{x:g}" if few else NullFormatter())
         minutes = log[-1]["seconds"] / 60
         axis.set_title(f"{title}, {minutes:.0f} min", fontsize=9, loc="left")
         axis.tick_params(labelsize=7, which="both")

@@ -83,7 +83,7 @@ def as_batch(pictures: Sequence[Image.Image]) -> Tensor:
 
 def load_judge(folder: Path | None = None) -> ResNetForImageClassification:
     """The classifier, in eval mode; the shipped one, or the output of ``mini.train_classifier``."""
-    judge = ResNetForImageClassification.from_pretrained(folder or JUDGE)
+    judge = ResNetForImageClassification.from_pretrained(folder or JUDGE, dtype=torch.float32)
     assert isinstance(judge, ResNetForImageClassification)
     return judge.eval()
 

@@ -102,14 +102,26 @@ def build_clip(config: ClipConfig, tokenizer: CLIPTokenizer) -> CLIPModel:
     )
 
 
-def clip_loss(model: CLIPModel, pictures: Tensor, tokens: Tensor, same: Tensor) -> Tensor:
-    """Contrastive loss both ways; captions that are alike count as right for one another.
+def clip_loss(
+    model: CLIPModel,
+    every_name: Tensor,
+    pictures: Tensor,
+    tokens: Tensor,
+    same: Tensor,
+    names: Tensor,
+) -> Tensor:
+    """Contrastive loss both ways, and that of finding a picture's name among all.
+
+    Captions that are alike count as right for one another. Backgrounds alone tell most pictures of
+    a batch apart, so that the contrastive loss asks little for the names.
 
     Args:
         model: the pair.
+        every_name: (names, length) ids of "a photo of a ..." for every name.
         pictures: (n, 3, 64, 64) in -1..1.
         tokens: (n, length) ids.
         same: (n,) one number for each different caption.
+        names: (n,) which name a picture shows.
 
     Returns:
         Scalar.
@@ -118,7 +130,10 @@ def clip_loss(model: CLIPModel, pictures: Tensor, tokens: Tensor, same: Tensor) 
     wanted = (same[:, None] == same).float()
     wanted = wanted / wanted.sum(1, keepdim=True)
     across = functional.cross_entropy(drawn.logits_per_image, wanted)
-    return (across + functional.cross_entropy(drawn.logits_per_text, wanted)) / 2
+    contrast = (across + functional.cross_entropy(drawn.logits_per_text, wanted)) / 2
+    text = _unit(model.get_text_features(input_ids=every_name))
+    logits = model.logit_scale.exp() * drawn.image_embeds @ text.T
+    return contrast + functional.cross_entropy(logits, names)
 
 
 def encode(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
@@ -222,7 +237,9 @@ def train(
     torch.manual_seed(config.seed)
     model = build_clip(config, tokenizer)
 
-    def batch_of(step: int) -> tuple[Tensor, Tensor, Tensor]:
+    phrases = [f"a photo of {with_article(thing.name)}" for thing in known.things]
+
+    def batch_of(step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rng = np.random.default_rng((config.seed, step))
         names = torch.from_numpy(rng.integers(len(known.things), size=config.batch))
         options = [(known.names == name).nonzero()[:, 0] for name in names]
@@ -231,7 +248,7 @@ def train(
         captions = known.captions(chosen, behind, rng)
         number = {caption: index for index, caption in enumerate(dict.fromkeys(captions))}
         same = torch.tensor([number[caption] for caption in captions])
-        return collage.draw(chosen, behind), encode(tokenizer, captions), same
+        return collage.draw(chosen, behind), encode(tokenizer, captions), same, names
 
     def note(average: ExponentialAverage) -> None:
         final = build_clip(config, tokenizer)
@@ -259,7 +276,7 @@ def train(
     optimise(
         output,
         dict(model.named_parameters()),
-        partial(clip_loss, model),
+        partial(clip_loss, model, encode(tokenizer, phrases)),
         batch_of,
         config,
         budget,

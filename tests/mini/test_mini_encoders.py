@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 
 from cntlora_core import mini
@@ -16,22 +17,23 @@ from cntlora_core.metrics.encoders import SMALL
 from cntlora_core.mini.evaluate import as_batch, judge, load_judge, prompts_to_judge
 from cntlora_core.mini.things import with_article
 
-
-def shipped() -> bool:
-    try:
-        return all(mini.encoder_path(kind).is_dir() for kind in mini.ENCODERS)
-    except FileNotFoundError:
-        return False
-
-
-pytestmark = pytest.mark.skipif(not shipped(), reason="the small encoders are not there")
-
 SHARE = 0.9  # of the pictures; the card has 100 % and 97.5 % of 200
+
+Drawn = tuple[list[tuple[str, str, str]], list[Image.Image]]
 
 
 @pytest.fixture(scope="module")
 def encoders() -> Encoders:
     return load_encoders(SMALL, SMALL)
+
+
+@pytest.fixture(scope="module")
+def drawn() -> Drawn:
+    """A picture of each of twenty things, and what was asked for."""
+    rows = prompts_to_judge(20, seed=1)
+    settings = SamplingSettings(steps=12, guidance=2.5, seed=1, batch_size=20)
+    prompts = [prompt for prompt, _, _ in rows]
+    return rows, sample(str(mini.model_path()), prompts, (), settings, device="cpu")
 
 
 def pictures(folder: Path) -> list:
@@ -44,17 +46,22 @@ def test_held_out_pictures_are_nearest_to_the_photos_of_their_subject(encoders: 
     held_out = torch.cat([encoders.dino.encode_images(pictures(s.held_out)) for s in subjects])
     nearest = (held_out @ torch.stack(photos).T).argmax(1)
     own = torch.arange(len(subjects)).repeat_interleave(len(held_out) // len(subjects))
-    assert (nearest == own).float().mean() > 0.5  # chance: 0.1
+    assert (nearest == own).float().mean() > 0.75  # 0.86; chance: 0.1
 
 
-def test_the_name_of_a_thing_is_nearest_to_its_pictures(encoders: Encoders) -> None:
-    subjects = [mini.subject(name) for name in mini.subjects()]
-    prompts = [f"a photo of {with_article(subject.class_name)}" for subject in subjects]
-    texts, notes = encoders.clip.encode_prompts(prompts)
-    images = torch.cat([encoders.clip.encode_images(pictures(s.photos)) for s in subjects])
-    own = torch.arange(len(subjects)).repeat_interleave(len(images) // len(subjects))
-    assert ((images @ texts.T).argmax(1) == own).float().mean() > 0.3  # chance: 0.1
+def test_a_drawn_picture_is_nearest_to_its_name_and_to_its_whole_prompt(
+    encoders: Encoders, drawn: Drawn
+) -> None:
+    rows, pictures = drawn
+    images = encoders.clip.encode_images(pictures)
+    names, notes = encoders.clip.encode_prompts(
+        [f"a photo of {with_article(name)}" for _, name, _ in rows]
+    )
     assert notes == ()
+    own = torch.arange(len(rows))
+    assert ((images @ names.T).argmax(1) == own).float().mean() >= SHARE
+    prompts, _ = encoders.clip.encode_prompts([prompt for prompt, _, _ in rows])
+    assert ((images @ prompts.T).argmax(1) == own).float().mean() >= SHARE
 
 
 def test_a_subject_scores_more_with_itself_than_with_others(encoders: Encoders) -> None:
@@ -68,17 +75,14 @@ def test_a_subject_scores_more_with_itself_than_with_others(encoders: Encoders) 
     assert (own.clip_t or 0) > (other.clip_t or 0)
 
 
-def test_the_judge_finds_thing_and_background_in_what_the_model_draws() -> None:
+def test_the_judge_finds_thing_and_background_in_what_the_model_draws(drawn: Drawn) -> None:
+    rows, pictures = drawn
     classifier = load_judge()
-    rows = prompts_to_judge(20, seed=1)
-    settings = SamplingSettings(steps=12, guidance=2.5, seed=1, batch_size=20)
-    drawn = sample(str(mini.model_path()), [row[0] for row in rows], (), settings, device="cpu")
-    pictures = as_batch(drawn)
-    things, backgrounds = judge(classifier, pictures, rows)
+    things, backgrounds = judge(classifier, as_batch(pictures), rows)
     assert things.float().mean() >= SHARE
     assert backgrounds.float().mean() >= SHARE
     shuffled = rows[1:] + rows[:1]  # a judge that says yes to everything would pass the above
-    assert judge(classifier, pictures, shuffled)[0].float().mean() < 0.2
+    assert judge(classifier, as_batch(pictures), shuffled)[0].float().mean() < 0.2
 
 
 def test_all_weights_together_are_at_most_40_mb_of_float16() -> None:

@@ -1,0 +1,71 @@
+"""The settings of a small job, ways to change and interrupt it, and its command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cntlora_core.diffusion.settings import (
+    AdapterSettings,
+    JobSettings,
+    OutputSettings,
+    PriorSettings,
+    SubjectSettings,
+    TrainingSettings,
+)
+
+
+@pytest.fixture
+def settings(tiny_model: Path, photo_folder: Path, tmp_path: Path) -> JobSettings:
+    return JobSettings(
+        model=str(tiny_model),
+        subject=SubjectSettings(images=str(photo_folder), token="sks", class_name="dog"),
+        output=OutputSettings(output=str(tmp_path / "out put")),
+        prior=PriorSettings(num_class_images=2, class_steps=2, cache=str(tmp_path / "cache")),
+        adapter=AdapterSettings(rank=4, alpha=8),
+        training=TrainingSettings(steps=6, learning_rate=1e-3, save_every=2, device="cpu"),
+    )
+
+
+def change(settings: JobSettings, part: str, **values: Any) -> JobSettings:
+    new = dataclasses.replace(getattr(settings, part), **values)
+    return dataclasses.replace(settings, **{part: new})
+
+
+def losses(result) -> list[float]:
+    return [record["loss"] for record in result.history]
+
+
+class StopAt:
+    """A reporter that raises after a number of training steps."""
+
+    def __init__(self, step: int, error: BaseException | None = None) -> None:
+        self.step, self.error = step, error or KeyboardInterrupt()
+        self.stages: list[str] = []
+
+    def __call__(self, stage: str, done: int, total: int, values: dict[str, Any]) -> None:
+        self.stages.append(stage)
+        if stage == "training" and done == self.step:
+            raise self.error
+
+
+RUN = """
+import sys
+from cntlora_core.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def command(settings: JobSettings, *more: str) -> list[str]:
+    return [
+        sys.executable, "-c", RUN, "train",
+        "--model", settings.model, "--images", settings.subject.images,
+        "--token", "sks", "--class-name", "dog", "--output", settings.output.output,
+        "--cache", str(settings.prior.cache), "--num-class-images", "2", "--class-steps", "2",
+        "--rank", "4", "--alpha", "8", "--learning-rate", "1e-3", "--device", "cpu",
+        "--save-every", "2", *more,
+    ]  # fmt: skip

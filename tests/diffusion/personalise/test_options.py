@@ -1,0 +1,84 @@
+"""Class images, samples while training, and every other option of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from cntlora_core.config import CNTLoRAConfig
+from cntlora_core.diffusion.job import personalise
+
+from .conftest import StopAt, change, losses
+
+
+def test_class_images_and_latents_are_reused_and_topped_up(settings):
+    first = StopAt(-1)
+    personalise(change(settings, "training", steps=1), reporter=first)
+    again = StopAt(-1)
+    personalise(change(settings, "training", steps=1), overwrite=True, reporter=again)
+    assert "drawing class images" in first.stages
+    assert "drawing class images" not in again.stages
+    folder = next((Path(settings.prior.cache) / "class_images").iterdir())
+    before = {p.name: p.stat().st_mtime_ns for p in folder.glob("*.png")}
+    more = change(change(settings, "training", steps=1), "prior", num_class_images=3)
+    personalise(more, overwrite=True)
+    after = {p.name: p.stat().st_mtime_ns for p in folder.glob("*.png")}
+    assert len(after) == 3
+    assert before.items() <= after.items()
+
+
+def test_given_class_images_are_used_and_none_with_weight_zero(settings, tmp_path):
+    folder = tmp_path / "dogs"
+    folder.mkdir()
+    Image.new("RGB", (32, 32), "blue").save(folder / "x.png")
+    result = personalise(change(settings, "prior", class_images=str(folder)))
+    assert all(record["prior_loss"] > 0 for record in result.history)
+    without = change(settings, "prior", prior_weight=0.0)
+    result = personalise(without, overwrite=True)
+    assert all(record["prior_loss"] == 0 for record in result.history)
+
+
+@pytest.mark.parametrize(
+    ("part", "values"),
+    [
+        ("training", {"gradient_checkpointing": True}),
+        ("training", {"gradient_accumulation": 2, "batch_size": 2}),
+        ("training", {"min_snr_gamma": 5.0}),
+        ("training", {"precision": "bfloat16"}),
+        ("training", {"precision": "float16"}),
+        ("training", {"lr_schedule": "constant_with_warmup", "lr_warmup": 2}),
+        ("adapter", {"train_text_encoder": False}),
+        ("adapter", {"cntlora": CNTLoRAConfig(preserve_output=False, damping=0.5)}),
+        ("subject", {"flip": True}),
+        ("output", {"layout": "diffusers", "file_precision": "float16"}),
+        ("output", {"layout": "peft"}),
+        ("output", {"compress": True}),
+    ],
+)
+def test_every_option_runs(settings, part, values):
+    result = personalise(change(change(settings, "training", steps=2), part, **values))
+    assert len(result.history) == 2
+    assert result.lora.exists()
+
+
+def test_gradient_checkpointing_gives_the_same_losses(settings):
+    plain = personalise(settings)
+    settings = change(settings, "training", gradient_checkpointing=True)
+    checkpointed = personalise(settings, overwrite=True)
+    assert losses(checkpointed) == pytest.approx(losses(plain), rel=1e-4)
+
+
+def test_samples_are_drawn_while_training(settings):
+    prompts = ("a photo of sks dog", "a photo of sks dog in the snow")
+    settings = change(settings, "training", sample_prompts=prompts, sample_every=4)
+    result = personalise(settings)
+    names = sorted(p.name for p in (result.folder / "samples").iterdir())
+    assert [n[:6] for n in names] == ["000004", "000004", "000006", "000006"]
+
+
+def test_drawing_samples_does_not_change_the_training(settings):
+    plain = personalise(settings)
+    settings = change(settings, "training", sample_prompts=("a dog",), sample_every=2)
+    assert losses(personalise(settings, overwrite=True)) == losses(plain)

@@ -1,0 +1,141 @@
+"""Interrupted, killed or failed runs resume to the same result, or are overwritten."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from cntlora_core.diffusion.job import STATE_NAME, personalise
+from cntlora_core.diffusion.trainer import NonFiniteLossError, SubjectTrainer
+
+from .conftest import StopAt, change, command, losses
+
+
+@pytest.mark.parametrize("stop", [1, 4])
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_a_resumed_run_equals_an_uninterrupted_one(settings, tmp_path, stop, schedule):
+    settings = change(settings, "training", lr_schedule=schedule)
+    whole = personalise(settings)
+    again = change(settings, "output", output=str(tmp_path / "again"))
+    with pytest.raises(KeyboardInterrupt):
+        personalise(again, reporter=StopAt(stop))
+    with pytest.raises(FileExistsError, match="--resume"):
+        personalise(again)
+    resumed = personalise(again, resume=True)
+    assert losses(resumed) == losses(whole)
+    a, b = load_file(whole.lora), load_file(resumed.lora)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_resuming_on_another_model_is_refused(settings, tiny_model, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        personalise(settings, reporter=StopAt(3))
+    other = tmp_path / "other model"
+    shutil.copytree(tiny_model, other)
+    weights = next((other / "unet").glob("*.safetensors"))
+    tensors = {k: v + 0.01 for k, v in load_file(weights).items()}
+    save_file(tensors, weights, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"identity\.model"):
+        personalise(dataclasses.replace(settings, model=str(other)), resume=True)
+    moved = tmp_path / "moved model"
+    shutil.copytree(tiny_model, moved)
+    personalise(dataclasses.replace(settings, model=str(moved)), resume=True)
+
+
+def test_overwriting_forgets_the_old_state(settings, monkeypatch):
+    with pytest.raises(KeyboardInterrupt):
+        personalise(settings, reporter=StopAt(5))
+
+    def poisoned(self, batch):
+        raise NonFiniteLossError("the loss of step 1 is nan")
+
+    monkeypatch.setattr(SubjectTrainer, "_loss", poisoned)
+    with pytest.raises(NonFiniteLossError) as caught:
+        personalise(settings, overwrite=True)
+    monkeypatch.undo()
+    assert "after step 5" not in str(caught.value)
+    assert len(personalise(settings, overwrite=True).history) == 6
+
+
+def test_a_failing_export_does_not_lose_the_training(settings, monkeypatch):
+    settings = change(settings, "training", save_every=100)
+    whole = personalise(settings)
+
+    def full_disk(*_args, **_options):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("cntlora_core.diffusion.job.export_lora", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        personalise(settings, overwrite=True)
+    monkeypatch.undo()
+    resumed = personalise(settings, resume=True)
+    assert losses(resumed) == losses(whole)
+
+
+def test_resuming_with_other_settings_or_photos_is_refused(settings, photo_folder):
+    with pytest.raises(KeyboardInterrupt):
+        personalise(settings, reporter=StopAt(3))
+    with pytest.raises(ValueError, match=r"training\.learning_rate"):
+        personalise(change(settings, "training", learning_rate=5e-4), resume=True)
+    photo = photo_folder / "0.png"
+    Image.new("RGB", (40, 40), "green").save(photo)
+    with pytest.raises(ValueError, match=r"identity\.photos"):
+        personalise(settings, resume=True)
+
+
+def test_a_finished_run_can_be_extended_from_nothing_only_by_overwriting(settings):
+    personalise(change(settings, "training", steps=1))
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        personalise(settings)
+    with pytest.raises(FileNotFoundError, match="nothing to resume"):
+        personalise(settings, resume=True)
+    assert len(personalise(settings, overwrite=True).history) == 6
+
+
+def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.02)
+
+
+def test_ctrl_c_and_kill_leave_a_state_that_resumes_to_the_same_result(settings, tmp_path):
+    steps = 40
+    settings = change(settings, "training", steps=steps)
+    whole = personalise(change(settings, "output", output=str(tmp_path / "whole")))
+    state = Path(settings.output.output) / STATE_NAME
+    arguments = command(settings, "--steps", str(steps))
+    options: dict[str, Any] = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+
+    process = subprocess.Popen(arguments, **options)
+    wait_for(state, process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert "--resume" in errors
+
+    process = subprocess.Popen([*arguments, "--resume"], **options)
+    before = state.stat().st_mtime_ns
+    while process.poll() is None and state.exists() and state.stat().st_mtime_ns == before:
+        time.sleep(0.005)
+    process.kill()
+    process.communicate()
+    assert state.exists(), "the run finished before it could be killed: give it more steps"
+
+    done = subprocess.run([*arguments, "--resume"], check=False, timeout=300, **options)
+    assert done.returncode == 0, done.stderr
+    a, b = load_file(whole.lora), load_file(done.stdout.strip().splitlines()[-1])
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert [p.name for p in state.parent.iterdir() if p.name.endswith(".tmp")] == []

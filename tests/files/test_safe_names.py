@@ -1,0 +1,68 @@
+"""Plain names from any text, and sizes in words."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cntlora_core.files import format_bytes, safe_name
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a photo of sks dog", "a_photo_of_sks_dog"),
+        ("../../etc/passwd", "etc_passwd"),
+        ("C:\\Users\\x", "C_Users_x"),
+        (".hidden", "hidden"),
+        ("-rf", "rf"),
+        ("café.png", "cafe.png"),
+        ("name.", "name"),
+        ("con", "name-con"),
+        ("LPT1.txt", "name-LPT1.txt"),
+        ("console", "console"),
+        ("", "unnamed"),
+        ("dog \N{DOG FACE}", "dog"),
+    ],
+)
+def test_safe_name_examples(text, expected):
+    assert safe_name(text) == expected
+
+
+def test_safe_name_tells_lost_text_apart():
+    assert safe_name("小狗") != safe_name("小猫")
+    assert safe_name("dog 小狗") != safe_name("dog 小猫")
+    long = "x" * 200
+    assert safe_name(long + "a") != safe_name(long + "b")
+    with pytest.raises(ValueError, match="at least 20"):
+        safe_name("x", max_length=5)
+
+
+_AWKWARD = st.sampled_from(["/", "\\", "..", ".", "con", "NUL", " ", "\0", "é", "-", "_", "\ud800"])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.one_of(st.text(max_size=8), _AWKWARD), max_size=12), st.integers(20, 90))
+def test_safe_name_is_always_a_plain_name(parts, limit):
+    name = safe_name("".join(parts), max_length=limit)
+    assert 1 <= len(name) <= limit
+    assert name.isascii()
+    assert set(name) <= set("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-")
+    assert name[0] not in ".-"
+    assert not name.endswith(".")
+    assert name.split(".")[0].lower() not in {"con", "prn", "aux", "nul", "com1", "lpt9"}
+    assert safe_name(name, max_length=limit) == name
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        path.write_text("")
+        assert path.resolve().parent == Path(folder).resolve()
+
+
+def test_format_bytes():
+    assert [format_bytes(n) for n in (0, 999, 1000, 1_500_000, 2_000_000_000, 3 * 10**12)] == [
+        "0 bytes", "999 bytes", "1.0 kB", "1.5 MB", "2.0 GB", "3.0 TB",
+    ]  # fmt: skip
