@@ -184,8 +184,8 @@ class SubjectTrainer:
         sums = torch.zeros(3)
         for micro in range(accumulation):
             loss, *parts = self._loss(self._batch(self.step, micro))
-            if self._extra_loss is not None:
-                loss = loss + self._extra_loss()
+            if (extra := self._extra_loss) is not None:
+                loss = loss + extra()
             values = torch.stack([loss.detach(), *(p.detach() for p in parts)]).cpu()
             if not torch.isfinite(values).all():
                 self.optimizer.zero_grad()
