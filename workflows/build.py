@@ -228,29 +228,29 @@ def small_model() -> Graph:
     )
     others = graph.add(
         "CNTLoRAClassImages", (420, 40), model=model.out(), subject=subject.out(), count=50,
-        guidance=2.5, tall=380,
+        guidance=2.5, tall=480,
     )  # fmt: skip
     start = graph.add(
-        "CNTLoRAInitialize", (420, 440), model=model.out(), subject=subject.out(), rank=16,
-        passes=8, tall=380,
+        "CNTLoRAInitialize", (420, 560), model=model.out(), subject=subject.out(), rank=16,
+        passes=8, tall=760,
     )  # fmt: skip
     lora = graph.add(
         "CNTLoRATrain", (800, 40), start=start.out(), class_images=others.out(), steps=400,
-        preview_every=100, tall=640,
+        preview_every=100, tall=830,
     )  # fmt: skip
     graph.add("CNTLoRASave", (1180, 40), lora=lora.out(), filename_prefix="small_penguin")
     prompts = "a photo of sks penguin\na photo of sks penguin on the beach"
     graph.add(
         "CNTLoRACompare", (1180, 220), model=model.out(), lora_1=lora.out(), prompts=prompts,
-        seeds="0, 1, 2", guidance=2.5, tall=640, wide=520,
+        seeds="0, 1, 2", guidance=2.5, tall=720, wide=520,
     )  # fmt: skip
     drawn = graph.add(
-        "CNTLoRASample", (800, 720), model=model.out(), lora=lora.out(), prompts=prompts,
-        per_prompt=4, guidance=2.5, tall=560,
+        "CNTLoRASample", (800, 910), model=model.out(), lora=lora.out(), prompts=prompts,
+        per_prompt=4, guidance=2.5, tall=640,
     )  # fmt: skip
     graph.add(
-        "CNTLoRAEvaluate", (1180, 900), images=drawn.out(), subject=subject.out(),
-        prompts=drawn.out(1), tall=560, wide=520,
+        "CNTLoRAEvaluate", (1180, 980), images=drawn.out(), subject=subject.out(),
+        prompts=drawn.out(1), tall=600, wide=520,
     )  # fmt: skip
     graph.note(
         (40, 740),
@@ -269,17 +269,17 @@ def sd15() -> Graph:
         "CNTLoRASubject", (40, 200), folder="example/backpack", class_name="backpack", tall=480
     )
     others = graph.add(
-        "CNTLoRAClassImages", (420, 40), model=model.out(), subject=subject.out(), tall=380
+        "CNTLoRAClassImages", (420, 40), model=model.out(), subject=subject.out(), tall=480
     )
     start = graph.add(
-        "CNTLoRAInitialize", (420, 440), model=model.out(), subject=subject.out(), tall=380
+        "CNTLoRAInitialize", (420, 560), model=model.out(), subject=subject.out(), tall=760
     )
     lora = graph.add(
-        "CNTLoRATrain", (800, 40), start=start.out(), class_images=others.out(), tall=640
+        "CNTLoRATrain", (800, 40), start=start.out(), class_images=others.out(), tall=830
     )
     graph.add("CNTLoRASave", (1180, 40), lora=lora.out())
     graph.add("LossGraphNode", (1180, 220), loss=lora.out(1))
-    loaded = graph.add("CheckpointLoaderSimple", (800, 740), ckpt_name=CHECKPOINT)
+    loaded = graph.add("CheckpointLoaderSimple", (800, 910), ckpt_name=CHECKPOINT)
     applied = graph.add(
         "CNTLoRAApply", (1180, 620), model=loaded.out(), clip=loaded.out(1), lora=lora.out()
     )
@@ -303,18 +303,18 @@ def compare_starts() -> Graph:
     )
     others = graph.add(
         "CNTLoRAClassImages", (420, 40), model=model.out(), subject=subject.out(), count=50,
-        guidance=2.5, tall=380,
+        guidance=2.5, tall=480,
     )  # fmt: skip
     loras = []
     for i, method in enumerate(("lora", "self", "cross")):
-        y = 40 + i * 640
+        y = 40 + i * 870
         start = graph.add(
             "CNTLoRAInitialize", (800, y), model=model.out(), subject=subject.out(), method=method,
-            rank=16, passes=8, title=f"Start: {method}", tall=400,
+            rank=16, passes=8, title=f"Start: {method}", tall=760,
         )  # fmt: skip
         lora = graph.add(
             "CNTLoRATrain", (1180, y), start=start.out(), class_images=others.out(), steps=200,
-            preview_every=0, title=f"Teach: {method}", tall=600,
+            preview_every=0, title=f"Teach: {method}", tall=830,
         )  # fmt: skip
         loras.append(lora.out())
     prompts = "a photo of sks clock\na photo of sks clock on the grass"
