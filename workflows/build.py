@@ -232,7 +232,7 @@ def small_model() -> Graph:
     )  # fmt: skip
     start = graph.add(
         "CNTLoRAInitialize", (420, 560), model=model.out(), subject=subject.out(), rank=16,
-        passes=8, tall=760,
+        passes=8, tall=400,
     )  # fmt: skip
     lora = graph.add(
         "CNTLoRATrain", (800, 40), start=start.out(), class_images=others.out(), steps=400,
@@ -272,7 +272,7 @@ def sd15() -> Graph:
         "CNTLoRAClassImages", (420, 40), model=model.out(), subject=subject.out(), tall=480
     )
     start = graph.add(
-        "CNTLoRAInitialize", (420, 560), model=model.out(), subject=subject.out(), tall=760
+        "CNTLoRAInitialize", (420, 560), model=model.out(), subject=subject.out(), tall=400
     )
     lora = graph.add(
         "CNTLoRATrain", (800, 40), start=start.out(), class_images=others.out(), tall=830
@@ -310,7 +310,7 @@ def compare_starts() -> Graph:
         y = 40 + i * 870
         start = graph.add(
             "CNTLoRAInitialize", (800, y), model=model.out(), subject=subject.out(), method=method,
-            rank=16, passes=8, title=f"Start: {method}", tall=760,
+            rank=16, passes=8, title=f"Start: {method}", tall=400,
         )  # fmt: skip
         lora = graph.add(
             "CNTLoRATrain", (1180, y), start=start.out(), class_images=others.out(), steps=200,

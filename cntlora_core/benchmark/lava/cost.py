@@ -25,7 +25,7 @@ _MATRICES: tuple[str, ...] = ("query", "key", "value", "dense")
 
 
 def _cells(settings: LavaBenchmark) -> list[Cell]:
-    return grid(case=("matrix", "conv"), round=range(1 if settings.quick else 3))
+    return grid(case=("matrix", "conv"), round=range(settings.seeds))
 
 
 def _run(cell: Cell, _task: Task | None, settings: LavaBenchmark) -> dict[str, Any]:
