@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, autocast, nn
 
 from cntlora_core.lava.layer import LavaLayer
 
@@ -68,7 +68,7 @@ def orthogonality_loss(model: nn.Module, adapter_name: str | None = None) -> Ten
 
 def gram_deviation(factor: Tensor) -> Tensor:
     """``F.T F - I``, (..., R, R), for F (..., n, R); float32 at the least, autocast or not."""
-    with torch.autocast(factor.device.type, enabled=False):
+    with autocast(factor.device.type, enabled=False):
         if factor.dtype != torch.float64:
             factor = factor.float()
         eye = torch.eye(factor.shape[-1], device=factor.device, dtype=factor.dtype)
