@@ -93,7 +93,7 @@ def prepare_task(
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        reporter(f"pre-training {name}", step + 1, steps, {"loss": float(loss)})
+        reporter(f"pre-training {name}", step + 1, steps, {"loss": loss.item()})
     judged = accuracy(network, draw(min(1000, 8 * settings.batch), generator))
     state = {key: tensor.contiguous() for key, tensor in network.state_dict().items()}
     save_safetensors_atomic(state, weights)
@@ -246,7 +246,7 @@ def finetune(
     for step in range(steps or settings.steps):
         chosen = torch.randint(len(labels), (settings.batch,), generator=generator)
         loss = nn.functional.cross_entropy(network(pictures[chosen]), labels[chosen])
-        losses.append(float(loss))
+        losses.append(loss.item())
         if adapted.penalty is not None:
             loss = loss + adapted.penalty()
         optimizer.zero_grad()
