@@ -92,11 +92,6 @@ class PointDelta:
         return mixing * gain
 
 
-def delta_spectrum(weight: Tensor, subspace: PrincipalSubspace, config: CNTLoRAConfig) -> Spectrum:
-    """The spectrum of the delta of one attachment point: see `PointDelta`."""
-    return PointDelta(weight, subspace, config).spectrum()
-
-
 def check_shift_width(name: str, width: int, config: CNTLoRAConfig) -> None:
     """Refuse a shift that is a matrix of another width than an attachment point's inputs.
 

@@ -13,6 +13,7 @@ from cntlora_core.progress import Reporter
 if TYPE_CHECKING:
     from PIL import Image
 
+    from cntlora_core.diffusion.sampler import LoRAUse
     from cntlora_core.metrics.encoders import Encoders
     from cntlora_core.metrics.fidelity import Fidelity
 
@@ -108,6 +109,7 @@ class Evaluate:
             raise ValueError("nothing to measure: give --generated folders, or --model and --lora")
         if self.lora and self.model is None:
             raise ValueError("LoRA files need a --model to draw with")
+        self._loras()  # what is missing is said before anything is loaded
         require_writable_folder(self.output)
         encoders = self._encoders(reporter)
         photos = [p.image for p in load_photos(self.subject, read_captions=False).photos]
@@ -180,8 +182,17 @@ class Evaluate:
         words = subject_prompts(self.token, self.class_name) if self.class_name else None
         return read_prompts(self.prompt, words)
 
+    def _loras(self) -> list[LoRAUse]:
+        from cntlora_core.diffusion.sampler import LoRAUse
+
+        loras = [LoRAUse.parse(text) for text in self.lora]
+        for lora in loras:
+            if not lora.path.is_file():
+                raise FileNotFoundError(f"there is no LoRA file {lora.path}")
+        return loras
+
     def _drawn(self, reporter: Reporter) -> Any:
-        from cntlora_core.diffusion.sampler import LoRAUse, SamplingSettings, load_for_sampling
+        from cntlora_core.diffusion.sampler import SamplingSettings, load_for_sampling
         from cntlora_core.files import safe_name
         from cntlora_core.metrics.drawing import Drawings, draw_each, save_drawings
 
@@ -195,10 +206,7 @@ class Evaluate:
             batch_size=self.batch_size,
         )
         drawings = Drawings(self._prompts(), self.per_prompt, self.base or not self.lora, sampling)
-        loras = [LoRAUse.parse(text) for text in self.lora]
-        for lora in loras:
-            if not lora.path.is_file():
-                raise FileNotFoundError(f"there is no LoRA file {lora.path}")
+        loras = self._loras()
         reporter("loading the model", 0, 1, {})
         pipeline = load_for_sampling(
             str(self.model), precision=self.precision, device=self.device, scheduler=self.scheduler

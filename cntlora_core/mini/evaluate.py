@@ -14,6 +14,7 @@ from transformers import ResNetForImageClassification
 
 from cntlora_core.console import ConsoleReporter
 from cntlora_core.diffusion.sampler import SamplingSettings, draw, load_for_sampling
+from cntlora_core.metrics.pictures import read_pictures
 from cntlora_core.mini import model_path
 from cntlora_core.mini.backgrounds import COLOURS, SCENES
 from cntlora_core.mini.compose import Background
@@ -21,7 +22,7 @@ from cntlora_core.mini.dataset import save_sheet
 from cntlora_core.mini.things import with_article
 from cntlora_core.mini.training import write_json
 
-__all__ = ["JUDGED_NAMES", "as_batch", "judge", "load_judge", "prompts_to_judge"]
+__all__ = ["JUDGED_NAMES", "as_batch", "judge", "judge_folder", "load_judge", "prompts_to_judge"]
 
 JUDGE = Path(__file__).parent / "encoders" / "judge"
 
@@ -88,6 +89,54 @@ def load_judge(folder: Path | None = None) -> ResNetForImageClassification:
     return judge.eval()
 
 
+def rows_of_prompts(prompts: Sequence[str], thing: str) -> list[tuple[str, str, str] | None]:
+    """What the judge is to find in pictures that were drawn for prompts.
+
+    Args:
+        prompts: One for each picture.
+        thing: What they all show, one of ``JUDGED_NAMES``.
+
+    Returns:
+        For each ``(prompt, thing, background)``; None for a prompt that does not end in the name of
+        the thing and a plain background or scene alone.
+    """
+    plain = [Background("plain", colour).phrase for colour in COLOURS]
+    rows: list[tuple[str, str, str] | None] = []
+    for prompt in prompts:
+        behind = prompt.rpartition(f"{thing} ")[2]
+        fits = behind in [*plain, *SCENES] and " wearing " not in prompt and " and " not in prompt
+        rows.append((prompt, thing, behind) if fits else None)
+    return rows
+
+
+def judge_folder(
+    classifier: ResNetForImageClassification, folder: Path, thing: str
+) -> dict[str, float]:
+    """Shares of a folder's pictures with the right thing and background, by its prompts.json.
+
+    Raises:
+        ValueError: a thing that the judge does not know, or no prompt that it can judge.
+    """
+    if thing not in JUDGED_NAMES:
+        raise ValueError(f"the judge knows no {thing!r}; it knows {', '.join(JUDGED_NAMES)}")
+    found = read_pictures(folder)
+    chosen = [
+        (picture, row)
+        for picture, row in zip(
+            found.pictures, rows_of_prompts(found.prompts or (), thing), strict=False
+        )
+        if row is not None
+    ]
+    if not chosen:
+        raise ValueError(f"no prompt in {folder} names a plain background or a scene alone")
+    pictures, rows = zip(*chosen, strict=True)
+    things, backgrounds = judge(classifier, as_batch(pictures), list(rows))
+    shares = {"things": things, "backgrounds": backgrounds}
+    return {"pictures": len(rows)} | {
+        k: round(v.float().mean().item(), 4) for k, v in shares.items()
+    }
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -95,12 +144,22 @@ def main() -> None:
     parser.add_argument(
         "--classifier", type=Path, help="folder of the judge; the shipped one if left"
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder of figures and sheet")
+    parser.add_argument("--output", type=Path, help="folder of figures and sheet")
+    parser.add_argument("--pictures", type=Path, nargs="+", help="judge these folders instead")
+    parser.add_argument("--thing", help="what the pictures of the folders show")
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, default=2.5)
     args = parser.parse_args()
+    if args.pictures:
+        if not args.thing:
+            parser.error("--pictures needs --thing")
+        for folder in args.pictures:
+            print(folder.name, judge_folder(load_judge(args.classifier), folder, args.thing))
+        return
+    if args.output is None:
+        parser.error("give --output, or --pictures and --thing")
     args.output.mkdir(parents=True, exist_ok=True)
     rows = prompts_to_judge(args.count, args.seed)
     settings = SamplingSettings(

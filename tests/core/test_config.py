@@ -9,7 +9,7 @@ from peft import LoraConfig
 from torch import nn
 
 from cntlora_core import CNTLoRAConfig, get_cntlora_model
-from cntlora_core.constraints import delta_spectrum
+from cntlora_core.constraints import PointDelta
 from cntlora_core.diffusion.settings import AdapterSettings
 from cntlora_core.linalg import principal_subspace
 from cntlora_core.moments import Moment
@@ -67,15 +67,15 @@ def test_a_matrix_without_its_constraint_is_refused():
 def test_a_multiple_of_the_identity_is_that_number(as_type):
     rows, weight = torch.randn(60, 6), torch.randn(5, 6)
     subspace = principal_subspace(Moment(rows.T @ rows / 60, 60), 3)
-    number = delta_spectrum(weight, subspace, shifted(2.5)).delta()
-    matrix = delta_spectrum(weight, subspace, shifted(as_type(torch.eye(6) * 2.5))).delta()
+    number = PointDelta(weight, subspace, shifted(2.5)).spectrum().delta()
+    matrix = PointDelta(weight, subspace, shifted(as_type(torch.eye(6) * 2.5))).spectrum().delta()
     torch.testing.assert_close(matrix, number, rtol=1e-4, atol=1e-5)
 
 
 def test_a_matrix_acts_within_the_principal_subspace():
     rows, weight, k = torch.randn(60, 6), torch.randn(5, 6), torch.randn(6, 6)
     subspace = principal_subspace(Moment(rows.T @ rows / 60, 60), 3)
-    delta = delta_spectrum(weight, subspace, shifted(k)).delta()
+    delta = PointDelta(weight, subspace, shifted(k)).spectrum().delta()
     v = subspace.vectors
     gain = 1 / (subspace.values.float() + 1e-2)
     torch.testing.assert_close(
@@ -90,7 +90,7 @@ def test_the_normal_shift_of_a_smaller_rank_is_the_leading_block_of_a_larger_one
 
     def block(rank):
         config = shifted("normal", seed=4, damping=0.0)
-        delta = delta_spectrum(eye, subspace.leading(rank), config).delta()
+        delta = PointDelta(eye, subspace.leading(rank), config).spectrum().delta()
         v = subspace.vectors[:, :rank]
         return v.T @ delta @ v * subspace.values[:rank].float() * rank**0.5
 

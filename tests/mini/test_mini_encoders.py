@@ -14,7 +14,14 @@ from cntlora_core.data.photos import load_photos
 from cntlora_core.diffusion.sampler import SamplingSettings, sample
 from cntlora_core.metrics import Encoders, load_encoders, measure, subject_features
 from cntlora_core.metrics.encoders import SMALL
-from cntlora_core.mini.evaluate import as_batch, judge, load_judge, prompts_to_judge
+from cntlora_core.metrics.pictures import write_prompts
+from cntlora_core.mini.evaluate import (
+    as_batch,
+    judge,
+    judge_folder,
+    load_judge,
+    prompts_to_judge,
+)
 from cntlora_core.mini.things import with_article
 
 SHARE = 0.9  # of the pictures; the card has 100 % and 97.5 % of 200
@@ -83,6 +90,24 @@ def test_the_judge_finds_thing_and_background_in_what_the_model_draws(drawn: Dra
     assert backgrounds.float().mean() >= SHARE
     shuffled = rows[1:] + rows[:1]  # a judge that says yes to everything would pass the above
     assert judge(classifier, as_batch(pictures), shuffled)[0].float().mean() < 0.2
+
+
+def test_a_folder_is_judged_by_its_prompts(drawn: Drawn, tmp_path: Path) -> None:
+    rows, pictures = drawn
+    at = next(i for i, (_, name, _) in enumerate(rows) if name == "penguin")
+    for name in ("right", "wrong", "other"):
+        pictures[at].save(tmp_path / f"{name}.png")
+    wrong = "on a red background" if rows[at][2] != "on a red background" else "in space"
+    prompts = {
+        "right.png": f"a sks penguin {rows[at][2]}",
+        "wrong.png": f"a sks penguin {wrong}",
+        "other.png": "a sks penguin and an apple on a white background",  # not judged
+    }
+    write_prompts(tmp_path, prompts)
+    found = judge_folder(load_judge(), tmp_path, "penguin")
+    assert found == {"pictures": 2, "things": 1.0, "backgrounds": 0.5}
+    with pytest.raises(ValueError, match="knows no 'zebra'"):
+        judge_folder(load_judge(), tmp_path, "zebra")
 
 
 def test_all_weights_together_are_at_most_40_mb_of_float16() -> None:
