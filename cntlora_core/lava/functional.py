@@ -7,6 +7,9 @@ One factor matrix per dimension of the weight, rank R (the LAVA paper, equation 
 A matrix has two dimensions, ``dW = U @ V.T``, which is LoRA; the kernel of a one-dimensional
 convolution has three. Convolving with that sum is convolving with three small kernels in a row: 1x1
 by V, one small kernel for each of the R channels by Y and X, 1x1 by U.
+
+In groups of no more than R input channels each (depthwise convolutions), that would make R channels
+of so few at every position; the summed kernel is then the smaller by far, and is convolved with.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ _CONVOLVE = {1: F.conv1d, 2: F.conv2d}
 
 
 def delta(u: Tensor, v: Tensor, spatial: Sequence[Tensor] = ()) -> Tensor:
-    """The whole change of weight, which a forward pass never builds.
+    """The whole change of weight, which a forward pass builds for narrow groups only.
 
     Args:
         u: (c_out, R).
@@ -70,6 +73,12 @@ def convolve(
     if x.ndim == len(spatial) + 1:
         return convolve(x[None], u, v, spatial, conv)[0]
     apply, groups, rank = _CONVOLVE[len(spatial)], conv.groups, u.shape[1]
+    zeros = conv.padding_mode == "zeros"
+    padding = conv.padding if zeros else 0
+    if groups > 1 and v.shape[0] <= rank:
+        x = x if zeros else padded(conv, x)
+        kernel = delta(u, v, spatial)
+        return apply(x, kernel, None, conv.stride, padding, conv.dilation, groups)
     ones = (1,) * len(spatial)
     count = x.shape[0]
     if groups > 1:
@@ -78,8 +87,6 @@ def convolve(
     pointwise = kernel.shape[2:].numel() == 1
     down = v * kernel.flatten() if pointwise else v  # one channel each: a factor of V
     down = down.T.reshape(rank, -1, *ones)
-    zeros = conv.padding_mode == "zeros"
-    padding = conv.padding if zeros else 0
     if pointwise:
         h = apply(x if zeros else padded(conv, x), down, stride=conv.stride, padding=padding)
     else:

@@ -56,18 +56,20 @@ def summed(factors: list[torch.Tensor]) -> torch.Tensor:
     return torch.stack(terms).sum(0)
 
 
+@pytest.mark.parametrize("rank", [2, 4])  # below and above the width of a group
 @pytest.mark.parametrize("case", CONVOLUTIONS, ids=name_of)
-def test_output_and_gradients_are_those_of_the_materialised_kernel(case):
+def test_output_and_gradients_are_those_of_the_materialised_kernel(case, rank):
     kind, options = case
     torch.manual_seed(0)
     conv = kind(6, 12, **options)
     reference = copy.deepcopy(conv).double()
-    layer = adapted(conv)
+    layer = adapted(conv, rank)
+    scaling = 3 / rank
     shape = (2, 6, 7, 8) if kind is nn.Conv2d else (2, 6, 9)
     x = torch.randn(*shape, dtype=torch.float64, requires_grad=True)
     got = layer(x)
     factors = list(layer.factors("default").values())
-    kernel = reference.weight.detach() + 0.75 * summed(factors)
+    kernel = reference.weight.detach() + scaling * summed(factors)
     wanted = reference._conv_forward(x, kernel, reference.bias)
     torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
     probe = torch.randn_like(got)
@@ -78,8 +80,31 @@ def test_output_and_gradients_are_those_of_the_materialised_kernel(case):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(layer(x[0]), got[0], rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(
-        layer.get_delta_weight("default"), 0.75 * summed(factors).detach(), rtol=0, atol=1e-12
+        layer.get_delta_weight("default"), scaling * summed(factors).detach(), rtol=0, atol=1e-12
     )
+
+
+def largest_made(layer: LavaLayer, x: torch.Tensor) -> int:
+    """How many numbers the largest tensor has that a pass forwards and backwards makes."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        found = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(tensor, torch.Tensor):
+                    self.found = max(self.found, tensor.numel())
+            return out
+
+    base = layer.get_base_layer()
+    layer.base_layer = nn.Identity()  # leaves the adapter's own change
+    layer.get_base_layer = lambda: base
+    with Largest() as mode:
+        layer(x).square().sum().backward()
+    assert layer.lava_U["default"].grad.abs().sum() > 0
+    return mode.found
 
 
 @pytest.mark.parametrize("module", [nn.Linear(5, 7), Conv1D(7, 5)], ids=["Linear", "Conv1D"])
@@ -101,28 +126,16 @@ def test_matrices(module):
 
 def test_a_forward_pass_builds_nothing_as_large_as_the_kernel():
     """Neither forwards nor backwards: the largest tensor made is an activation."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Largest(TorchDispatchMode):
-        found = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            for tensor in out if isinstance(out, (tuple, list)) else [out]:
-                if isinstance(tensor, torch.Tensor):
-                    self.found = max(self.found, tensor.numel())
-            return out
-
     torch.manual_seed(0)
-    conv = nn.Conv2d(64, 64, 3, padding=1)
-    layer = adapted(conv, rank=2)
-    layer.base_layer = nn.Identity()  # leaves the adapter's own change
-    layer.get_base_layer = lambda: conv
-    x = torch.randn(1, 64, 4, 4, dtype=torch.float64)
-    with Largest() as mode:
-        layer(x).square().sum().backward()
-    assert mode.found == 64 * 4 * 4
-    assert layer.lava_U["default"].grad.abs().sum() > 0
+    layer = adapted(nn.Conv2d(64, 64, 3, padding=1), rank=2)
+    assert largest_made(layer, torch.randn(1, 64, 4, 4, dtype=torch.float64)) == 64 * 4 * 4
+
+
+def test_a_depthwise_convolution_is_not_widened():
+    torch.manual_seed(0)
+    layer = adapted(nn.Conv2d(8, 8, 7, padding=3, groups=8), rank=4)
+    x = torch.randn(2, 8, 16, 16, dtype=torch.float64)
+    assert largest_made(layer, x) == x.numel()
 
 
 @pytest.mark.parametrize(
