@@ -23,6 +23,7 @@ from cntlora_core.diffusion.settings import (
     OutputSettings,
     Precision,
     PriorSettings,
+    SamplingSettings,
     SubjectSettings,
     TrainingSettings,
 )
@@ -84,13 +85,6 @@ class Sample:
         output: Folder for the pictures.
         lora: LoRA files; a strength may follow each after a colon: dog.safetensors:0.8
         per_prompt: Pictures for each prompt.
-        steps: Sampling steps.
-        guidance: Classifier-free guidance scale.
-        negative_prompt: What the pictures should not show.
-        resolution: Side in pixels; default: the model's own.
-        scheduler: pndm, ddim, dpm++ or euler_a; default: the model's own.
-        seed: Seed of the first picture; the next has the next seed.
-        batch_size: Pictures drawn at once.
         precision: Data type of the model.
         device: Where to draw; default: CUDA, then MPS, then the CPU.
     """
@@ -100,13 +94,9 @@ class Sample:
     output: Path
     lora: tuple[str, ...] = ()
     per_prompt: int = 1
-    steps: int = 30
-    guidance: float = 7.5
-    negative_prompt: str = ""
-    resolution: int | None = None
-    scheduler: str | None = None
-    seed: int = 0
-    batch_size: int = 4
+    drawing: Annotated[SamplingSettings, tyro.conf.arg(name="")] = field(
+        default_factory=SamplingSettings
+    )
     precision: Precision = "float32"
     device: str | None = None
 
@@ -114,12 +104,7 @@ class Sample:
         return "; the pictures drawn so far are kept"
 
     def run(self, reporter: ConsoleReporter) -> None:
-        from cntlora_core.diffusion.sampler import (
-            LoRAUse,
-            SamplingSettings,
-            draw,
-            load_for_sampling,
-        )
+        from cntlora_core.diffusion.sampler import LoRAUse, draw, load_for_sampling
         from cntlora_core.files import require_writable_folder, safe_name
         from cntlora_core.metrics.pictures import write_prompts
         from cntlora_core.sheets import save_image
@@ -128,15 +113,6 @@ class Sample:
             raise ValueError("give at least one --prompt")
         if self.per_prompt < 1:
             raise ValueError(f"per_prompt must be at least 1, got {self.per_prompt}")
-        settings = SamplingSettings(
-            steps=self.steps,
-            guidance=self.guidance,
-            negative_prompt=self.negative_prompt,
-            resolution=self.resolution,
-            scheduler=self.scheduler,
-            seed=self.seed,
-            batch_size=self.batch_size,
-        )
         folder = require_writable_folder(self.output)
         reporter("loading the model", 0, 1, {})
         pipeline = load_for_sampling(
@@ -144,17 +120,18 @@ class Sample:
             [LoRAUse.parse(text) for text in self.lora],
             precision=self.precision,
             device=self.device,
-            scheduler=self.scheduler,
+            scheduler=self.drawing.scheduler,
         )
         reporter("loading the model", 1, 1, {})
         prompts = [prompt for prompt in self.prompt for _ in range(self.per_prompt)]
-        for start in range(0, len(prompts), self.batch_size):
-            chosen = prompts[start : start + self.batch_size]
-            seeds = [self.seed + start + i for i in range(len(chosen))]
+        at_once = self.drawing.batch_size
+        for start in range(0, len(prompts), at_once):
+            chosen = prompts[start : start + at_once]
+            seeds = [self.drawing.seed + start + i for i in range(len(chosen))]
             pictures = draw(
                 pipeline,
                 chosen,
-                settings,
+                self.drawing,
                 seeds=seeds,
                 reporter=lambda stage, done, total, values, start=start: reporter(
                     stage, start + done, len(prompts), values

@@ -12,7 +12,6 @@ from cntlora_core.data.photos import load_photos
 from cntlora_core.diffusion.job import RECORD_NAME, personalise
 from cntlora_core.diffusion.sampler import (
     LoRAUse,
-    SamplingSettings,
     apply_lora_files,
     draw,
     load_for_sampling,
@@ -22,6 +21,7 @@ from cntlora_core.diffusion.settings import (
     JobSettings,
     OutputSettings,
     PriorSettings,
+    SamplingSettings,
     SubjectSettings,
     TrainingSettings,
 )

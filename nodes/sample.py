@@ -16,7 +16,8 @@ from .widgets import ADVANCED, CATEGORY, LARGEST_SEED, lines, numbers
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
-    from cntlora_core.diffusion.sampler import LoRAUse, SamplingSettings
+    from cntlora_core.diffusion.sampler import LoRAUse
+    from cntlora_core.diffusion.settings import SamplingSettings
 
 SCHEDULERS = ("model's own", "dpm++_karras", "dpm++", "euler", "euler_a", "ddim", "pndm", "unipc")
 COMPARED = 6
@@ -33,7 +34,7 @@ def sampling_settings(
     steps: int, guidance: float, negative_prompt: str, resolution: int, scheduler: str
 ) -> SamplingSettings:
     """The core's settings from what the widgets hold."""
-    from cntlora_core.diffusion.sampler import SamplingSettings
+    from cntlora_core.diffusion.settings import SamplingSettings
 
     return SamplingSettings(
         steps=steps,

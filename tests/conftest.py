@@ -172,3 +172,54 @@ def tiny_encoders(tmp_path_factory: pytest.TempPathFactory) -> Path:
         size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, **grey
     ).save_pretrained(base / "clip")
     return base
+
+
+def prediction(unet, text_encoder) -> torch.Tensor:
+    """What text encoder and UNet make of fixed tokens and latents."""
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, 4, 16, 16, generator=generator)
+    tokens = torch.randint(5, 200, (2, 77), generator=generator)
+    with torch.no_grad():
+        states = text_encoder(tokens)[0]
+        return unet(latents, torch.tensor([30, 700]), encoder_hidden_states=states).sample
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.fixture
+def train(tiny_model: Path, photo_folder: Path, tmp_path: Path, monkeypatch):
+    """Train with given settings; returns the job's result and the trainer, not yet unwrapped.
+
+    With the trainer comes ``prediction``, that of its models in memory.
+    """
+    from cntlora_core.diffusion import job, settings
+
+    kept = {}
+    finish = job._finish
+
+    def keep(trainer, *rest):
+        kept["prediction"] = prediction(trainer.unet, trainer.text_encoder)
+        kept["trainer"] = trainer
+        return finish(trainer, *rest)
+
+    monkeypatch.setattr(job, "_finish", keep)
+
+    def run(
+        adapter: settings.AdapterSettings, steps: int = 3, reporter=None, resume=False, **output
+    ):
+        asked = settings.JobSettings(
+            model=str(tiny_model),
+            subject=settings.SubjectSettings(
+                images=str(photo_folder), token="sks", class_name="dog"
+            ),
+            output=settings.OutputSettings(**{"output": str(tmp_path / "out"), **output}),
+            prior=settings.PriorSettings(prior_weight=0.0, cache=str(tmp_path / "cache")),
+            adapter=adapter,
+            training=settings.TrainingSettings(steps=steps, learning_rate=3e-3, device="cpu"),
+        )
+        given = {} if reporter is None else {"reporter": reporter}
+        return job.personalise(asked, resume=resume, **given), kept
+
+    return run

@@ -13,6 +13,7 @@ from cntlora_core.diffusion.settings import (
     JobSettings,
     OutputSettings,
     PriorSettings,
+    SamplingSettings,
     SubjectSettings,
     TrainingSettings,
 )
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from cntlora_core.diffusion.pipeline import StableDiffusionParts, load_stable_diffusion
     from cntlora_core.diffusion.sampler import (
         LoRAUse,
-        SamplingSettings,
         draw,
         load_for_sampling,
         sample,
@@ -34,7 +34,6 @@ _HOMES = {
     "StableDiffusionParts": "pipeline",
     "load_stable_diffusion": "pipeline",
     "LoRAUse": "sampler",
-    "SamplingSettings": "sampler",
     "draw": "sampler",
     "load_for_sampling": "sampler",
     "sample": "sampler",

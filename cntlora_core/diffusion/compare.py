@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from cntlora_core.diffusion.sampler import LoRAUse, SamplingSettings, apply_lora_files, draw
+from cntlora_core.diffusion.sampler import LoRAUse, apply_lora_files, draw
+from cntlora_core.diffusion.settings import SamplingSettings
 from cntlora_core.progress import Reporter, silent
 from cntlora_core.sheets import comparison_sheet
 

@@ -18,8 +18,8 @@ from cntlora_core.diffusion.pipeline import StableDiffusionParts, load_stable_di
 from cntlora_core.diffusion.prior import cache_folder, class_images
 from cntlora_core.diffusion.record import ModelFacts, file_metadata, run_record
 from cntlora_core.diffusion.resume import check_same_run, run_identity
-from cntlora_core.diffusion.sampler import SamplingSettings, checked_device, draw
-from cntlora_core.diffusion.settings import JobSettings
+from cntlora_core.diffusion.sampler import checked_device, draw
+from cntlora_core.diffusion.settings import JobSettings, SamplingSettings
 from cntlora_core.diffusion.stages import (
     Start,
     Subject,

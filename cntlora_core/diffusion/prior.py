@@ -9,8 +9,8 @@ from pathlib import Path
 
 from cntlora_core.data.photos import PhotoSet, load_photos
 from cntlora_core.diffusion.pipeline import StableDiffusionParts
-from cntlora_core.diffusion.sampler import SamplingSettings, draw
-from cntlora_core.diffusion.settings import PriorSettings
+from cntlora_core.diffusion.sampler import draw
+from cntlora_core.diffusion.settings import PriorSettings, SamplingSettings
 from cntlora_core.files import atomic_write, require_writable_folder, safe_name, write_json_atomic
 from cntlora_core.progress import Reporter, silent
 

@@ -14,40 +14,12 @@ from safetensors import safe_open
 
 from cntlora_core.data.captions import encode_prompts
 from cntlora_core.diffusion.pipeline import StableDiffusionParts, load_stable_diffusion
-from cntlora_core.diffusion.settings import Precision, torch_dtype
+from cntlora_core.diffusion.settings import Precision, SamplingSettings, torch_dtype
 from cntlora_core.lora_file import diffusers_tensors
 from cntlora_core.lora_reading import load_lora_tensors, read_lora_tensors
 from cntlora_core.progress import Reporter, silent
 
 MID = ".lora_mid."
-
-
-@dataclass(frozen=True)
-class SamplingSettings:
-    """How a picture is drawn.
-
-    Attributes:
-        steps: Sampling steps.
-        guidance: Classifier-free guidance scale.
-        negative_prompt: What the picture should not show.
-        resolution: Side in pixels; default: the model's own.
-        scheduler: pndm, ddim, dpm++ or euler_a; default: the model's own.
-        seed: Seed of the first picture; the next has the next seed.
-        batch_size: Pictures drawn at once.
-    """
-
-    steps: int = 30
-    guidance: float = 7.5
-    negative_prompt: str = ""
-    resolution: int | None = None
-    scheduler: str | None = None
-    seed: int = 0
-    batch_size: int = 4
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)

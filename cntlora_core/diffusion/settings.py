@@ -234,6 +234,35 @@ class TrainingSettings:
 
 
 @dataclass(frozen=True)
+class SamplingSettings:
+    """How pictures are drawn.
+
+    Attributes:
+        steps: Sampling steps.
+        guidance: Classifier-free guidance scale.
+        negative_prompt: What the pictures should not show.
+        resolution: Side in pixels; default: the model's own.
+        scheduler: pndm, ddim, dpm++ or euler_a; default: the model's own.
+        seed: Seed of the first picture (for evaluate: of each prompt's first); the next has
+            the next seed.
+        batch_size: Pictures drawn at once.
+    """
+
+    steps: int = 30
+    guidance: float = 7.5
+    negative_prompt: str = ""
+    resolution: int | None = None
+    scheduler: str | None = None
+    seed: int = 0
+    batch_size: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
 class OutputSettings:
     """What is left behind.
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
 
 from cntlora_core import mini
-from cntlora_core.diffusion.settings import Precision
+from cntlora_core.diffusion.settings import Precision, SamplingSettings
 from cntlora_core.progress import Reporter
 
 if TYPE_CHECKING:
@@ -40,13 +42,6 @@ class Evaluate:
         token: The word that stands for the subject; CLIP is not asked for it.
         class_name: What the subject is, for placeholders.
         per_prompt: Pictures for each prompt.
-        steps: Sampling steps.
-        guidance: Classifier-free guidance scale.
-        negative_prompt: What the pictures should not show.
-        resolution: Side in pixels; default: the model's own.
-        scheduler: pndm, ddim, dpm++ or euler_a; default: the model's own.
-        seed: Seed of the first picture of each prompt.
-        batch_size: Pictures drawn at once.
         precision: Data type of the model.
         dino: Vision transformer by hub id or folder; small: the one that comes along, for 64 px.
             Default: facebook/dino-vits16, and small for the small model.
@@ -65,13 +60,9 @@ class Evaluate:
     token: str | None = None
     class_name: str | None = None
     per_prompt: int = 4
-    steps: int = 30
-    guidance: float = 7.5
-    negative_prompt: str = ""
-    resolution: int | None = None
-    scheduler: str | None = None
-    seed: int = 0
-    batch_size: int = 4
+    drawing: Annotated[SamplingSettings, tyro.conf.arg(name="")] = field(
+        default_factory=SamplingSettings
+    )
     precision: Precision = "float32"
     dino: str | None = None
     clip: str | None = None
@@ -192,24 +183,19 @@ class Evaluate:
         return loras
 
     def _drawn(self, reporter: Reporter) -> Any:
-        from cntlora_core.diffusion.sampler import SamplingSettings, load_for_sampling
+        from cntlora_core.diffusion.sampler import load_for_sampling
         from cntlora_core.files import safe_name
         from cntlora_core.metrics.drawing import Drawings, draw_each, save_drawings
 
-        sampling = SamplingSettings(
-            steps=self.steps,
-            guidance=self.guidance,
-            negative_prompt=self.negative_prompt,
-            resolution=self.resolution,
-            scheduler=self.scheduler,
-            seed=self.seed,
-            batch_size=self.batch_size,
-        )
-        drawings = Drawings(self._prompts(), self.per_prompt, self.base or not self.lora, sampling)
+        bare = self.base or not self.lora
+        drawings = Drawings(self._prompts(), self.per_prompt, bare, self.drawing)
         loras = self._loras()
         reporter("loading the model", 0, 1, {})
         pipeline = load_for_sampling(
-            str(self.model), precision=self.precision, device=self.device, scheduler=self.scheduler
+            str(self.model),
+            precision=self.precision,
+            device=self.device,
+            scheduler=self.drawing.scheduler,
         )
         reporter("loading the model", 1, 1, {})
         for label, pictures in draw_each(pipeline, loras, drawings, reporter):

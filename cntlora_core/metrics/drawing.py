@@ -10,7 +10,8 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from cntlora_core.diffusion.compare import BASE_LABEL
-from cntlora_core.diffusion.sampler import LoRAUse, SamplingSettings, apply_lora_files, draw
+from cntlora_core.diffusion.sampler import LoRAUse, apply_lora_files, draw
+from cntlora_core.diffusion.settings import SamplingSettings
 from cntlora_core.files import require_writable_folder, safe_name
 from cntlora_core.metrics.pictures import write_prompts
 from cntlora_core.progress import Reporter, silent

@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import ResNetForImageClassification
 
 from cntlora_core.console import ConsoleReporter
-from cntlora_core.diffusion.sampler import SamplingSettings, draw, load_for_sampling
+from cntlora_core.diffusion.sampler import draw, load_for_sampling
+from cntlora_core.diffusion.settings import SamplingSettings
 from cntlora_core.metrics.pictures import read_pictures
 from cntlora_core.mini import model_path
 from cntlora_core.mini.backgrounds import COLOURS, SCENES

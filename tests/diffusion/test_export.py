@@ -3,65 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import pytest
-import torch
 from diffusers import StableDiffusionPipeline
 
 from cntlora_core.config import CNTLoRAConfig
-from cntlora_core.diffusion import job
 from cntlora_core.diffusion.pipeline import load_stable_diffusion
-from cntlora_core.diffusion.sampler import LoRAUse, SamplingSettings, sample
+from cntlora_core.diffusion.sampler import LoRAUse, sample
 from cntlora_core.diffusion.settings import (
     AdapterSettings,
-    JobSettings,
-    OutputSettings,
-    PriorSettings,
-    SubjectSettings,
-    TrainingSettings,
+    SamplingSettings,
 )
 from cntlora_core.lora_file import read_lora_file, total_relative_error
 
-
-def prediction(unet, text_encoder) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(2, 4, 16, 16, generator=generator)
-    tokens = torch.randint(5, 200, (2, 77), generator=generator)
-    with torch.no_grad():
-        states = text_encoder(tokens)[0]
-        return unet(latents, torch.tensor([30, 700]), encoder_hidden_states=states).sample
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).norm() / b.norm())
-
-
-@pytest.fixture
-def trained(tiny_model: Path, photo_folder: Path, tmp_path: Path, monkeypatch):
-    """Train with given settings; returns the job's result and the prediction in memory."""
-    kept = {}
-    finish = job._finish
-
-    def keep(trainer, *rest):
-        kept["prediction"] = prediction(trainer.unet, trainer.text_encoder)
-        return finish(trainer, *rest)
-
-    monkeypatch.setattr(job, "_finish", keep)
-
-    def train(adapter: AdapterSettings, **output):
-        settings = JobSettings(
-            model=str(tiny_model),
-            subject=SubjectSettings(images=str(photo_folder), token="sks", class_name="dog"),
-            output=OutputSettings(output=str(tmp_path / "out"), **output),
-            prior=PriorSettings(prior_weight=0.0, cache=str(tmp_path / "cache")),
-            adapter=adapter,
-            training=TrainingSettings(steps=5, learning_rate=3e-3, device="cpu"),
-        )
-        return job.personalise(settings), kept["prediction"]
-
-    return train
-
+from ..conftest import prediction, relative
 
 ADAPTERS = {
     "cross": AdapterSettings(rank=4, alpha=8),
@@ -78,23 +33,23 @@ ADAPTERS = {
 
 @pytest.mark.parametrize("layout", ["kohya", "diffusers"])
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_a_stock_pipeline_with_the_file_equals_the_trained_model(trained, tiny_model, name, layout):
-    result, in_memory = trained(ADAPTERS[name], layout=layout)
+def test_a_stock_pipeline_with_the_file_equals_the_trained_model(train, tiny_model, name, layout):
+    result, kept = train(ADAPTERS[name], layout=layout)
     pipeline = StableDiffusionPipeline.from_pretrained(str(tiny_model), safety_checker=None)
     before = prediction(pipeline.unet, pipeline.text_encoder)
     pipeline.load_lora_weights(str(result.lora))
     after = prediction(pipeline.unet, pipeline.text_encoder)
-    assert relative(after, in_memory) < 1e-4
+    assert relative(after, kept["prediction"]) < 1e-4
     assert relative(after, before) > 1e-2
     points = {n.split(".")[0] for n in result.export.ranks}
     assert points == ({"unet"} if name == "unet-only" else {"unet", "text_encoder"})
 
 
-def test_truncating_the_file_reports_its_error_and_halves_the_rank(trained, tiny_model):
-    exact, in_memory = trained(ADAPTERS["cross"])
+def test_truncating_the_file_reports_its_error_and_halves_the_rank(train, tiny_model):
+    exact, kept = train(ADAPTERS["cross"])
     exact_layers = read_lora_file(exact.lora).layers
     (exact.folder / "run.json").unlink()
-    short, _ = trained(ADAPTERS["cross"], compress=True)
+    short, _ = train(ADAPTERS["cross"], compress=True)
     short_layers = read_lora_file(short.lora).layers
     assert short.export.ranks == short.export.trained_ranks
     lost = sum(
@@ -108,22 +63,22 @@ def test_truncating_the_file_reports_its_error_and_halves_the_rank(trained, tiny
     before = prediction(pipeline.unet, pipeline.text_encoder)
     pipeline.load_lora_weights(str(short.lora))
     after = prediction(pipeline.unet, pipeline.text_encoder)
-    assert relative(after, in_memory) < relative(before, in_memory)
+    assert relative(after, kept["prediction"]) < relative(before, kept["prediction"])
 
 
 @pytest.mark.parametrize(("precision", "limit"), [("float16", 2e-3), ("bfloat16", 2e-2)])
-def test_half_precision_files_keep_what_was_learned(trained, precision, limit):
-    exact, _ = trained(ADAPTERS["cross"])
+def test_half_precision_files_keep_what_was_learned(train, precision, limit):
+    exact, _ = train(ADAPTERS["cross"])
     exact_layers = read_lora_file(exact.lora).layers
     (exact.folder / "run.json").unlink()
-    half, _ = trained(ADAPTERS["cross"], file_precision=precision)
+    half, _ = train(ADAPTERS["cross"], file_precision=precision)
     error = total_relative_error(read_lora_file(half.lora).layers, exact_layers)
     assert 0 < error < limit
     assert half.export.relative_error == pytest.approx(error, rel=0.05)
 
 
-def test_parts_that_were_sampled_from_keep_no_lora(trained, tiny_model):
-    result, _ = trained(ADAPTERS["cross"])
+def test_parts_that_were_sampled_from_keep_no_lora(train, tiny_model):
+    result, _ = train(ADAPTERS["cross"])
     parts = load_stable_diffusion(tiny_model)
     settings = SamplingSettings(steps=2, resolution=32)
     before = sample(parts, ["a dog"], (), settings)[0].tobytes()
@@ -133,8 +88,8 @@ def test_parts_that_were_sampled_from_keep_no_lora(trained, tiny_model):
     assert with_lora == again != before == after
 
 
-def test_metadata_tells_the_method_and_no_folder_of_the_trainer(trained, tmp_path, photo_folder):
-    result, _ = trained(ADAPTERS["cross"])
+def test_metadata_tells_the_method_and_no_folder_of_the_trainer(train, tmp_path, photo_folder):
+    result, _ = train(ADAPTERS["cross"])
     metadata = read_lora_file(result.lora).metadata
     assert metadata["modelspec.architecture"] == "stable-diffusion-v1/lora"
     assert metadata["ss_base_model_version"] == "sd_v1"
@@ -144,8 +99,8 @@ def test_metadata_tells_the_method_and_no_folder_of_the_trainer(trained, tmp_pat
     assert str(photo_folder) not in text
 
 
-def test_sampling_with_files_strengths_and_seeds(trained, tiny_model):
-    result, _ = trained(ADAPTERS["cross"])
+def test_sampling_with_files_strengths_and_seeds(train, tiny_model):
+    result, _ = train(ADAPTERS["cross"])
     settings = SamplingSettings(steps=3, resolution=32, seed=4)
 
     def drawn(*loras):

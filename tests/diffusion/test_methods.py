@@ -22,22 +22,11 @@ from cntlora_core.diffusion.settings import (
 from cntlora_core.lora_file import read_lora_file
 from cntlora_core.methods import METHODS, get_method, image_file_methods
 
+from ..conftest import prediction, relative
+
 RANK = 4
 ATTACHMENT_POINTS = 10 * 8 + 2 * 4
 """10 transformer blocks of two attentions in the denoiser, two layers in the text encoder."""
-
-
-def prediction(unet, text_encoder) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(2, 4, 16, 16, generator=generator)
-    tokens = torch.randint(5, 200, (2, 77), generator=generator)
-    with torch.no_grad():
-        states = text_encoder(tokens)[0]
-        return unet(latents, torch.tensor([30, 700]), encoder_hidden_states=states).sample
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).norm() / b.norm())
 
 
 @pytest.fixture(scope="module")

@@ -16,12 +16,13 @@ from cntlora_core.diffusion.job import personalise
 from cntlora_core.diffusion.pipeline import load_stable_diffusion
 from cntlora_core.diffusion.prior import class_images
 from cntlora_core.diffusion.resume import finished_run, run_identity, run_key
-from cntlora_core.diffusion.sampler import LoRAUse, SamplingSettings, sample
+from cntlora_core.diffusion.sampler import LoRAUse, sample
 from cntlora_core.diffusion.settings import (
     AdapterSettings,
     JobSettings,
     OutputSettings,
     PriorSettings,
+    SamplingSettings,
     SubjectSettings,
     TrainingSettings,
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,19 +10,15 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from cntlora_core.config import CNTLoRAConfig
-from cntlora_core.diffusion import job
 from cntlora_core.diffusion.pipeline import load_stable_diffusion
 from cntlora_core.diffusion.sampler import LoRAUse, apply_lora_files
 from cntlora_core.diffusion.settings import (
     AdapterSettings,
-    JobSettings,
-    OutputSettings,
-    PriorSettings,
-    SubjectSettings,
-    TrainingSettings,
 )
 from cntlora_core.lava.cp import decompose
 from cntlora_core.lora_file import read_lora_file
+
+from ..conftest import prediction, relative
 
 FEW = {"rank": 3, "alpha": 6, "adapter": "lava", "init_passes": 1}
 ADAPTERS = {
@@ -31,47 +26,6 @@ ADAPTERS = {
     "fixed": AdapterSettings(**FEW, cntlora=CNTLoRAConfig(rank_budget="fixed")),
     "plain": AdapterSettings(**FEW, method="lora", orthogonality=0.0),
 }
-
-
-def prediction(unet, text_encoder) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(2, 4, 16, 16, generator=generator)
-    tokens = torch.randint(5, 200, (2, 77), generator=generator)
-    with torch.no_grad():
-        states = text_encoder(tokens)[0]
-        return unet(latents, torch.tensor([30, 700]), encoder_hidden_states=states).sample
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).norm() / b.norm())
-
-
-@pytest.fixture
-def train(tiny_model: Path, photo_folder: Path, tmp_path: Path, monkeypatch):
-    """Train with given settings; returns the job's result and the prediction in memory."""
-    kept = {}
-    finish = job._finish
-
-    def keep(trainer, *rest):
-        kept["prediction"] = prediction(trainer.unet, trainer.text_encoder)
-        kept["trainer"] = trainer
-        return finish(trainer, *rest)
-
-    monkeypatch.setattr(job, "_finish", keep)
-
-    def run(adapter: AdapterSettings, steps: int = 3, reporter=None, resume=False, **output):
-        settings = JobSettings(
-            model=str(tiny_model),
-            subject=SubjectSettings(images=str(photo_folder), token="sks", class_name="dog"),
-            output=OutputSettings(**{"output": str(tmp_path / "out"), **output}),
-            prior=PriorSettings(prior_weight=0.0, cache=str(tmp_path / "cache")),
-            adapter=adapter,
-            training=TrainingSettings(steps=steps, learning_rate=3e-3, device="cpu"),
-        )
-        given = {} if reporter is None else {"reporter": reporter}
-        return job.personalise(settings, resume=resume, **given), kept
-
-    return run
 
 
 @pytest.mark.parametrize("name", ADAPTERS)

@@ -11,7 +11,8 @@ from safetensors import safe_open
 
 from cntlora_core import mini
 from cntlora_core.data.photos import load_photos
-from cntlora_core.diffusion.sampler import SamplingSettings, sample
+from cntlora_core.diffusion.sampler import sample
+from cntlora_core.diffusion.settings import SamplingSettings
 from cntlora_core.metrics import Encoders, load_encoders, measure, subject_features
 from cntlora_core.metrics.encoders import SMALL
 from cntlora_core.metrics.pictures import write_prompts
