@@ -58,15 +58,23 @@ def test_each_shape_has_a_form_of_its_own():
 def test_photographs_are_split_by_photograph(tmp_path: Path):
     for name, colour in (("a", (250, 10, 10)), ("b", (10, 10, 250))):
         (tmp_path / name).mkdir()
-        for i in range(3):  # the last one, which is judged by, is of another colour
-            shown = colour if i < 2 else (colour[0], 255, colour[2])
+        for i in range(5):
+            shown = (colour[0], 50 * i, colour[2])
             Image.new("RGB", (50, 40), shown).save(tmp_path / name / f"{i}.png")
-    settings = LavaBenchmark(target="photos", photos=tmp_path, size=32, pictures=12)
+    settings = LavaBenchmark(target="photos", photos=tmp_path, size=32, pictures=24)
     data = target_pictures(settings, seed=0)
     assert data.classes == 2
-    assert data.train[0][:, 1].max() < 0
-    assert data.choose[0][:, 1].max() < 0
-    assert data.judge[0][:, 1].min() > 0.9
+
+    def shown(part) -> set[tuple[int, int]]:
+        """Class and photograph of each crop."""
+        green = ((part[0][:, 1].mean((1, 2)) + 1) * 127.5 / 50).round().long()
+        return set(zip(part[1].tolist(), green.tolist(), strict=True))
+
+    parts = [shown(part) for part in (data.train, data.choose, data.judge)]
+    assert [len(part) for part in parts] == [6, 2, 2]
+    assert len(set.union(*parts)) == 10
+    again = target_pictures(settings, seed=1)
+    assert shown(again.judge) != parts[2]
     red = data.train[0][:, 0].mean((1, 2)) > 0
     assert torch.equal(red.long(), 1 - data.train[1])
 

@@ -75,7 +75,7 @@ def prepare_task(
         key: value
         for key, value in settings.identity().items()
         if key in ("pretraining_steps", "batch", "size", "width", "quick")
-    } | {"source": "emoji" if settings.target == "emoji" else "shapes"}
+    } | {"source": settings.source}
     weights, note = folder / f"{name}.safetensors", folder / f"{name}.json"
     if note.is_file() and json.loads(note.read_text("utf-8"))["settings"] == kind:
         network.load_state_dict(load_file(weights))

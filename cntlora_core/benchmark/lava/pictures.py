@@ -33,7 +33,7 @@ class Pictures:
 
 def source_pictures(settings: LavaBenchmark) -> tuple[int, Draw]:
     """The number of classes, and fresh pictures of the style that is pre-trained on."""
-    if settings.target == "emoji":
+    if settings.source == "emoji":
         assert settings.sprites is not None
         return _emoji(settings.sprites, ("google", "twitter"), settings.size)
     return len(SHAPES), _shapes(settings.size, "flat")
@@ -175,7 +175,10 @@ def _emoji(node_modules: Path, styles: tuple[str, ...], size: int) -> tuple[int,
 def _photographs(
     folder: Path, size: int, count: int, judged: int, generator: torch.Generator
 ) -> Pictures:
-    """Random crops; to choose and to judge by, those of photographs that training never shows."""
+    """Random crops; to choose and to judge by, those of photographs that training never shows.
+
+    Which photographs these are is drawn too: one of each class for either.
+    """
     from cntlora_core.data.photos import load_photos
 
     inner = sorted(path for path in folder.iterdir() if path.is_dir())
@@ -185,6 +188,10 @@ def _photographs(
             f"{folder} must hold at least 2 folders of at least 3 photographs each, to train on "
             f"some and judge by others; it has {[len(photos) for photos in classes]}"
         )
+
+    classes = [
+        [photos[i] for i in torch.randperm(len(photos), generator=generator)] for photos in classes
+    ]
 
     def crops(kind: int, wanted: int) -> tuple[Tensor, Tensor]:
         pictures, labels = [], []

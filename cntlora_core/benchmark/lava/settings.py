@@ -32,10 +32,12 @@ class LavaBenchmark:
         models: Layouts of networks, in reduced widths; the structure experiment takes all, the
             others the first three.
         target: What is fine-tuned on. shapes: sketches, after flat shapes; emoji: 3-D renderings,
-            after flat drawings; photos: crops of photographs, after flat shapes.
+            after flat drawings; photos: crops of photographs, after flat drawings where sprites
+            are given, else after flat shapes.
         text: Take the text encoder and the definitions of docs/text.md into factors, variance,
             robustness, spectrum and starts, where its attention gets adapters.
-        sprites: The node_modules folder that `python -m cntlora_core.mini.fetch` filled, for emoji.
+        sprites: The node_modules folder that `python -m cntlora_core.mini.fetch` filled, for
+            drawings and renderings.
         photos: A folder with one folder of photographs for each class, for photos.
         seeds: How many runs of each kind.
         rates: Learning rates; each method's best one is reported.
@@ -108,11 +110,16 @@ class LavaBenchmark:
             width=min(self.width, 0.125),
         )
 
+    @property
+    def source(self) -> Literal["shapes", "emoji"]:
+        """What is pre-trained on."""
+        return "shapes" if self.target == "shapes" or self.sprites is None else "emoji"
+
     def identity(self) -> dict[str, Any]:
         """What results depend on: those of other values are not to be mixed with these."""
         names = ("target", "orthogonality", "rank", "steps", "pretraining_steps", "batch")
         names += ("pictures", "size", "width", "quick")
         values = {name: getattr(self, name) for name in names}
         if self.target == "photos" and self.photos is not None:
-            values["photos"] = self.photos.name
+            values |= {"photos": self.photos.name, "source": self.source}
         return values
