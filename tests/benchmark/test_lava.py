@@ -11,7 +11,7 @@ from PIL import Image
 
 from cntlora_core.benchmark.lava import cost
 from cntlora_core.benchmark.lava.dynamics import gradient_variance, shape_of, spectrum
-from cntlora_core.benchmark.lava.experiments import at_best_rates
+from cntlora_core.benchmark.lava.experiments import against, at_best_rates
 from cntlora_core.benchmark.lava.finetuning import Task, accuracy, adapt
 from cntlora_core.benchmark.lava.ledger import Ledger
 from cntlora_core.benchmark.lava.networks import adapted_modules, build_network
@@ -153,6 +153,20 @@ def test_the_rate_is_chosen_by_other_pictures_than_it_is_judged_by():
     assert row["rate"] == 0.1
     assert row["accuracy"] == pytest.approx(0.6)
     assert row["spread"] == pytest.approx(0.2 / 2**0.5)
+
+
+def test_gains_are_of_one_seed():
+    found = {"lora": (0.5, 0.7, 0.6), "lava": (0.6, 0.7, 0.8)}
+    more = {"model": "m", "rate": 1.0, "chosen_by": 1, "last_loss": 0, "trained": 1, "share": 1}
+    runs = [
+        {"method": method, "seed": seed, "accuracy": accuracy, "rank": 4, **more}
+        for method, accuracies in found.items()
+        for seed, accuracy in enumerate(accuracies)
+    ]
+    rows = {row["method"]: row for row in against(runs, "method", "lora")}
+    assert (rows["lora"]["gain"], rows["lora"]["gain_error"]) == (0, 0)
+    assert rows["lava"]["gain"] == pytest.approx(0.1)
+    assert rows["lava"]["gain_error"] == pytest.approx(0.1 / 3**0.5)
 
 
 def test_costs_are_ratios_of_one_turn():

@@ -74,8 +74,8 @@ def at_best_rates(runs: list[dict[str, Any]], by: tuple[str, ...]) -> list[dict[
         by: What tells groups apart.
 
     Returns:
-        ``accuracy`` and ``spread`` (standard deviation over seeds) of the chosen rate, and what is
-        the same for all of a group.
+        ``accuracy`` and ``spread`` (standard deviation over seeds) of the chosen rate, ``by_seed``,
+        and what is the same for all of a group.
     """
     groups: dict[tuple[Any, ...], dict[float, list[dict[str, Any]]]] = {}
     for run in runs:
@@ -91,6 +91,7 @@ def at_best_rates(runs: list[dict[str, Any]], by: tuple[str, ...]) -> list[dict[
             "accuracy": mean(found),
             "spread": stdev(found) if len(found) > 1 else 0.0,
             "seeds": len(found),
+            "by_seed": {str(run["seed"]): run["accuracy"] for run in best},
             "last_loss": mean(run["last_loss"] for run in best),
             "trained": best[0]["trained"],
             "share": best[0]["share"],
@@ -102,6 +103,23 @@ def at_best_rates(runs: list[dict[str, Any]], by: tuple[str, ...]) -> list[dict[
                 for points in zip(*(run["curve"] for run in best))
             ]
         rows.append(row)
+    return rows
+
+
+def against(runs: list[dict[str, Any]], key: str, reference: str) -> list[dict[str, Any]]:
+    """The rows of :func:`at_best_rates` by network and ``key``, each compared with one of them.
+
+    Returns:
+        Rows with ``gain``, the mean of the accuracy less the reference's of the same seed, and
+        ``gain_error``, its standard error over the seeds.
+    """
+    rows = at_best_rates(runs, ("model", key))
+    compared_with = {row["model"]: row["by_seed"] for row in rows if row[key] == reference}
+    for row in rows:
+        other = compared_with[row["model"]]
+        gains = [row["by_seed"][seed] - accuracy for seed, accuracy in other.items()]
+        row["gain"] = mean(gains)
+        row["gain_error"] = stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
     return rows
 
 
@@ -222,14 +240,14 @@ EXPERIMENTS: dict[ExperimentName, Experiment] = {
         "reshape-free against reshape-involved",
         _structure_cells,
         _run_structure,
-        lambda runs: at_best_rates(runs, ("model", "method")),
+        lambda runs: against(runs, "method", "lora"),
     ),
     "factors": Experiment(
         "factors",
         "the factor that the orthogonality term acts on",
         _factor_cells,
         _run_factors,
-        lambda runs: at_best_rates(runs, ("model", "factors")),
+        lambda runs: against(runs, "factors", "none"),
     ),
     "robustness": Experiment(
         "robustness",
@@ -243,6 +261,6 @@ EXPERIMENTS: dict[ExperimentName, Experiment] = {
         "plain starts and closed forms",
         _start_cells,
         _run_start,
-        lambda runs: at_best_rates(runs, ("model", "start")),
+        lambda runs: against(runs, "start", "orthogonal"),
     ),
 }

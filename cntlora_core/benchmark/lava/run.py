@@ -20,7 +20,7 @@ from cntlora_core.console import result_console
 from cntlora_core.files import require_writable_folder
 from cntlora_core.progress import Reporter, silent
 
-_NOT_SHOWN = ("steps", "course", "middle", "curve")
+_NOT_SHOWN = ("steps", "course", "middle", "curve", "by_seed")
 
 
 def experiment_of(name: ExperimentName, settings: LavaBenchmark) -> Experiment:
@@ -111,6 +111,6 @@ def show_lava(
 def _cell(column: str, value: Any) -> str:
     if value is None:
         return ""
-    if column in ("accuracy", "spread", "share"):
+    if column in ("accuracy", "spread", "share", "gain", "gain_error"):
         return f"{100 * value:.2f} %"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
