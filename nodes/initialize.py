@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, get_args
 from comfy_api.latest import io  # pyright: ignore[reportMissingImports]
 
 from cntlora_core.config import CNTLoRAConfig, Factorization, RankBudget, Subspace
-from cntlora_core.diffusion.settings import AdapterSettings, Method, torch_dtype
+from cntlora_core.diffusion.settings import AdapterKind, AdapterSettings, Method, torch_dtype
 
 from .pictures import image_tensor, shown
 from .runtime import device_name, tell, working
@@ -92,6 +92,9 @@ class Initialize(io.ComfyNode):
         rho: float,
         passes: int,
         start_seed: int,
+        adapter: AdapterKind,
+        convolutions: bool,
+        orthogonality: float,
     ) -> io.NodeOutput:
         from cntlora_core.plots import rank_picture
 
@@ -106,15 +109,18 @@ class Initialize(io.ComfyNode):
             min_rank=min_rank,
             rho=rho,
         )
-        adapter = AdapterSettings(
+        settings = AdapterSettings(
             method=method,
+            adapter=adapter,
             rank=rank,
             alpha=alpha or None,
             train_text_encoder=train_text_encoder,
+            convolutions=convolutions,
+            orthogonality=orthogonality,
             init_passes=passes,
             cntlora=cntlora,
         )
-        start = make_start(model, subject, adapter, start_seed)
+        start = make_start(model, subject, settings, start_seed)
         picture = rank_picture(start.plan.ranks, f"{method}: ranks")
         text = start.report.summary() if start.report is not None else f"{method}, rank {rank}"
         tell(text)
@@ -263,6 +269,34 @@ def _advanced_inputs() -> list[io.Input]:
             control_after_generate=False,
             extra_dict=ADVANCED,
             tooltip="Seed of the noise in which the photos are read, and of random starts.",
+        ),
+        io.Combo.Input(
+            "adapter",
+            options=list(get_args(AdapterKind)),
+            default=default_of(AdapterSettings, "adapter"),
+            extra_dict=ADVANCED,
+            tooltip="lora: two matrices for each attention layer. lava: the picture model's "
+            "convolutions learn too, with few weights for each; its methods are cross, self, shift "
+            "and lora.",
+        ),
+        io.Boolean.Input(
+            "convolutions",
+            default=default_of(AdapterSettings, "convolutions"),
+            label_on="yes",
+            label_off="no",
+            extra_dict=ADVANCED,
+            tooltip="Only for lava: teach the convolutions, or the attention alone.",
+        ),
+        io.Float.Input(
+            "orthogonality",
+            default=default_of(AdapterSettings, "orthogonality"),
+            min=0.0,
+            max=100.0,
+            step=0.01,
+            round=1e-6,
+            extra_dict=ADVANCED,
+            tooltip="Only for lava: how strongly the training keeps what it learns in directions "
+            "of their own; 0 is off.",
         ),
     ]
 

@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
+STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,29 @@ def load_pack(folder: Path) -> Pack:
         return await (await module.comfy_entrypoint()).get_node_list()
 
     return Pack({node.GET_SCHEMA().node_id: node for node in asyncio.run(nodes())}, name)
+
+
+def pictures(count: int = 3, side: int = 40) -> Tensor:
+    """An IMAGE as ComfyUI hands it over: made in inference mode."""
+    with torch.inference_mode():
+        noise = torch.rand(count, side, side, 3, generator=torch.Generator().manual_seed(1))
+        return noise.clone()
+
+
+def subject_of(pack: Pack, **inputs: Any) -> Any:
+    """The subject node takes lists, one entry for each input but the images."""
+    lists = {name: value if isinstance(value, list) else [value] for name, value in inputs.items()}
+    given = {"folder": ["(none)"], "token": ["sks"], "class_name": ["dog"], "captions": [""],
+             "flip": [False], "resolution": [0]}  # fmt: skip
+    with torch.inference_mode():
+        return pack.nodes["CNTLoRASubject"].execute(**{**given, **lists})
+
+
+def train(pack: Pack, start: Any, class_images: Any = None, **inputs: Any) -> Any:
+    few = {"steps": STEPS, "preview_every": 2, "preview_steps": 1, "learning_rate": 1e-3}
+    return pack.run(
+        "CNTLoRATrain", start=start, class_images=class_images, **{**few, **inputs}
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="session")

@@ -18,32 +18,7 @@ from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
-from .conftest import Pack
-
-STEPS = 3
-
-
-def pictures(count: int = 3, side: int = 40) -> Tensor:
-    """An IMAGE as ComfyUI hands it over: made in inference mode."""
-    with torch.inference_mode():
-        noise = torch.rand(count, side, side, 3, generator=torch.Generator().manual_seed(1))
-        return noise.clone()
-
-
-def subject_of(pack: Pack, **inputs: Any) -> Any:
-    """The subject node takes lists, one entry for each input but the images."""
-    lists = {name: value if isinstance(value, list) else [value] for name, value in inputs.items()}
-    given = {"folder": ["(none)"], "token": ["sks"], "class_name": ["dog"], "captions": [""],
-             "flip": [False], "resolution": [0]}  # fmt: skip
-    with torch.inference_mode():
-        return pack.nodes["CNTLoRASubject"].execute(**{**given, **lists})
-
-
-def train(pack: Pack, start: Any, class_images: Any = None, **inputs: Any) -> Any:
-    few = {"steps": STEPS, "preview_every": 2, "preview_steps": 1, "learning_rate": 1e-3}
-    return pack.run(
-        "CNTLoRATrain", start=start, class_images=class_images, **{**few, **inputs}
-    )  # fmt: skip
+from .conftest import STEPS, Pack, pictures, subject_of, train
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,43 @@
+"""The nodes with LAVA in place of LoRA, from photos to pictures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from .conftest import Pack, pictures, subject_of, train
+
+
+def start_of(pack: Pack, **inputs: Any) -> Any:
+    model = pack.run("CNTLoRALoadModel", checkpoint="diffusers/tiny").args[0]
+    subject = subject_of(pack, images=[pictures()]).args[0]
+    few = {"rank": 3, "passes": 1, "rank_budget": "fixed", "adapter": "lava"}
+    return pack.run("CNTLoRAInitialize", model=model, subject=subject, **{**few, **inputs})
+
+
+def test_lava_is_started_trained_saved_and_drawn_with(pack: Pack) -> None:
+    start = start_of(pack)
+    names = list(start.args[0].start.plan.ranks)
+    assert any(name.endswith(".conv1") for name in names)
+    trained = train(pack, start.args[0])
+    lora = trained.args[0]
+    assert any("lora_mid" in name for name in lora)
+    model = start.args[0].model
+    few = {"prompts": "a photo of sks dog", "steps": 1}
+    drawn = pack.run("CNTLoRASample", model=model, lora=lora, **few).args[0]
+    assert not torch.equal(drawn, pack.run("CNTLoRASample", model=model, **few).args[0])
+    saved = pack.run("CNTLoRASave", lora=lora, filename_prefix="lava").args[0]
+    report = pack.run("CNTLoRAInspect", lora_name=saved).args[0]
+    assert "method: cross" in report
+
+
+def test_the_attention_alone(pack: Pack) -> None:
+    plan = start_of(pack, method="lora", convolutions=False).args[0].start.plan
+    assert not any("conv" in name for name in plan.ranks)
+
+
+def test_other_methods_are_refused_in_words(pack: Pack) -> None:
+    with pytest.raises(ValueError, match="with adapter='lava' use cross, self, shift or lora"):
+        start_of(pack, method="pissa")
