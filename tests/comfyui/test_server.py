@@ -122,6 +122,16 @@ def test_comparing_three_starts_ends_well(server: Server) -> None:
         assert len(runs_of(server, f"sks-clock-{method}")) == 1
 
 
+def test_lava_in_place_of_lora_ends_well(server: Server) -> None:
+    changes = few(
+        CNTLoRAInitialize={"adapter": "lava", "rank": 4}, CNTLoRATrain={"name": "by lava"}
+    )
+    outcome = server.run(workflow("personalise_small_model", changes))
+    assert outcome.status == "success", outcome.messages
+    (run,) = runs_of(server, "by_lava")
+    assert any(".lora_mid." in name for name in load_file(run / "by_lava.safetensors"))
+
+
 def test_stock_nodes_take_the_lora_and_the_loss(server: Server) -> None:
     graph = workflow("personalise_small_model", few())
     train = number_of(graph, "CNTLoRATrain")
