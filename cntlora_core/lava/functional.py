@@ -82,7 +82,7 @@ def convolve(
     ones = (1,) * len(spatial)
     count = x.shape[0]
     if groups > 1:
-        x = x.reshape(count * groups, -1, *x.shape[2:])
+        x = x.unflatten(1, (groups, -1)).flatten(0, 1)
     kernel = small_kernel(spatial)
     pointwise = kernel.shape[2:].numel() == 1
     down = v * kernel.flatten() if pointwise else v  # one channel each: a factor of V
@@ -95,7 +95,7 @@ def convolve(
             h if zeros else padded(conv, h), kernel, None, conv.stride, padding, conv.dilation, rank
         )
     if groups > 1:
-        h = h.reshape(count, groups * rank, *h.shape[2:])
+        h = h.unflatten(0, (count, groups)).flatten(1, 2)
     return apply(h, u.reshape(-1, rank, *ones), groups=groups)
 
 

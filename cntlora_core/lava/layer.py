@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from cntlora_core.lava.config import LavaConfig
@@ -87,7 +88,8 @@ class LavaLayer(nn.Module, BaseTunerLayer):
                 factors[name].div_(factors[name].norm(dim=0))
         bound = 1 / math.sqrt(factors["V"].shape[0])  # Kaiming's, as in peft's LoRA
         factors["V"].uniform_(-bound, bound)
-        nn.init.orthogonal_(factors["U"])
+        u = torch.empty_like(factors["U"], dtype=torch.float32)  # half precision has no QR
+        factors["U"].copy_(nn.init.orthogonal_(u))
         if start == "lora":
             factors["U"].zero_()
         elif start:
@@ -141,10 +143,13 @@ class LavaLayer(nn.Module, BaseTunerLayer):
             if adapter_name not in self.lava_U:
                 continue
             weight = self._mergeable_weight()
-            merged = weight + self.get_delta_weight(adapter_name).to(weight.device)
+            change = self.get_delta_weight(adapter_name).to(weight.device)
+            merged = (weight + change).to(weight.dtype)
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(
-                    f"adapter {adapter_name!r} would make the weight not finite: nothing was merged"
+                    f"adapter {adapter_name!r} would make the weight of a "
+                    f"{type(self.get_base_layer()).__name__} not finite: it was not merged there; "
+                    "unmerge_adapter() takes it out of the modules before"
                 )
             weight.copy_(merged)
             self.merged_adapters.append(adapter_name)
@@ -196,6 +201,19 @@ class LavaLayer(nn.Module, BaseTunerLayer):
         return "lava." + super().__repr__()
 
 
+class LavaLinear(LavaLayer):
+    """The adapter of a matrix: peft knows by the name what ``"all-linear"`` is for."""
+
+
+def adapter_layer(
+    target: nn.Module, adapter_name: str, r: int, lava_alpha: float, config: LavaConfig
+) -> LavaLayer:
+    """The layer that stands for a module (or for another method's layer around one)."""
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    kind = LavaLinear if isinstance(base, (nn.Linear, Conv1D)) else LavaLayer
+    return kind(target, adapter_name, r, lava_alpha, config)
+
+
 def weight_shape(module: nn.Module) -> tuple[int, ...]:
     """(c_out, c_in / groups, kh, kw); (d_out, d_in) of a matrix, whatever way it is stored."""
     if isinstance(module, nn.Linear):  # quantised ones pack their weight
@@ -211,9 +229,22 @@ def check_adaptable(name: str, module: nn.Module) -> None:
     Raises:
         ValueError: naming the module and what can be done.
     """
+    kind = type(module).__name__
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        raise ValueError(
+            f"target_modules matches {name!r}, the last matrix of an nn.MultiheadAttention, which "
+            "reads its weight without calling it: an adapter would do nothing. Name it in "
+            "exclude_modules"
+        )
+    computed = "weight" not in module._parameters and "weight" not in module._buffers
+    if computed and isinstance(getattr(module, "weight", None), Tensor):
+        raise ValueError(
+            f"target_modules matches {name!r}, a {kind} whose weight is computed anew each time "
+            "(weight or spectral normalisation, a parametrization): take that off first, or name "
+            "it in exclude_modules"
+        )
     if isinstance(module, (nn.Linear, Conv1D)):
         return
-    kind = type(module).__name__
     if not isinstance(module, (nn.Conv1d, nn.Conv2d)):
         why = "transposed convolutions, 3-D ones and " if "Conv" in kind else ""
         raise ValueError(

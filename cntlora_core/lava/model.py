@@ -10,7 +10,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from cntlora_core.lava.config import LavaConfig
-from cntlora_core.lava.layer import LavaLayer, check_adaptable
+from cntlora_core.lava.layer import LavaLayer, adapter_layer, check_adaptable
 
 
 class LavaModel(BaseTuner):
@@ -40,7 +40,7 @@ class LavaModel(BaseTuner):
             return
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         check_adaptable(current_key, base)
-        layer = LavaLayer(target, adapter_name, rank, alpha, peft_config)
+        layer = adapter_layer(target, adapter_name, rank, alpha, peft_config)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # one more adapter is not trained before it is chosen
         self._replace_module(parent, target_name, layer, target)

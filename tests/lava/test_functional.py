@@ -79,6 +79,7 @@ def test_output_and_gradients_are_those_of_the_materialised_kernel(case, rank):
     for ours, theirs in zip(got_gradients, wanted_gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(layer(x[0]), got[0], rtol=1e-10, atol=1e-10)
+    assert layer(x[:0]).shape == (0, *got.shape[1:])
     torch.testing.assert_close(
         layer.get_delta_weight("default"), scaling * summed(factors).detach(), rtol=0, atol=1e-12
     )

@@ -111,9 +111,25 @@ def test_safe_merge_refuses_what_is_not_finite(net):
     before = weight.detach().clone()
     with torch.no_grad():
         layers(model)["first"].lava_V["default"][0, 0] = float("inf")
-    with pytest.raises(ValueError, match="not finite: nothing was merged"):
+    with pytest.raises(ValueError, match="Conv2d not finite: it was not merged there"):
         model.merge_adapter(safe_merge=True)
     assert torch.equal(weight, before)
+
+
+def test_safe_merge_knows_how_far_half_precision_goes():
+    model = get_peft_model(nn.Sequential(nn.Linear(2, 2).half()), LavaConfig(target_modules=["0"]))
+    with torch.no_grad():
+        for factor in model.base_model.model[0].factors("default").values():
+            factor.fill_(300.0)
+    with pytest.raises(ValueError, match="Linear not finite"):
+        model.merge_adapter(safe_merge=True)
+
+
+def test_all_linear_layers_also_for_one_more_adapter(net):
+    model = get_peft_model(net, config(target_modules="all-linear"))
+    model.add_adapter("two", config(target_modules="all-linear"))
+    found = {name: list(layer.lava_U) for name, layer in layers(model).items()}
+    assert found == {name: ["default", "two"] for name in ("turned", "head")}
 
 
 def test_saved_and_loaded_in_a_fresh_process(net, x, tmp_path):
@@ -243,6 +259,16 @@ def test_half_precision_bases_keep_adapters_in_float32(net, x, dtype):
     trained(model, x.to(dtype))
 
 
+def test_adapters_may_be_made_in_half_precision():
+    torch.set_default_dtype(torch.bfloat16)  # as while transformers loads a model
+    try:
+        model = get_peft_model(nn.Sequential(nn.Conv2d(4, 8, 3)), config(target_modules=["0"]))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    u = model.base_model.model[0].lava_U["default"].detach().float()
+    torch.testing.assert_close(u.T @ u, torch.eye(3), rtol=0, atol=0.02)
+
+
 def test_dropout_acts_in_training_only(net, x):
     model = get_peft_model(net, config(lava_dropout=0.5, init_weights=False))
     model.train()
@@ -277,6 +303,9 @@ class Standardised(nn.Conv2d):
         (nn.Conv3d(2, 2, 3), "'0', a Conv3d"),
         (nn.Embedding(3, 2), "'0', a Embedding"),
         (Standardised(2, 2, 3), "computes something else than Conv2d"),
+        (nn.MultiheadAttention(4, 2).out_proj, "an adapter would do nothing"),
+        (nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)), "computed anew each time"),
+        (nn.utils.spectral_norm(nn.Conv1d(3, 2, 1)), "computed anew each time"),
     ],
     ids=lambda case: "" if isinstance(case, str) else type(case).__name__,
 )
