@@ -119,13 +119,13 @@ def _spectrum(rows: Rows) -> Figure:
 
 
 def _starts(rows: Rows) -> Figure:
-    groups = _by(rows, "model")
+    groups = _by(rows, "model", "rate")
     figure, axes = _panels(len(groups))
-    for axis, (model, own) in zip(axes, groups.items(), strict=True):
+    for axis, ((model, rate), own) in zip(axes, groups.items(), strict=True):
         for colour, row in zip(COLOURS, own):
             steps, values = zip(*row["curve"])
             axis.plot(steps, [100 * v for v in values], color=colour, label=row["start"])
-        axis.set(title=model, xlabel="step", ylabel="accuracy, %")
+        axis.set(title=f"{model}, learning rate {rate:g}", xlabel="step", ylabel="accuracy, %")
         axis.legend(frameon=False, fontsize=8)
     return figure
 

@@ -111,6 +111,6 @@ def show_lava(
 def _cell(column: str, value: Any) -> str:
     if value is None:
         return ""
-    if column in ("accuracy", "spread", "share", "gain", "gain_error"):
+    if column in ("accuracy", "spread", "share", "gain", "gain_error", "course_mean"):
         return f"{100 * value:.2f} %"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
