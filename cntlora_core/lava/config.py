@@ -64,6 +64,7 @@ class LavaConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), (list, tuple)):
                 setattr(self, name, set(getattr(self, name)))
+        self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
         self.orthogonal_factors = checked_factors(self.orthogonal_factors)
         for name, values in (("r", [self.r]), ("rank_pattern", self.rank_pattern.values())):
             for value in values:
@@ -73,11 +74,11 @@ class LavaConfig(PeftConfig):
             ("lava_dropout", self.lava_dropout, 1.0),
             ("orthogonality", self.orthogonality, math.inf),
         ):
-            if not 0 <= value < below:
+            if not (_is_number(value) and 0 <= value < below):
                 raise ValueError(f"{name} must lie between 0 and {below:g}, got {value}")
         for value in (self.lava_alpha, *self.alpha_pattern.values()):
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"lava_alpha must be a number above 0, got {value}")
+            if not (_is_number(value) and math.isfinite(value) and value > 0):
+                raise ValueError(f"lava_alpha must be a number above 0, got {value!r}")
         if self.init_weights not in (True, False, *get_args(PlainStart)):
             raise ValueError(
                 f"init_weights must be True, False or one of {', '.join(get_args(PlainStart))}, "
@@ -95,13 +96,18 @@ class LavaConfig(PeftConfig):
             raise ValueError("layers_pattern needs layers_to_transform: the indices in that list")
 
 
-def checked_factors(names: Sequence[Any] | str) -> list[FactorName]:
-    """The names of factors, each once, in their order.
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def checked_factors(names: Sequence[Any] | str | None) -> list[FactorName]:
+    """The names of factors, each once, in their order; none of None.
 
     Raises:
         ValueError: for a name that no factor has.
     """
     known = get_args(FactorName)
+    names = names or ()
     wrong = [name for name in names if name not in known]
     if wrong:
         raise ValueError(f"orthogonal_factors may name {', '.join(known)}; got {wrong[0]!r}")

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -97,11 +96,6 @@ def convolve(
     if groups > 1:
         h = h.unflatten(0, (count, groups)).flatten(1, 2)
     return apply(h, u.reshape(-1, rank, *ones), groups=groups)
-
-
-def parameter_count(weight_shape: torch.Size | Sequence[int], rank: int) -> int:
-    """``(c_out + c_in + kh + kw) R``."""
-    return sum(weight_shape) * rank
 
 
 def factor_names(weight_dimensions: int) -> tuple[str, ...]:

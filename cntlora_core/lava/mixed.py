@@ -93,7 +93,8 @@ class MixedLavaModel(PeftMixedModel):
         """Save each adapter in a folder of its own name, as ``PeftModel`` would save it alone."""
         for name, config in self.peft_config.items():
             folder = require_writable_folder(Path(save_directory) / safe_name(name))
-            tensors = get_peft_model_state_dict(self, adapter_name=name)
+            state = get_peft_model_state_dict(self, adapter_name=name)
+            tensors = {_alone(key): tensor for key, tensor in state.items()}
             save_safetensors_atomic(tensors, folder / PEFT_WEIGHTS, {"format": "pt"})
             inference = config.inference_mode
             config.inference_mode = True
@@ -103,17 +104,23 @@ class MixedLavaModel(PeftMixedModel):
                 config.inference_mode = inference
 
     @classmethod
-    def load(cls, model: nn.Module, folder: str | Path, *names: str) -> MixedLavaModel:
+    def load(
+        cls, model: nn.Module, folder: str | Path, *names: str, is_trainable: bool = False
+    ) -> MixedLavaModel:
         """Put adapters that :meth:`save_pretrained` saved into a base model.
 
         Args:
-            model: The base model.
+            model: The base model, without adapters.
             folder: The folder that they were saved in.
             names: Which adapters; default: all that are there.
+            is_trainable: Whether they are to be trained on.
 
         Raises:
             FileNotFoundError: if there is none.
+            ValueError: if the model has adapters already, or they are another model's.
         """
+        if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+            raise ValueError("the model has adapters already: load into a base model without any")
         folder = Path(folder)
         names = names or tuple(sorted(p.parent.name for p in folder.glob(f"*/{PEFT_CONFIG}")))
         missing = [n for n in names if not (folder / safe_name(n) / PEFT_WEIGHTS).is_file()]
@@ -124,8 +131,21 @@ class MixedLavaModel(PeftMixedModel):
             model, {name: PeftConfig.from_pretrained(str(at)) for name, at in folders.items()}
         )
         for name, at in folders.items():
-            set_peft_model_state_dict(mixed, load_file(at / PEFT_WEIGHTS), adapter_name=name)
+            here = {_alone(key): key for key in get_peft_model_state_dict(mixed, adapter_name=name)}
+            tensors = load_file(at / PEFT_WEIGHTS)
+            differing = sorted(here.keys() ^ tensors.keys())
+            if differing:
+                raise ValueError(f"{at} does not fit the model: {', '.join(differing[:3])} ...")
+            state = {here[key]: tensor for key, tensor in tensors.items()}
+            set_peft_model_state_dict(mixed, state, adapter_name=name)
+        if not is_trainable:
+            mixed.requires_grad_(False)
         return mixed
+
+    @classmethod
+    def from_pretrained(cls, model: nn.Module, model_id: str | Path, **options: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """:meth:`load`, under the name that peft's models have for it."""
+        return cls.load(model, model_id, **options)
 
 
 def get_mixed_model(model: nn.Module, adapters: Mapping[str, PeftConfig]) -> MixedLavaModel:
@@ -139,7 +159,17 @@ def get_mixed_model(model: nn.Module, adapters: Mapping[str, PeftConfig]) -> Mix
     return MixedLavaModel(model, adapters)
 
 
+def _alone(key: str) -> str:
+    """The name of a tensor where its adapter is the only one on its module."""
+    return key.replace(".base_layer", "")
+
+
 def _check(config: PeftConfig) -> None:
+    if getattr(config, "bias", "none") != "none":
+        raise ValueError(
+            f"bias={config.bias!r}: biases belong to the module, not to one of several adapters on "  # pyright: ignore[reportAttributeAccessIssue]
+            "it; train them with one adapter alone"
+        )
     if not isinstance(config, LavaConfig) and config.peft_type not in COMPATIBLE_TUNER_TYPES:
         raise TypeError(_refusal(config))
 

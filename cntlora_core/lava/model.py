@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -20,7 +22,7 @@ class LavaModel(BaseTuner):
         >>> model = get_peft_model(unet, LavaConfig(r=4, target_modules=["conv1", "to_q"]))
     """
 
-    prefix: str = "lava_"
+    prefix: str = ".lava_"  # with a dot: a base model may have names such as llava_...
     tuner_layer_cls = LavaLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
@@ -45,9 +47,18 @@ class LavaModel(BaseTuner):
             layer.requires_grad_(False)  # one more adapter is not trained before it is chosen
         self._replace_module(parent, target_name, layer, target)
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *_args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "adapter_names: LAVA has one choice of adapters for a whole batch; make it with "
+                "set_adapter, and give each part of the batch by itself"
+            )
+        yield
+
 
 def rank_and_alpha(config: LavaConfig, name: str) -> tuple[int, float]:
     """What a configuration gives a module, its patterns included."""
-    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+    ranks, alphas = config.rank_pattern, config.alpha_pattern
     rank = ranks.get(get_pattern_key(list(ranks), name), config.r)
     return rank, alphas.get(get_pattern_key(list(alphas), name), config.lava_alpha)

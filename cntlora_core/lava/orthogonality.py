@@ -18,15 +18,19 @@ class OrthogonalityLoss:
     """The term of a model's active adapters, as a callable without arguments.
 
     The factors are looked up once, when it is made, and those of one shape are taken together. Make
-    it anew after adapters were added, loaded, or moved to another data type.
+    it anew after adapters were added, loaded, activated, or moved to another data type.
 
     A factor with fewer rows than ranks, such as Y of a 3 x 3 kernel above rank 3, cannot have
-    orthonormal columns: the term is then at the least its rank less its rows.
+    orthonormal columns. Its rows are then kept orthonormal, ``||F F.T - I||^2``: the same gradient,
+    and 0 is within reach.
 
     Args:
         model: A model with LAVA adapters, whatever it is wrapped in.
         adapter_name: One adapter; default: those that are active.
         strength: lambda; default: each adapter's own ``orthogonality``.
+
+    Raises:
+        ValueError: if the model has no adapter of that name.
 
     Example:
         >>> term = OrthogonalityLoss(model)
@@ -36,6 +40,8 @@ class OrthogonalityLoss:
     def __init__(
         self, model: nn.Module, adapter_name: str | None = None, strength: float | None = None
     ) -> None:
+        if adapter_name is not None:
+            _require_adapter(model, adapter_name)
         self.factors: dict[str, nn.Parameter] = {}
         groups: dict[tuple[object, ...], tuple[float, list[Tensor]]] = {}
         for name, factor, own_strength in _regularised(model, adapter_name):
@@ -67,12 +73,27 @@ def orthogonality_loss(model: nn.Module, adapter_name: str | None = None) -> Ten
 
 
 def gram_deviation(factor: Tensor) -> Tensor:
-    """``F.T F - I``, (..., R, R), for F (..., n, R); float32 at the least, autocast or not."""
+    """``F.T F - I``, (..., R, R), for F (..., n, R); ``F F.T - I``, (..., n, n), where n < R.
+
+    float32 at the least, autocast or not.
+    """
     with autocast(factor.device.type, enabled=False):
         if factor.dtype != torch.float64:
             factor = factor.float()
+        if factor.shape[-2] < factor.shape[-1]:
+            factor = factor.mT
         eye = torch.eye(factor.shape[-1], device=factor.device, dtype=factor.dtype)
         return factor.mT @ factor - eye
+
+
+def _require_adapter(model: nn.Module, name: str) -> None:
+    known = {
+        found for layer in model.modules() if isinstance(layer, LavaLayer) for found in layer.lava_U
+    }
+    if name not in known:
+        raise ValueError(
+            f"there is no LAVA adapter {name!r}; there are: {', '.join(sorted(known))}"
+        )
 
 
 def _regularised(

@@ -56,13 +56,34 @@ def test_any_factors_can_be_chosen(net, chosen):
     model = wrapped(net, orthogonal_factors=chosen)
     expected = sum(
         (
-            0.1 * (f.T @ f - torch.eye(3)).square().sum()
+            0.1 * ((f.T @ f - torch.eye(3)).square().sum() - max(0, 3 - len(f)))
             for f in factors_named(model, *chosen).values()
         ),
         torch.zeros(()),
     )
     torch.testing.assert_close(orthogonality_loss(model), expected)
     assert len(OrthogonalityLoss(model).deviations()) == len(factors_named(model, *chosen))
+
+
+@pytest.mark.parametrize("rows", [2, 5])
+def test_more_ranks_than_rows_have_the_same_gradient_and_zero_within_reach(rows):
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(3, rows)),
+        LavaConfig(r=5, target_modules=["0"], init_weights=False, orthogonality=1.0),
+    ).double()
+    u = model.base_model.model[0].lava_U["default"]
+    assert u.shape == (rows, 5)
+    assert orthogonality_loss(model) < 1e-9  # rows orthonormal
+    with torch.no_grad():
+        u += 0.3 * torch.randn_like(u)
+    orthogonality_loss(model).backward()
+    closed_form = 4 * u @ (u.T @ u - torch.eye(5, dtype=u.dtype))
+    torch.testing.assert_close(u.grad, closed_form.detach(), rtol=1e-10, atol=1e-12)
+
+
+def test_an_adapter_that_is_not_there_is_an_error(net):
+    with pytest.raises(ValueError, match="no LAVA adapter 'defualt'; there are: default"):
+        orthogonality_loss(wrapped(net), "defualt")
 
 
 def test_layers_may_have_ranks_and_shapes_of_their_own(net):

@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
+from peft import PeftModel, get_peft_model, inject_adapter_in_model
+from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 
-from cntlora_core.lava import LavaConfig, LavaLayer, get_mixed_model
-from cntlora_core.lava.mixed import MixedLavaModel
+from cntlora_core.lava import LavaConfig, LavaLayer
 
 CONFTEST = Path(__file__).with_name("conftest.py")
 NAMES = ["first", "second", "short", "line", "turned", "head"]
@@ -195,58 +194,6 @@ def test_several_adapters(net, make_net, x, tmp_path):
     torch.testing.assert_close(loaded(x), one, rtol=1e-4, atol=1e-5)
 
 
-def test_beside_lora_on_other_modules(net, make_net, x, tmp_path):
-    parts = {
-        "matrices": LoraConfig(r=2, target_modules=["head"], init_lora_weights=False),
-        "kernels": config(target_modules=["first", "second", "line"]),
-    }
-    before = net(x)
-    model = get_mixed_model(net, parts)
-    assert isinstance(model.base_model.model.head, LoraLayer)
-    assert set(layers(model)) == {"first", "second", "line"}
-    assert (model(x) - before).abs().max() > 1e-3
-    names = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert len(names) == 2 + 4 + 4 + 3
-    trained(model, x)
-    after = model(x)
-    with model.disable_adapter():
-        assert torch.equal(model(x), before)
-    model.save_pretrained(tmp_path)
-    loaded = MixedLavaModel.load(make_net(), tmp_path)
-    torch.testing.assert_close(loaded(x), after, rtol=1e-4, atol=1e-5)
-    # Each part is an adapter that peft reads by itself.
-    alone = PeftModel.from_pretrained(make_net(), tmp_path / "kernels")
-    model.set_adapter("kernels")
-    torch.testing.assert_close(alone(x), model(x), rtol=1e-4, atol=1e-5)
-    model.set_adapter(["matrices", "kernels"])
-    merged = model.merge_and_unload()
-    torch.testing.assert_close(merged(x), after, rtol=1e-4, atol=1e-5)
-
-
-def test_on_one_module_with_lora(net, x):
-    model = get_mixed_model(
-        net,
-        {
-            "lora": LoraConfig(r=2, target_modules=["head"], init_lora_weights=False),
-            "lava": config(target_modules=["head"], init_weights=False),
-        },
-    )
-    both = model(x)
-    model.set_adapter("lora")
-    assert (model(x) - both).abs().max() > 1e-3
-    model.set_adapter(["lora", "lava"])
-    merged = model.merge_and_unload()
-    assert type(merged.head) is nn.Linear
-    torch.testing.assert_close(merged(x), both, rtol=1e-4, atol=1e-5)
-
-
-def test_mixed_refuses_other_methods_in_words(net):
-    from peft import IA3Config
-
-    with pytest.raises(TypeError, match=r"beside adapters of LORA.*got a IA3Config"):
-        get_mixed_model(net, {"a": IA3Config(target_modules=["head"], feedforward_modules=[])})
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_bases_keep_adapters_in_float32(net, x, dtype):
     model = get_peft_model(net.to(dtype), config(init_weights=False))
@@ -324,6 +271,8 @@ def test_other_modules_are_refused_in_words(module, words):
         ({"orthogonal_factors": ["U", "Z"]}, "may name U, V, Y, X; got 'Z'"),
         ({"lava_alpha": 0}, "lava_alpha must be"),
         ({"init_weights": "pissa"}, "orthogonal, lora"),
+        ({"lava_alpha": "8"}, "lava_alpha must be"),
+        ({"lava_dropout": None}, "lava_dropout must lie between"),
         ({"bias": "some"}, "none, all or lava_only"),
         ({"layers_pattern": ["h"]}, "needs layers_to_transform"),
         ({"target_modules": "x", "layers_to_transform": 1}, "has no effect"),
@@ -332,6 +281,29 @@ def test_other_modules_are_refused_in_words(module, words):
 def test_settings_are_checked(options, words):
     with pytest.raises(ValueError, match=words):
         LavaConfig(**options)
+
+
+def test_nothing_in_place_of_patterns_is_none():
+    config = LavaConfig(rank_pattern=None, alpha_pattern=None, orthogonal_factors=None)
+    assert (config.rank_pattern, config.alpha_pattern, config.orthogonal_factors) == ({}, {}, [])
+
+
+def test_a_module_whose_name_holds_the_prefix():
+    base = nn.Sequential()
+    base.llava_head, base.other = nn.Linear(3, 2), nn.Linear(2, 2)
+    given = torch.randn(4, 3)
+    model = get_peft_model(base, LavaConfig(target_modules=["llava_head"], init_weights=False))
+    model.add_adapter("two", LavaConfig(target_modules=["llava_head"]))
+    assert not model.base_model.model.other.weight.requires_grad
+    model.delete_adapter("two")
+    assert list(layers(model)["llava_head"].lava_U) == ["default"]
+    assert len(get_peft_model_state_dict(model)) == 2
+    assert model(given).shape == (4, 2)
+
+
+def test_mixed_batches_are_refused(net, x):
+    with pytest.raises(ValueError, match="one choice of adapters for a whole batch"):
+        get_peft_model(net, config())(x, adapter_names=["__base__", "default"])
 
 
 def test_a_second_copy_of_the_library_is_refused_in_words():
