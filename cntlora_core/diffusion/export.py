@@ -88,6 +88,8 @@ def export_lora(
     For a file in half precision, factors that nearly cancel are factored anew first. LAVA's
     convolutions go into a kohya file as ``lora_down``, ``lora_mid`` and ``lora_up``; in the other
     layouts, which know no mid, it is contracted into the down kernel, at the same rank and exactly.
+    So it is where factors that nearly cancel are rounded: without ``compress``, after a start that
+    is subtracted.
     """
     exact, trained_ranks = trained_layers(unet, text_encoder, plan)
     layers = exact
@@ -96,6 +98,10 @@ def export_lora(
     if not isinstance(plan, AdapterPlan):
         if settings.compress:
             layers = _lava_compressed(unet, text_encoder, plan, trained_ranks, progress)
+        elif dtype != torch.float32:
+            cancelling = [n for n in names if exact[n].rank > trained_ranks[n]]
+            balanced = map_in_threads(lambda n: balance(exact[n]), cancelling, progress)
+            layers = exact | dict(zip(cancelling, balanced, strict=True))
     elif plan.rewrites_base and (settings.compress or dtype != torch.float32):
 
         def refactored(name: str) -> LoRALayer:

@@ -91,6 +91,9 @@ class LavaPlan:
         )
 
 
+_SHORT = 0.1
+
+
 def plain_factors(
     weight_shape: Sequence[int], rank: int, scaling: float, generator: torch.Generator
 ) -> LavaFactors:
@@ -114,7 +117,8 @@ def orthonormal_columns(rows: int, columns: int, generator: torch.Generator) -> 
 def widened(factors: LavaFactors, rank: int, generator: torch.Generator) -> LavaFactors:
     """The same delta with plain terms added up to a rank, their U orthonormal to what is there.
 
-    The scaling stays; the added terms are counted in ``filled``.
+    The scaling stays; the added terms are counted in ``filled``. Those beyond the rows of U, which
+    can be orthonormal to nothing, have short columns there: the rows stay nearly orthonormal.
     """
     more = rank - factors.rank
     if more <= 0:
@@ -122,13 +126,13 @@ def widened(factors: LavaFactors, rank: int, generator: torch.Generator) -> Lava
     shape = [f.shape[0] for f in factors.named().values()]
     plain = plain_factors(shape, more, factors.scaling, generator)
     u = plain.u
-    if factors.rank and shape[0] > factors.rank:
+    if factors.rank:
         known = torch.linalg.qr(factors.u).Q
         rest = torch.randn(shape[0], more, generator=generator)
         rest -= known @ (known.T @ rest)
-        u = torch.linalg.qr(rest - known @ (known.T @ rest)).Q
-        if u.shape[1] < more:  # more terms than rows
-            u = torch.cat([u, plain.u[:, u.shape[1] :]], dim=1)
+        free = max(0, min(more, shape[0] - factors.rank))
+        u = torch.linalg.qr(rest - known @ (known.T @ rest)).Q[:, :free]
+        u = torch.cat([u, _SHORT * plain.u[:, free:]], dim=1)
     return LavaFactors(
         torch.cat([factors.u, u], dim=1),
         torch.cat([factors.v, plain.v], dim=1),

@@ -7,6 +7,10 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from cntlora_core.lava import LavaConfig, LavaLayer
+
+NAMES = ["first", "second", "short", "line", "turned", "head"]
+
 
 class Net(nn.Module):
     """Convolutions of two kinds and sizes, a linear layer and transformers' Conv1D."""
@@ -26,6 +30,27 @@ class Net(nn.Module):
         h = torch.tanh(self.second(h)) + self.short(h)
         h = torch.tanh(self.line(h.flatten(2))).mean(2)
         return self.head(torch.tanh(self.turned(h)))
+
+
+def config(**options) -> LavaConfig:
+    return LavaConfig(**{"r": 3, "lava_alpha": 6, "target_modules": NAMES, **options})
+
+
+def layers(model: nn.Module) -> dict[str, LavaLayer]:
+    return {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, LavaLayer)
+    }
+
+
+def trained(model: nn.Module, x: torch.Tensor, steps: int = 3) -> nn.Module:
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(steps):
+        model(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
 
 
 @pytest.fixture

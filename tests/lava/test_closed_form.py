@@ -11,17 +11,14 @@ from torch import nn
 
 from cntlora_core import CNTLoRAConfig, get_cntlora_model
 from cntlora_core.adapter import adapter_layers
-from cntlora_core.lava import LavaConfig, get_lava_model, orthogonality_loss
+from cntlora_core.lava import OrthogonalityLoss, get_lava_model, orthogonality_loss
 from cntlora_core.lava.conversion import brought_back, save_converted
 from cntlora_core.lava.factors import LavaFactors, difference
 from cntlora_core.lava.inject import lava_layers, snapshot
 
-NAMES = ["first", "second", "short", "line", "turned", "head"]
+from .conftest import config
+
 WITH_CLOSED_FORM = ["first", "short", "turned", "head"]
-
-
-def lava_config(**options):
-    return LavaConfig(**{"r": 3, "lava_alpha": 6, "target_modules": NAMES, **options})
 
 
 def data(count=3):
@@ -43,7 +40,7 @@ def test_matrices_get_the_closed_form_exactly_and_convolutions_nearly(net, stren
     settings = CNTLoRAConfig(preserve_output=False, rank_budget="fixed")
     lora = LoraConfig(r=3, lora_alpha=6, target_modules=WITH_CLOSED_FORM)
     exact_model = get_cntlora_model(copy.deepcopy(net), lora, settings, data())
-    model = get_lava_model(net, lava_config(orthogonality=strength), settings, data())
+    model = get_lava_model(net, config(orthogonality=strength), settings, data())
     found, report = deltas(model), model.lava_report
     for name, layer in adapter_layers(exact_model).items():
         exact = layer.get_delta_weight("default").detach()
@@ -66,7 +63,7 @@ def test_matrices_get_the_closed_form_exactly_and_convolutions_nearly(net, stren
 
 def test_the_first_output_is_the_base_s(net, x):
     before, weight = net(x), net.first.weight.detach().clone()
-    model = get_lava_model(net, lava_config(), None, data())
+    model = get_lava_model(net, config(), None, data())
     torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
     assert (net.first.base_layer.weight - weight).abs().max() > 1e-3
     assert model.lava_report.rounding < 1e-6
@@ -81,7 +78,7 @@ def train(model, x):
 
 
 def test_a_trained_adapter_is_saved_for_the_stock_base(net, make_net, x, tmp_path):
-    model = get_lava_model(net, lava_config(), None, data())
+    model = get_lava_model(net, config(), None, data())
     train(model, x)
     exact = save_converted(model, tmp_path / "exact")
     assert exact.relative_error == 0
@@ -102,7 +99,7 @@ def test_a_trained_adapter_is_saved_for_the_stock_base(net, make_net, x, tmp_pat
 def test_too_wide_convolutions_start_plain(net, x):
     before = net(x)
     settings = CNTLoRAConfig(max_unfolded_width=17, preserve_output=False, rank_budget="fixed")
-    model = get_lava_model(net, lava_config(target_modules=["first"]), settings, [])
+    model = get_lava_model(net, config(target_modules=["first"]), settings, [])
     assert "18 unfolded features" in model.lava_report.plain["first"]
     assert torch.equal(model(x), before)
     assert model.lava_report.start is None
@@ -111,7 +108,7 @@ def test_too_wide_convolutions_start_plain(net, x):
 def test_ranks_above_what_the_data_supports_are_filled(net):
     settings = CNTLoRAConfig(rank_budget="fixed")
     one = [data()[0][:1]]  # one row at the head
-    model = get_lava_model(net, lava_config(target_modules=["head"]), settings, one)
+    model = get_lava_model(net, config(target_modules=["head"]), settings, one)
     plan = model.lava_plans["default"]
     assert plan.filled == {"head": 2}
     u, v = plan.factors["head"].u, plan.factors["head"].v
@@ -120,9 +117,18 @@ def test_ranks_above_what_the_data_supports_are_filled(net):
     assert not v[:, 1:].any()
 
 
+def test_the_term_leaves_a_start_of_more_ranks_than_outputs_alone(net):
+    settings = CNTLoRAConfig(rank_budget="fixed")
+    model = get_lava_model(net, config(r=9, target_modules=["first"]), settings, data())
+    assert model.lava_report.errors["first"] < 0.5
+    term = OrthogonalityLoss(model, strength=1.0)
+    assert next(iter(term.factors.values())).shape == (6, 9)
+    assert term() < 1e-3
+
+
 def test_a_shared_budget_gives_ranks_of_their_own(net, tmp_path, make_net, x):
-    config = lava_config(r=2, lava_alpha=4)
-    model = get_lava_model(net, config, CNTLoRAConfig(rank_budget="ranks"), data())
+    few = config(r=2, lava_alpha=4)
+    model = get_lava_model(net, few, CNTLoRAConfig(rank_budget="ranks"), data())
     ranks = model.lava_plans["default"].ranks
     assert sum(ranks[name] for name in WITH_CLOSED_FORM) == 2 * 4
     assert len(set(ranks.values())) > 1
@@ -131,7 +137,7 @@ def test_a_shared_budget_gives_ranks_of_their_own(net, tmp_path, make_net, x):
     )
     assert {n: layer.r["default"] for n, layer in lava_layers(model).items()} == ranks
     with pytest.raises(ValueError, match="counts a LoRA's parameters"):
-        get_lava_model(make_net(), lava_config(), CNTLoRAConfig(rank_budget="parameters"), data())
+        get_lava_model(make_net(), config(), CNTLoRAConfig(rank_budget="parameters"), data())
 
 
 def test_difference_and_fewer_terms():
@@ -159,11 +165,11 @@ def test_a_model_without_a_start_says_so(net, tmp_path):
     from peft import get_peft_model
 
     with pytest.raises(ValueError, match="keeps no start of adapter 'default'"):
-        save_converted(get_peft_model(net, lava_config()), tmp_path)
+        save_converted(get_peft_model(net, config()), tmp_path)
 
 
 def test_the_snapshot_is_a_copy(net):
-    model = get_lava_model(net, lava_config(target_modules=["head"]), None, data())
+    model = get_lava_model(net, config(target_modules=["head"]), None, data())
     layer = lava_layers(model)["head"]
     taken = snapshot(layer)
     with torch.no_grad():

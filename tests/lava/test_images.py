@@ -81,6 +81,18 @@ def test_compressed_and_rounded_files_say_what_that_cost(train, tmp_path):
     assert result.export.relative_error == pytest.approx(float((lost / size) ** 0.5), rel=0.05)
 
 
+@pytest.mark.parametrize(("precision", "limit"), [("float16", 1e-3), ("bfloat16", 8e-3)])
+def test_half_precision_files_keep_what_was_learned(train, tmp_path, precision, limit):
+    exact, _ = train(ADAPTERS["fixed"])
+    half, _ = train(ADAPTERS["fixed"], file_precision=precision, output=str(tmp_path / "half"))
+    before, after = (read_lora_file(result.lora).layers for result in (exact, half))
+    size = sum(layer.delta().norm() ** 2 for layer in before.values())
+    lost = sum((after[n].delta() - layer.delta()).norm() ** 2 for n, layer in before.items())
+    assert float((lost / size) ** 0.5) < limit
+    assert half.export.relative_error == pytest.approx(float((lost / size) ** 0.5), rel=0.05)
+    assert half.export.ranks == exact.export.ranks | {"unet.conv_out": 4}  # its outputs
+
+
 class Stop:
     def __call__(self, stage, done, total, values):
         if stage == "training" and done == 2:

@@ -11,7 +11,7 @@ from torch import nn
 
 from cntlora_core.lava import MixedLavaModel, get_mixed_model
 
-from .test_peft_method import config, layers, trained
+from .conftest import config, layers, trained
 
 
 def test_beside_lora_on_other_modules(net, make_net, x, tmp_path):

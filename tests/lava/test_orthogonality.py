@@ -16,7 +16,7 @@ from cntlora_core.lava import (
     with_orthogonality,
 )
 
-NAMES = ["first", "second", "short", "line", "turned", "head"]
+from .conftest import NAMES
 
 
 def wrapped(net, **options):

@@ -14,31 +14,11 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 
-from cntlora_core.lava import LavaConfig, LavaLayer
+from cntlora_core.lava import LavaConfig
+
+from .conftest import NAMES, config, layers, trained
 
 CONFTEST = Path(__file__).with_name("conftest.py")
-NAMES = ["first", "second", "short", "line", "turned", "head"]
-
-
-def config(**options) -> LavaConfig:
-    return LavaConfig(**{"r": 3, "lava_alpha": 6, "target_modules": NAMES, **options})
-
-
-def layers(model: nn.Module) -> dict[str, LavaLayer]:
-    return {
-        name.removeprefix("base_model.model."): module
-        for name, module in model.named_modules()
-        if isinstance(module, LavaLayer)
-    }
-
-
-def trained(model: nn.Module, x: torch.Tensor, steps: int = 3) -> nn.Module:
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
-    for _ in range(steps):
-        model(x).square().sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model
 
 
 @pytest.mark.parametrize("start", [True, "lora"])
