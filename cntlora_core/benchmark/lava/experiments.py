@@ -246,7 +246,8 @@ def _summarise_starts(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
     for row in rows:
         row["course_mean"] = mean(value for _, value in row["curve"])
-    return sorted(rows, key=lambda row: str(row["model"]))
+    models = list(dict.fromkeys(run["model"] for run in runs))
+    return sorted(rows, key=lambda row: models.index(row["model"]))
 
 
 EXPERIMENTS: dict[ExperimentName, Experiment] = {
