@@ -190,9 +190,9 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @pytest.fixture
 def train(tiny_model: Path, photo_folder: Path, tmp_path: Path, monkeypatch):
-    """Train with given settings; returns the job's result and the trainer, not yet unwrapped.
+    """Train with given settings; returns the job's result, and what was kept of the training.
 
-    With the trainer comes ``prediction``, that of its models in memory.
+    Kept are the ``trainer``, and the ``prediction`` of its models before they were unwrapped.
     """
     from cntlora_core.diffusion import job, settings
 

@@ -91,7 +91,7 @@ class LavaPlan:
         )
 
 
-_SHORT = 0.1
+_SHORT = 0.1  # its square is what the rows of U are off from orthonormal, at the most
 
 
 def plain_factors(

@@ -210,15 +210,6 @@ class LavaLinear(LavaLayer):
     """The adapter of a matrix: peft knows by the name what ``"all-linear"`` is for."""
 
 
-def adapter_layer(
-    target: nn.Module, adapter_name: str, r: int, lava_alpha: float, config: LavaConfig
-) -> LavaLayer:
-    """The layer that stands for a module (or for another method's layer around one)."""
-    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-    kind = LavaLinear if isinstance(base, (nn.Linear, Conv1D)) else LavaLayer
-    return kind(target, adapter_name, r, lava_alpha, config)
-
-
 def weight_shape(module: nn.Module) -> tuple[int, ...]:
     """(c_out, c_in / groups, kh, kw); (d_out, d_in) of a matrix, whatever way it is stored."""
     if isinstance(module, nn.Linear):  # quantised ones pack their weight

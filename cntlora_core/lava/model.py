@@ -10,9 +10,10 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from cntlora_core.lava.config import LavaConfig
-from cntlora_core.lava.layer import LavaLayer, adapter_layer, check_adaptable
+from cntlora_core.lava.layer import LavaLayer, LavaLinear, check_adaptable
 
 
 class LavaModel(BaseTuner):
@@ -42,7 +43,8 @@ class LavaModel(BaseTuner):
             return
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         check_adaptable(current_key, base)
-        layer = adapter_layer(target, adapter_name, rank, alpha, peft_config)
+        kind = LavaLinear if isinstance(base, (nn.Linear, Conv1D)) else LavaLayer
+        layer = kind(target, adapter_name, rank, alpha, peft_config)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # one more adapter is not trained before it is chosen
         self._replace_module(parent, target_name, layer, target)
