@@ -172,7 +172,7 @@ class TrainingSettings:
         learning_rate: Peak learning rate of AdamW.
         batch_size: Photos per step; as many class images go with them.
         gradient_accumulation: Batches whose gradients are averaged in one step.
-        weight_decay: AdamW's decoupled weight decay.
+        weight_decay: Decoupled weight decay, towards the adapter's initialisation.
         max_grad_norm: Gradients are clipped to this norm; 0 leaves them.
         lr_schedule: Course of the learning rate.
         lr_warmup: Steps of linear warm-up.

@@ -111,11 +111,14 @@ class SubjectTrainer:
             _checkpoint_gradients(unet, text_encoder)
         self.parameters = dict(trained_parameters(unet, text_encoder, plan))
         self._extra_loss: Callable[[], Tensor] | None = extra_loss(unet, text_encoder, plan)
+        self._initial = (
+            [p.detach().clone() for p in self.parameters.values()] if training.weight_decay else []
+        )
         self._fused = self._device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.AdamW(
             list(self.parameters.values()),
             lr=training.learning_rate,
-            weight_decay=training.weight_decay,
+            weight_decay=0.0,  # it pulls towards 0, which is no initialisation: see _decay
             fused=self._fused,
         )
         self._lr_schedule = get_scheduler(
@@ -204,6 +207,8 @@ class SubjectTrainer:
             self._forgive_or_raise(norm)
         self._between_steps = False
         rate = self.optimizer.param_groups[0]["lr"]
+        if finite:
+            self._decay(rate)
         self._scaler.step(self.optimizer)
         self._scaler.update()
         self.optimizer.zero_grad()
@@ -220,6 +225,16 @@ class SubjectTrainer:
             "learning_rate": rate,
             "seconds": time.perf_counter() - started,
         }
+
+    @torch.no_grad()
+    def _decay(self, rate: float) -> None:
+        """AdamW's decoupled weight decay, towards the initialisation p0 in place of 0.
+
+        ``p - rate * weight_decay * (p - p0)``. Where the frozen weight became ``W - s B0 A0``, a
+        pull towards 0 would be one away from W.
+        """
+        for parameter, initial in zip(self.parameters.values(), self._initial):
+            parameter.lerp_(initial, rate * self.training.weight_decay)
 
     def _forgive_or_raise(self, norm: float) -> None:
         # A float16 base overflows now and then; the scaler then skips the step and halves its

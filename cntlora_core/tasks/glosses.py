@@ -175,6 +175,9 @@ class GlossTask:
     ) -> Iterator[Evaluation]:
         """Train what requires gradients with AdamW, one batch a step, from the first one on.
 
+        There is no weight decay: AdamW's pulls towards 0, away from the pre-trained model where an
+        initialisation has rewritten the frozen weights.
+
         Args:
             model: A :class:`GlossClassifier`, wrapped by peft or not.
             steps: Training steps.
@@ -187,7 +190,8 @@ class GlossTask:
         head = [p for n, p in named if "head" in n.split(".")]
         body = [p for n, p in named if "head" not in n.split(".")]
         optimizer = torch.optim.AdamW(
-            [{"params": body, "lr": learning_rate}, {"params": head, "lr": head_learning_rate}]
+            [{"params": body, "lr": learning_rate}, {"params": head, "lr": head_learning_rate}],
+            weight_decay=0.0,
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
