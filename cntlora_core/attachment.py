@@ -62,27 +62,22 @@ class AttachmentPoint:
         """
         return weight_matrix(self.name, self.module)
 
-    def input_rows(self, x: Tensor) -> Iterator[Tensor]:
-        """An input of the module as rows (n, d_in) that its weight multiplies, chunk by chunk."""
-        if isinstance(self.module, nn.Conv2d):
-            return unfolded_rows(self.module, x)
-        return iter((x.reshape(-1, self.in_features),))
-
-    def without_padding(self, x: Tensor, mask: Tensor) -> Tensor:
-        """The tokens of an input that count.
+    def input_rows(self, x: Tensor, mask: Tensor | None = None) -> Iterator[Tensor]:
+        """An input of the module as rows (n, d_in) that its weight multiplies, chunk by chunk.
 
         Args:
-            x: What the module read: (batch, tokens, ..., d_in), or (batch * tokens, d_in) in that
-                order. Any other shape, and what a convolution reads, comes back as it is.
-            mask: (batch, tokens), true where a token is no padding.
+            x: What the module reads.
+            mask: (batch, tokens), true for the tokens that count; the others are left out of inputs
+                of shape (batch, tokens, ..., d_in), or (batch * tokens, d_in) in that order. Inputs
+                of other shapes, and what a convolution reads, count in full.
         """
-        if self.is_convolution:
-            return x
-        if x.ndim >= 3 and x.shape[:2] == mask.shape:
-            return x[mask.to(x.device)]
-        if x.ndim == 2 and x.shape[0] == mask.numel():
-            return x[mask.flatten().to(x.device)]
-        return x
+        if isinstance(self.module, nn.Conv2d):
+            return unfolded_rows(self.module, x)
+        if mask is not None and x.ndim >= 3 and x.shape[:2] == mask.shape:
+            x = x[mask.to(x.device)]
+        elif mask is not None and x.ndim == 2 and x.shape[0] == mask.numel():
+            x = x[mask.flatten().to(x.device)]
+        return iter((x.reshape(-1, self.in_features),))
 
 
 def find_attachment_points(

@@ -1,17 +1,104 @@
-"""From a model and its batches to second moments, through forward hooks that are always undone."""
+"""What the layers of a frozen model read, through forward hooks that are always undone.
+
+:func:`reading` serves every data-driven method; :class:`MomentCapture` sums second moments.
+"""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cntlora_core.attachment import AttachmentPoint
 from cntlora_core.moments import Moment, SecondMoment
+from cntlora_core.token_masks import MaskFn, TokenMasks
+
+ForwardFn = Callable[[nn.Module, Any], Any]
+RunFn = Callable[[Any], None]
+"""``run(batch)`` is one forward pass."""
+SeeFn = Callable[[AttachmentPoint, Tensor, "Tensor | None"], None]
+"""``see(point, x, mask)``: what a point's module reads, and which of its tokens count."""
+
+
+def default_forward(model: nn.Module, batch: Any) -> Any:
+    """``model(**batch)`` for mappings, ``model(*batch)`` for sequences, ``model(batch)`` else."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if isinstance(batch, Mapping):
+        return model(**{k: _to(v, device) for k, v in batch.items()})
+    if isinstance(batch, Sequence) and not isinstance(batch, str):
+        return model(*(_to(v, device) for v in batch))
+    return model(_to(batch, device))
+
+
+def length_of(batches: Iterable[Any]) -> int:
+    """How many batches there are; 0 where that is not known."""
+    try:
+        return len(batches)  # pyright: ignore[reportArgumentType]
+    except TypeError:  # also of a DataLoader over an IterableDataset
+        return 0
+
+
+@contextmanager
+def reading(
+    model: nn.Module,
+    points: Sequence[AttachmentPoint],
+    see: SeeFn,
+    *,
+    forward_fn: ForwardFn | None = None,
+    mask_fn: MaskFn | None = None,
+) -> Iterator[RunFn]:
+    """Within the block, ``run(batch)`` shows what the points read in one forward pass.
+
+    The model runs in eval mode and without gradients; flags and hooks are as before afterwards.
+
+    Args:
+        model: What ``forward_fn`` is given.
+        points: Attachment points within it.
+        see: Called whenever a point's module is called.
+        forward_fn: ``forward_fn(model, batch)``; default: :func:`default_forward`.
+        mask_fn: Which tokens count: see :meth:`~cntlora_core.token_masks.TokenMasks.begin`.
+    """
+    masks, forward = TokenMasks(model, mask_fn), forward_fn or default_forward
+
+    def run(batch: Any) -> None:
+        masks.begin(batch)
+        forward(model, batch)
+
+    def hook_of(point: AttachmentPoint):
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            see(point, x, masks.of(x))
+
+        return hook
+
+    handles = [p.module.register_forward_pre_hook(hook_of(p), with_kwargs=True) for p in points]
+    try:
+        # Tensors of inference mode have no version counter to tell an in-place change by.
+        with masks.followed(), _evaluating(model), torch.inference_mode(False), torch.no_grad():
+            yield run
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = {name: module.training for name, module in model.named_modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for name, module in model.named_modules():
+            module.training = training.get(name, module.training)
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
 @dataclass(frozen=True)
@@ -61,7 +148,7 @@ class SharedInputError(RuntimeError):
 
 
 class MomentCapture:
-    """Sums up what attachment points read; made by :func:`capture_moments`.
+    """Sums up what attachment points read, as :func:`reading` shows it to :meth:`see`.
 
     Points that read the very same tensor share one sum. Which do is seen in the first batch, by
     comparing with tensors that are still alive: a bare ``data_ptr`` is reused after a free.
@@ -76,30 +163,6 @@ class MomentCapture:
         self._alive: list[tuple[weakref.ref[Tensor], int, str]] = []
         self._calls: dict[str, int] = {}
         self._batch = 0
-        self._mask: Tensor | None = None
-
-    def set_mask(self, mask: Tensor | None) -> None:
-        """Say which tokens of the coming forward pass count.
-
-        Args:
-            mask: (batch, tokens), true or 1 where a token is no padding; None counts all. It
-                applies to inputs of shape (batch, tokens, ...) and (batch * tokens, d_in).
-
-        Raises:
-            ValueError: for another shape, or a mask with values other than 0 and 1.
-        """
-        if mask is None:
-            self._mask = None
-            return
-        if mask.ndim != 2:
-            raise ValueError(f"a padding mask is (batch, tokens), got shape {tuple(mask.shape)}")
-        if mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():
-            raise ValueError(
-                "a padding mask holds 1 where a token counts and 0 where it is padding, got values "
-                f"from {mask.min().item():g} to {mask.max().item():g}"
-            )
-        mask = mask.bool()
-        self._mask = None if mask.all() else mask  # nothing to leave out: no copies of the rest
 
     def end_batch(self) -> None:
         """To be called after each forward pass.
@@ -127,8 +190,19 @@ class MomentCapture:
         """The moments so far, one for each distinct input; the sums start from nothing again."""
         return self.partial().finish(list(self._points.values()))
 
-    def see(self, name: str, x: Tensor) -> None:
-        """Take the input ``x`` of the attachment point ``name`` into account."""
+    def see(self, point: AttachmentPoint, x: Tensor, mask: Tensor | None = None) -> None:
+        """Take the input ``x`` of an attachment point into account.
+
+        Args:
+            point: One of those that the capture was made for.
+            x: What its module reads.
+            mask: (batch, tokens), true for the tokens that count; None counts all.
+
+        Raises:
+            SharedInputError: if points that were taken to share an input do not.
+            FloatingPointError: for values that are not finite, naming the point and the batch.
+        """
+        name = point.name
         self._calls[name] = self._calls.get(name, 0) + 1
         known = self._leader.get(name)
         if known is None and self._batch > 0:
@@ -143,12 +217,9 @@ class MomentCapture:
             )
         if leader != name:
             return
-        point = self._points[name]
-        if self._mask is not None:
-            x = point.without_padding(x, self._mask)
         fitter = self._sums.setdefault(name, SecondMoment(point.in_features))
         try:
-            for rows in point.input_rows(x):
+            for rows in point.input_rows(x, mask):
                 fitter.update(rows)
         except FloatingPointError as error:
             raise FloatingPointError(
@@ -186,36 +257,3 @@ def _same_view(x: Tensor, other: Tensor) -> bool:
         and x.stride() == other.stride()
         and x.dtype == other.dtype
     )
-
-
-@contextmanager
-def capture_moments(
-    points: Sequence[AttachmentPoint], *, share_inputs: bool = True
-) -> Iterator[MomentCapture]:
-    """Hook the points; forward passes inside the block are summed up, without gradients.
-
-    Example:
-        >>> with capture_moments(points) as capture:
-        ...     for batch in batches:
-        ...         model(**batch)
-        ...         capture.end_batch()
-        >>> moments = capture.result()
-    """
-    capture = MomentCapture(points, share_inputs)
-
-    def hook_of(name: str):
-        def hook(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-            capture.see(name, args[0] if args else next(iter(kwargs.values())))
-
-        return hook
-
-    handles = [
-        p.module.register_forward_pre_hook(hook_of(p.name), with_kwargs=True) for p in points
-    ]
-    try:
-        # Tensors of inference mode have no version counter to tell an in-place change by.
-        with torch.inference_mode(False), torch.no_grad():
-            yield capture
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -3,43 +3,28 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import zip_longest
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cntlora_core.attachment import AttachmentPoint
 from cntlora_core.capture import (
     CapturedMoments,
+    ForwardFn,
+    MomentCapture,
     PartialMoments,
     SharedInputError,
-    capture_moments,
+    length_of,
+    reading,
 )
 from cntlora_core.processes import Processes, attempt, sum_partial_moments
+from cntlora_core.token_masks import MaskFn
 
 logger = logging.getLogger(__name__)
 
-ForwardFn = Callable[[nn.Module, Any], Any]
-MaskFn = Callable[[Any], "Tensor | None"]
 ProgressFn = Callable[[int, int], None]
-
-
-def default_forward(model: nn.Module, batch: Any) -> Any:
-    """``model(**batch)`` for mappings, ``model(*batch)`` for sequences, ``model(batch)`` else."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    if isinstance(batch, Mapping):
-        return model(**{k: _to(v, device) for k, v in batch.items()})
-    if isinstance(batch, Sequence) and not isinstance(batch, str):
-        return model(*(_to(v, device) for v in batch))
-    return model(_to(batch, device))
-
-
-def default_mask(batch: Any) -> Tensor | None:
-    """A mapping's ``attention_mask`` if it is one of (batch, tokens); else all tokens count."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
 def collect_moments(
@@ -62,8 +47,7 @@ def collect_moments(
         points: Attachment points within it.
         batches: A dataloader or any iterable.
         forward_fn: ``forward_fn(model, batch)`` runs one forward pass.
-        mask_fn: ``mask_fn(batch)`` gives the (batch, tokens) mask that is 1 where a token is no
-            padding, or None where all count; default: :func:`default_mask`.
+        mask_fn: Which tokens count: see :meth:`~cntlora_core.token_masks.TokenMasks.begin`.
         progress: Called with (batches done, total or 0) after each batch.
         processes: Who adds up; default: all processes of torch.distributed.
 
@@ -74,24 +58,24 @@ def collect_moments(
     """
     processes = processes or Processes()
     _require_same_points(points, processes)
-    forward_fn, mask_fn = forward_fn or default_forward, mask_fn or default_mask
-    total = len(batches) if hasattr(batches, "__len__") else 0  # pyright: ignore[reportArgumentType]
+    total = length_of(batches)
     _warn_of_repeated_samples(batches, processes)
-    training = {name: module.training for name, module in model.named_modules()}
-    model.eval()
 
-    def run(share_inputs: bool) -> tuple[PartialMoments, int]:
-        return _run(model, points, batches, forward_fn, mask_fn, progress, total, share_inputs)
+    def run_all(share_inputs: bool) -> tuple[PartialMoments, int]:
+        capture, done = MomentCapture(points, share_inputs), 0
+        with reading(model, points, capture.see, forward_fn=forward_fn, mask_fn=mask_fn) as run:
+            for done, batch in enumerate(batches, 1):
+                run(batch)
+                capture.end_batch()
+                if progress is not None:
+                    progress(done, total)
+        return capture.partial(), done
 
-    try:
-        outcome, error = attempt(lambda: run(True))
-        if _all_run_again(error, batches, processes):
-            logger.info("%s; capturing again without sharing", error or "on another process")
-            outcome, error = attempt(lambda: run(False))
-        processes.raise_together(error, "reading activations")
-    finally:
-        for name, module in model.named_modules():
-            module.training = training[name]
+    outcome, error = attempt(lambda: run_all(True))
+    if _all_run_again(error, batches, processes):
+        logger.info("%s; capturing again without sharing", error or "on another process")
+        outcome, error = attempt(lambda: run_all(False))
+    processes.raise_together(error, "reading activations")
     assert outcome is not None
     partial, done = outcome
     if sum(processes.gather(done)) == 0:
@@ -103,27 +87,6 @@ def collect_moments(
             f"that was given, {type(model).__name__}"
         )
     return partial.finish(points)
-
-
-def _run(
-    model: nn.Module,
-    points: Sequence[AttachmentPoint],
-    batches: Iterable[Any],
-    forward_fn: ForwardFn,
-    mask_fn: MaskFn,
-    progress: ProgressFn | None,
-    total: int,
-    share_inputs: bool,
-) -> tuple[PartialMoments, int]:
-    done = 0
-    with capture_moments(points, share_inputs=share_inputs) as capture:
-        for done, batch in enumerate(batches, 1):
-            capture.set_mask(mask_fn(batch))
-            forward_fn(model, batch)
-            capture.end_batch()
-            if progress is not None:
-                progress(done, total)
-    return capture.partial(), done
 
 
 def _all_run_again(error: Exception | None, batches: Iterable[Any], processes: Processes) -> bool:
@@ -164,7 +127,3 @@ def _warn_of_repeated_samples(batches: Iterable[Any], processes: Processes) -> N
             samples,
             processes.count,
         )
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, torch.Tensor) else value

@@ -22,19 +22,14 @@ from cntlora_core.adapter import (
     stored_plan,
 )
 from cntlora_core.attachment import AttachmentPoint, attachment_point, find_attachment_points
-from cntlora_core.collect import (
-    ForwardFn,
-    MaskFn,
-    ProgressFn,
-    collect_moments,
-    default_forward,
-    default_mask,
-)
+from cntlora_core.capture import ForwardFn, default_forward
+from cntlora_core.collect import ProgressFn, collect_moments
 from cntlora_core.config import CNTLoRAConfig
 from cntlora_core.memory import give_back_freed_memory
 from cntlora_core.plan import check_points, plan_adapter
 from cntlora_core.processes import Processes, plan_from_first
 from cntlora_core.report import ROUNDING_TO_MENTION, InitReport, report_of
+from cntlora_core.token_masks import MaskFn, default_mask
 from cntlora_core.weights import check_rewritable
 
 __all__ = [
@@ -83,8 +78,9 @@ def get_cntlora_model(
         dataloader: Batches of the data to adapt to; any iterable.
         forward_fn: ``forward_fn(model, batch)`` runs one forward pass; default: ``model(**batch)``
             for mappings, ``model(*batch)`` for sequences, ``model(batch)`` else.
-        mask_fn: ``mask_fn(batch)`` gives the (batch, tokens) mask that is 1 where a token is no
-            padding, None where all count; default: a mapping's ``attention_mask``.
+        mask_fn: ``mask_fn(batch)`` gives the (batch, tokens) mask that is 1 where a token counts,
+            None where all do; default: the model's own masks. See
+            :meth:`~cntlora_core.token_masks.TokenMasks.begin`.
         progress: Called with (batches done, total).
         sum_across_processes: False for a process that works by itself within a process group.
 

@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from cntlora_core.adapter import AdapterPlan
-from cntlora_core.collect import ForwardFn, ProgressFn, collect_moments
+from cntlora_core.capture import ForwardFn
+from cntlora_core.collect import ProgressFn, collect_moments
 from cntlora_core.diffusion.settings import AdapterSettings
 from cntlora_core.lava import LavaConfig
 from cntlora_core.lava.closed_form import closed_form_points, lava_plan

@@ -12,7 +12,8 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
-from cntlora_core.collect import ForwardFn, MaskFn, ProgressFn, collect_moments
+from cntlora_core.capture import ForwardFn
+from cntlora_core.collect import ProgressFn, collect_moments
 from cntlora_core.config import CNTLoRAConfig
 from cntlora_core.lava.closed_form import closed_form_points, lava_plan
 from cntlora_core.lava.config import LavaConfig
@@ -22,6 +23,7 @@ from cntlora_core.lava.model import rank_and_alpha
 from cntlora_core.plan import AdapterPlan, check_points, plan_adapter
 from cntlora_core.processes import Processes, plan_from_first
 from cntlora_core.report import InitReport, report_of
+from cntlora_core.token_masks import MaskFn
 from cntlora_core.weights import check_rewritable
 
 

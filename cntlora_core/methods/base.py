@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from cntlora_core.adapter import AdapterPlan
     from cntlora_core.attachment import AttachmentPoint
     from cntlora_core.initialize import ForwardFn, ProgressFn
+    from cntlora_core.token_masks import MaskFn
 
 Family = Literal["cntlora", "peft"]
 Needs = Literal["nothing", "activations", "gradients"]
@@ -61,6 +62,7 @@ class StartRequest:
         scaling: alpha / r.
         batches: The data; None where the method reads none.
         forward_fn: ``forward_fn(model, batch)`` runs one forward pass.
+        mask_fn: Which tokens count: see :meth:`~cntlora_core.token_masks.TokenMasks.begin`.
         loss_fn: ``loss_fn(model, batch)`` gives the loss of a batch, a scalar tensor.
         lora_config: peft's configuration, for the settings of EVA, CorDA, LoRA-GA and LoftQ.
         cntlora_config: Settings of CNTLoRA's own variants.
@@ -77,6 +79,7 @@ class StartRequest:
     scaling: float
     batches: Iterable[Any] | None = None
     forward_fn: ForwardFn | None = None
+    mask_fn: MaskFn | None = None
     loss_fn: ForwardFn | None = None
     lora_config: LoraConfig | None = None
     cntlora_config: CNTLoRAConfig | None = None

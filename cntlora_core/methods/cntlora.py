@@ -45,6 +45,7 @@ def _wrap(constraint: Constraint) -> WrapFn:
             config,
             request.batches,
             forward_fn=request.forward_fn,
+            mask_fn=request.mask_fn,
             progress=request.passes_progress,
         )
         report = started.cntlora_report

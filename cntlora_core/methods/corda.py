@@ -11,9 +11,10 @@ from peft.tuners.lora.config import CordaConfig
 from torch import Tensor, nn
 
 from cntlora_core.adapter import AdapterPlan
+from cntlora_core.capture import length_of
 from cntlora_core.methods.base import PlannedStart, StartReport, StartRequest
 from cntlora_core.methods.from_weights import factors_by_peft, require_rank
-from cntlora_core.methods.rows import RowPasses, StandIn, length_of, repeatable, stand_in_names
+from cntlora_core.methods.rows import RowPasses, StandIn, repeatable, stand_in_names
 
 
 def plan_corda(request: StartRequest, mode: Literal["ipm", "kpm"]) -> PlannedStart:

@@ -14,10 +14,10 @@ from transformers.pytorch_utils import Conv1D
 
 from cntlora_core.adapter import AdapterPlan
 from cntlora_core.attachment import AttachmentPoint
-from cntlora_core.initialize import ForwardFn, default_forward
+from cntlora_core.capture import ForwardFn, default_forward, length_of
 from cntlora_core.methods.base import PlannedStart, StartReport, StartRequest
 from cntlora_core.methods.from_weights import factors_by_peft, pattern_of, require_rank, seeded
-from cntlora_core.methods.rows import length_of, repeatable
+from cntlora_core.methods.rows import repeatable
 
 NAME = "lora_ga"
 _LEFT_BEHIND = ("_peft_loraga_grad", "_peft_loraga_grad_count")

@@ -9,7 +9,7 @@ padding is left out, and nothing is left behind on the model.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from cntlora_core.attachment import AttachmentPoint
-from cntlora_core.initialize import ForwardFn, default_forward
+from cntlora_core.capture import RunFn, reading
 from cntlora_core.methods.base import StartRequest
 
 RowSink = Callable[[str, Tensor], None]
@@ -47,19 +47,16 @@ class RowPasses:
 
     def __init__(self, request: StartRequest, sink: RowSink) -> None:
         self._request, self._sink = request, sink
-        self._forward: ForwardFn = request.forward_fn or default_forward
-        self._mask: Tensor | None = None
+        self._run: RunFn | None = None
         self.seconds = self.sink_seconds = 0.0
         self.batches_done = 0
         self.rows = {point.name: 0 for point in request.points}
 
     def run(self, batch: Any) -> None:
-        """One forward pass, in eval mode and without gradients."""
-        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-        usable = isinstance(mask, Tensor) and mask.ndim == 2
-        self._mask = mask.bool() if usable else None  # pyright: ignore[reportOptionalMemberAccess]
+        """One forward pass, within :meth:`hooked`."""
+        assert self._run is not None
         started, before = time.perf_counter(), self.sink_seconds
-        self._forward(self._request.model, batch)
+        self._run(batch)
         self.seconds += time.perf_counter() - started - (self.sink_seconds - before)
         self.batches_done += 1
 
@@ -82,29 +79,21 @@ class RowPasses:
     @contextmanager
     def hooked(self) -> Iterator[None]:
         """Hook the points; undone after the block, with the model's modes."""
-        handles = [
-            point.module.register_forward_pre_hook(self._hook(point))
-            for point in self._request.points
-        ]
-        try:
-            with evaluating(self._request.model), torch.inference_mode(False), torch.no_grad():
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        request = self._request
+        with reading(
+            request.model,
+            request.points,
+            self._see,
+            forward_fn=request.forward_fn,
+            mask_fn=request.mask_fn,
+        ) as self._run:
+            yield
 
-    def _hook(self, point: AttachmentPoint):
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            started = time.perf_counter()
-            x, mask = args[0], self._mask
-            if mask is not None and x.ndim == 3 and x.shape[:2] == mask.shape:
-                x = x[mask.to(x.device)]
-            given = point.input_rows(x)
-            for rows in (given,) if isinstance(given, Tensor) else given:  # whole, or in chunks
-                self._take(point.name, rows)
-            self.sink_seconds += time.perf_counter() - started
-
-        return hook
+    def _see(self, point: AttachmentPoint, x: Tensor, mask: Tensor | None) -> None:
+        started = time.perf_counter()
+        for rows in point.input_rows(x, mask):
+            self._take(point.name, rows)
+        self.sink_seconds += time.perf_counter() - started
 
     def _take(self, name: str, rows: Tensor) -> None:
         if not torch.isfinite(rows).all():
@@ -116,18 +105,6 @@ class RowPasses:
         self._sink(name, rows)
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode within the block; every module's own flag is restored after it."""
-    flags = {name: module.training for name, module in model.named_modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for name, module in model.named_modules():
-            module.training = flags.get(name, module.training)
-
-
 def repeatable(batches: Iterable[Any] | None, method: str) -> Sequence[Any] | Iterable[Any]:
     """The data as something that can be gone through again; a generator is kept as a list.
 
@@ -137,11 +114,6 @@ def repeatable(batches: Iterable[Any] | None, method: str) -> Sequence[Any] | It
     if batches is None:
         raise ValueError(f"method {method!r} reads data: give a dataloader")
     return list(batches) if iter(batches) is batches else batches
-
-
-def length_of(batches: Iterable[Any]) -> int:
-    """How many batches there are; 0 where that is not known."""
-    return len(batches) if hasattr(batches, "__len__") else 0  # pyright: ignore[reportArgumentType]
 
 
 def stand_in_names(points: Sequence[AttachmentPoint]) -> dict[str, str]:

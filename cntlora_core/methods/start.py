@@ -27,6 +27,7 @@ from cntlora_core.initialize import ForwardFn, ProgressFn
 from cntlora_core.methods.base import Limits, Method, StartReport, StartRequest, WrappedModel
 from cntlora_core.methods.from_weights import seeded
 from cntlora_core.methods.registry import get_method
+from cntlora_core.token_masks import MaskFn
 
 _INITS = {"corda_ipm": "corda", "corda_kpm": "corda", "lora_gaussian": "gaussian"}
 _INITS |= {"lora_orthogonal": "orthogonal"}
@@ -122,6 +123,7 @@ def start_adapter(
     dataloader: Iterable[Any] | None = None,
     *,
     forward_fn: ForwardFn | None = None,
+    mask_fn: MaskFn | None = None,
     loss_fn: ForwardFn | None = None,
     cntlora_config: CNTLoRAConfig | None = None,
     steps: int | None = None,
@@ -140,6 +142,8 @@ def start_adapter(
         dataloader: Batches of the data to adapt to, for methods that read some; any iterable.
         forward_fn: ``forward_fn(model, batch)`` runs one forward pass; by default as
             :func:`~cntlora_core.initialize.default_forward` does.
+        mask_fn: Which tokens count, in every method that reads activations: see
+            :meth:`~cntlora_core.token_masks.TokenMasks.begin`.
         loss_fn: ``loss_fn(model, batch)`` gives a scalar loss, for LoRA-GA; by default the
             ``.loss`` of what ``forward_fn`` returns.
         cntlora_config: Settings of CNTLoRA's own variants; the constraint is the method's.
@@ -168,6 +172,7 @@ def start_adapter(
         scaling=lora_config.lora_alpha / root,
         batches=dataloader,
         forward_fn=forward_fn,
+        mask_fn=mask_fn,
         loss_fn=loss_fn,
         lora_config=lora_config,
         cntlora_config=cntlora_config,
