@@ -361,7 +361,8 @@ class SubjectTrainer:
 def _checkpoint_gradients(unet: Any, text_encoder: Any) -> None:
     unet.enable_gradient_checkpointing()
     renamed = getattr(text_encoder, "activation_checkpointing_enable", None)  # transformers 5
-    (renamed or text_encoder.gradient_checkpointing_enable)()
+    # The reentrant kind gives no gradients where the input (the frozen embeddings) needs none.
+    (renamed or text_encoder.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def _draw(count: int, start: int, size: int, seed: int, stream: int) -> Sequence[int]:

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from cntlora_core.config import CNTLoRAConfig
+from cntlora_core.diffusion import job
 from cntlora_core.diffusion.job import personalise
 
 from .conftest import StopAt, change, losses
@@ -68,6 +69,14 @@ def test_gradient_checkpointing_gives_the_same_losses(settings):
     settings = change(settings, "training", gradient_checkpointing=True)
     checkpointed = personalise(settings, overwrite=True)
     assert losses(checkpointed) == pytest.approx(losses(plain), rel=1e-4)
+
+
+def test_gradient_checkpointing_trains_every_adapter(settings, monkeypatch):
+    monkeypatch.setattr(job, "_finish", lambda trainer, *rest: trainer)
+    trainer = personalise(change(settings, "training", steps=1, gradient_checkpointing=True))
+    moments = {n: trainer.optimizer.state.get(p) for n, p in trainer.parameters.items()}  # pyright: ignore
+    without = [n for n, kept in moments.items() if not kept or not kept["exp_avg"].any()]
+    assert without == []
 
 
 def test_samples_are_drawn_while_training(settings):
