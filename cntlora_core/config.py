@@ -21,6 +21,7 @@ else:
 Constraint = Literal["cross", "self", "shift"]
 Subspace = Literal["principal", "full"]
 Factorization = Literal["svd", "qr"]
+Unit = Literal["least-change", "mean"]
 RankBudget = Literal["fixed", "ranks", "parameters"]
 
 
@@ -39,9 +40,15 @@ class CNTLoRAConfig:
             With ``qr`` there is nothing to choose: the up matrix is orthonormal.
         shift: The constant of the ``shift`` constraint: a number (times the identity),
             ``"normal"``, a random normal matrix drawn from ``seed``, or a (d_in, d_in) tensor, in
-            the units of the normalised second moment (mean eigenvalue 1). A tensor fits attachment
-            points that read d_in features, no others, and has no JSON form.
+            the ``unit`` of the second moment. A tensor fits attachment points that read d_in
+            features, no others, and has no JSON form.
+        unit: What the second moment is measured in, and so what the identity of the constraints
+            means. ``least-change``: for each attachment point, the unit that changes its weight
+            least (the delta is then never larger than the weight; for ``shift``, than the weight
+            times the constant); ``mean``: the mean eigenvalue, the same at all points that read
+            one input.
         damping: Added to each eigenvalue of the second moment (mean eigenvalue 1) before inversion.
+            Only for ``unit="mean"``; ``least-change`` needs none.
         preserve_output: Freeze ``W - scaling * B @ A`` instead of ``W``, so that the first step
             starts from the pre-trained model's output.
         rank_budget: ``ranks`` and ``parameters`` share a global budget out by the spectra (variable
@@ -61,6 +68,7 @@ class CNTLoRAConfig:
     factorization: Factorization = "svd"
     split: float = 0.5
     shift: Shift = field(default=1.0, hash=False)
+    unit: Unit = "least-change"
     damping: float = 1e-2
     preserve_output: bool = True
     rank_budget: RankBudget = "ranks"
@@ -74,6 +82,7 @@ class CNTLoRAConfig:
             ("constraint", Constraint),
             ("subspace", Subspace),
             ("factorization", Factorization),
+            ("unit", Unit),
             ("rank_budget", RankBudget),
         ):
             _one_of(name, getattr(self, name), get_args(kind))

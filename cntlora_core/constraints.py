@@ -15,6 +15,7 @@ from torch import Tensor
 from cntlora_core.config import CNTLoRAConfig
 from cntlora_core.factorization import seeded_generator
 from cntlora_core.linalg import (
+    RELATIVE_CUTOFF,
     PrincipalSubspace,
     Spectrum,
     gram_matrix,
@@ -23,22 +24,38 @@ from cntlora_core.linalg import (
 )
 
 
-def cross_gain(eigenvalues: Tensor, damping: float) -> Tensor:
-    """``1/(lam + eps) - 1``: with ``X_src.T @ X_tar / N = I``, ``dW = W (C^-1 - I)``."""
-    return 1.0 / (eigenvalues + damping) - 1.0
+def gains(eigenvalues: Tensor, squared_norms: Tensor, config: CNTLoRAConfig) -> Tensor:
+    """g(lam): what the delta does along each kept direction of the inputs.
+
+    ``g = c h(lam) - 1`` for ``cross`` (``h = 1 / lam``) and ``self`` (``h = lam^-1/2``), and
+    ``g = c h(lam)`` for ``shift`` (``h = 1 / lam``), derived in docs/method.md.
+
+    With ``unit="least-change"`` c is the least-squares scale of ``T h(C)`` towards ``T``, so that
+    ``sum(squared_norms * g^2) <= sum(squared_norms)`` whatever the eigenvalues; with ``"mean"`` c
+    is 1 and lam is damped.
+
+    Args:
+        eigenvalues: lam, (k,) float64, positive; of the second moment in units of its mean
+            eigenvalue.
+        squared_norms: ``|T v_j|^2``, (k,) float64, of the directions v_j; T is the weight, for
+            ``shift`` the weight times K.
+        config: Constraint, unit and damping.
+
+    Returns:
+        (k,) float64.
+    """
+    least_change = config.unit == "least-change"
+    lam = eigenvalues if least_change else eigenvalues + config.damping
+    h = lam.rsqrt() if config.constraint == "self" else 1.0 / lam
+    if least_change:
+        h = least_squares_scale(h, squared_norms) * h
+    return h if config.constraint == "shift" else h - 1.0
 
 
-def self_gain(eigenvalues: Tensor, damping: float) -> Tensor:
-    """``(lam + eps)^-1/2 - 1``: with ``X_src.T @ X_src / N = I``, ``dW = W (C^-1/2 - I)``."""
-    return (eigenvalues + damping).rsqrt() - 1.0
-
-
-def shift_gain(eigenvalues: Tensor, damping: float) -> Tensor:
-    """``1/(lam + eps)``: with ``(X_src - X_tar).T @ X_tar / N = K``, ``dW = W K C^-1``."""
-    return 1.0 / (eigenvalues + damping)
-
-
-GAINS = {"cross": cross_gain, "self": self_gain, "shift": shift_gain}
+def least_squares_scale(h: Tensor, squared_norms: Tensor) -> Tensor:
+    """The c that brings ``c h_j t_j`` nearest to ``t_j``, ``squared_norms`` being ``|t_j|^2``."""
+    size = (squared_norms * h.square()).sum()
+    return (squared_norms * h).sum() / size if size > 0 else torch.ones_like(size)
 
 
 class PointDelta:
@@ -51,7 +68,7 @@ class PointDelta:
         weight: W, (d_out, d_in), the frozen weight.
         subspace: Eigenpairs of the normalised second moment of the weight's inputs; the delta acts
             within their span.
-        config: Constraint, damping and shift.
+        config: Constraint, unit, damping and shift.
 
     Raises:
         ValueError: if the shift is a matrix of another width than the weight's inputs.
@@ -67,29 +84,41 @@ class PointDelta:
 
     def singular_values(self) -> Tensor:
         """Of the delta in all directions, descending, without those that are rounding."""
-        return singular_values(self._gram_of(self._subspace))
+        _, gram, floor = self._within(self._subspace)
+        return singular_values(gram, floor)
 
     def spectrum(self, directions: int | None = None) -> Spectrum:
         """Of the delta in the leading ``directions``; None for all."""
         count = self._subspace.rank if directions is None else directions
-        subspace = self._subspace.leading(count)
-        right = self._right(subspace).to(self._seen.dtype)
+        right, gram, floor = self._within(self._subspace.leading(count))
+        right = right.to(self._seen.dtype)
         seen, vectors = self._seen[:, :count], self._vectors[:, :count]
         matrix = seen @ right if right.ndim == 2 else seen * right
-        return thin_spectrum(matrix, vectors, self._gram_of(subspace))
+        return thin_spectrum(matrix, vectors, gram, floor)
 
-    def _gram_of(self, subspace: PrincipalSubspace) -> Tensor:
-        right, gram = self._right(subspace), self._gram[: subspace.rank, : subspace.rank]
-        return right.T @ gram @ right if right.ndim == 2 else right[:, None] * gram * right
+    def _within(self, subspace: PrincipalSubspace) -> tuple[Tensor, Tensor, float]:
+        """The delta M in leading directions, by what it makes of ``W @ V``.
 
-    def _right(self, subspace: PrincipalSubspace) -> Tensor:
-        """What turns ``W @ V`` into M, float64: (k,) for each column, or (k, k)."""
-        config = self._config
-        gain = GAINS[config.constraint](subspace.values, config.damping)
-        if config.constraint != "shift":
-            return gain
-        mixing = _shift_within(subspace, config)
-        return mixing * gain
+        Returns:
+            What turns ``W @ V`` into M, float64, (k,) for each column or (k, k); ``M.T @ M``,
+            (k, k) float64; and the size below which a singular value of M is rounding: M is a
+            difference of two matrices that may be nearly equal.
+        """
+        config, seen = self._config, self._gram[: subspace.rank, : subspace.rank]
+        mixing = (
+            _shift_within(subspace, config)
+            if config.constraint == "shift"
+            else torch.ones_like(subspace.values)
+        )
+        squared_norms = _seen_through(mixing, seen).diagonal()
+        right = mixing * gains(subspace.values, squared_norms, config)
+        floor = RELATIVE_CUTOFF * float(squared_norms.sum().sqrt())
+        return right, _seen_through(right, seen), floor
+
+
+def _seen_through(right: Tensor, gram: Tensor) -> Tensor:
+    """The Gram matrix of ``W @ V @ right``, from that of ``W @ V``; a (k,) right is a diagonal."""
+    return right.T @ gram @ right if right.ndim == 2 else right[:, None] * gram * right
 
 
 def check_shift_width(name: str, width: int, config: CNTLoRAConfig) -> None:

@@ -20,8 +20,9 @@ class Factors:
         down: A, (r, d_in) float32.
         up: B, (d_out, r) float32.
         scaling: alpha / r; the delta is ``scaling * up @ down``.
-        filled: How many of the r directions the data did not support; they start as an ordinary
-            LoRA does: down Kaiming-uniform, up zero.
+        filled: How many of the r directions the delta does not have, since the data does not
+            support them or nothing changes there; they start as an ordinary LoRA does: down
+            Kaiming-uniform, up zero.
     """
 
     down: Tensor

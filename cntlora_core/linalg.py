@@ -187,24 +187,27 @@ class Spectrum:
         return (self.left * self.values) @ (self.basis @ self.coordinates).T
 
 
-def thin_spectrum(matrix: Tensor, basis: Tensor, gram: Tensor | None = None) -> Spectrum:
-    """The spectrum of ``matrix @ basis.T``.
+def thin_spectrum(
+    matrix: Tensor, basis: Tensor, gram: Tensor | None = None, floor: float = 0.0
+) -> Spectrum:
+    """The spectrum of ``matrix @ basis.T``, without singular values that are rounding.
 
     Args:
         matrix: (d_out, m).
         basis: (d_in, m), orthonormal columns.
         gram: (m, m) float64, ``matrix.T @ matrix``, where it is known.
+        floor: Values up to this are rounding, as are those below 1e-6 of the largest.
     """
     if matrix.shape[0] >= matrix.shape[1] > 0:
         # Half the time of an SVD. Left vectors of values near 1e-8 of the largest would not be
         # orthonormal.
         squares, right = torch.linalg.eigh(gram_matrix(matrix) if gram is None else gram)
         values, right = squares.flip(0).clamp_min(0).sqrt(), right.flip(1)
-        if values[-1] > _GRAM_CUTOFF * values[0]:
+        if values[-1] > max(_GRAM_CUTOFF * float(values[0]), floor):
             left = (matrix.double() @ right).div_(values).to(matrix.dtype)
             return Spectrum(left, values.to(matrix.dtype), right.to(matrix.dtype), basis)
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    kept = int((values > RELATIVE_CUTOFF * values[:1]).sum()) if values.numel() else 0
+    kept = int(_is_real(values, floor).sum())
     return Spectrum(left[:, :kept], values[:kept], right[:kept].T, basis)
 
 
@@ -214,11 +217,16 @@ def gram_matrix(matrix: Tensor) -> Tensor:
     return double.T @ double
 
 
-def singular_values(gram: Tensor) -> Tensor:
+def _is_real(values: Tensor, floor: float) -> Tensor:
+    return values > (RELATIVE_CUTOFF * values[:1]).clamp_min(floor)
+
+
+def singular_values(gram: Tensor, floor: float = 0.0) -> Tensor:
     """The singular values of M, descending, those left out that `thin_spectrum` leaves out.
 
     Args:
         gram: (m, m) float64, ``M.T @ M``. What is below 1e-8 of the largest value is rounding.
+        floor: As there.
     """
     values = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0).sqrt()
-    return values[values > RELATIVE_CUTOFF * values[:1]]
+    return values[_is_real(values, floor)]

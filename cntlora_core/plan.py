@@ -38,7 +38,7 @@ class AdapterPlan:
 
     @property
     def filled(self) -> dict[str, int]:
-        """Directions that started as plain LoRA for want of data, where there are any."""
+        """Ranks that start as plain LoRA, which the delta does not have, where there are any."""
         return {name: f.filled for name, f in self.factors.items() if f.filled}
 
     def under(self, prefix: str) -> AdapterPlan:
@@ -119,8 +119,9 @@ def plan_adapter(
 
     def factors_of(numbered: tuple[int, AttachmentPoint]) -> Factors:
         # Ranks are decided over all that a point may get; its delta then acts in the principal
-        # subspace of just its rank. Truncating the larger delta instead would keep the directions
-        # of the smallest eigenvalues, where the gains are largest and the data says least.
+        # subspace of just its rank, in the unit of just these directions. Truncating the larger
+        # delta instead would keep the directions of the smallest eigenvalues, where the inverse is
+        # largest and the data says least.
         number, point = numbered
         subspace = solved[captured.input_of[point.name]][0]
         delta = deltas.pop(point.name, None) or PointDelta(point.weight().cpu(), subspace, config)

@@ -23,7 +23,8 @@ class InitReport:
         distinct_inputs: How many different tensors they read.
         rows: By point, how many rows (tokens) its second moment was taken over.
         ranks: By point.
-        filled: By point, how many directions the data did not support, where there are any.
+        filled: By point, how many ranks start as plain LoRA, since the data supports no more
+            directions or the closed form changes nothing there; where there are any.
         capture_seconds: Forward passes and sums.
         solve_seconds: Eigenproblems, ranks and factors.
         config: The settings.
@@ -63,8 +64,8 @@ class InitReport:
         )
         if self.filled:
             text += (
-                f"; the data supported fewer directions than ranks at {len(self.filled)} points "
-                f"({sum(self.filled.values())} directions start as plain LoRA)"
+                f"; at {len(self.filled)} points the data supported fewer directions than ranks, "
+                f"or nothing to change ({sum(self.filled.values())} directions start as plain LoRA)"
             )
         if self.never_called:
             text += (

@@ -31,13 +31,13 @@ from cntlora_core.benchmark.init_alternatives import (
 from cntlora_core.benchmark.init_plots import plot_tried
 from cntlora_core.benchmark.init_scaling import median_seconds
 from cntlora_core.benchmark.init_settings import InitBenchmark
+from cntlora_core.config import CNTLoRAConfig
 from cntlora_core.console import result_console
-from cntlora_core.constraints import cross_gain
+from cntlora_core.constraints import gains
 from cntlora_core.files import require_writable_folder, write_json_atomic
 from cntlora_core.moments import Moment
 from cntlora_core.progress import Reporter, silent
 
-DAMPING = 1e-2
 _LONG_SECONDS = 5.0
 
 
@@ -78,17 +78,22 @@ def activation_rows(problem: Problem, seed: int) -> Tensor:
     return torch.randn(problem.rows, d, generator=generator) * scales @ basis
 
 
+def identity_gains(values: Tensor) -> Tensor:
+    """What the start of an identity weight does along each direction, under ``cross``."""
+    return gains(values, torch.ones_like(values), CNTLoRAConfig())
+
+
 def operator_error(pairs: Pairs, reference: Pairs) -> float:
     """Relative error of ``V g(lam) V.T``, both (d, d), without building either."""
     (values, vectors), (true_values, true_vectors) = (
         (v.double(), u.double()) for v, u in (pairs, reference)
     )
-    gains, true_gains = cross_gain(values, DAMPING), cross_gain(true_values, DAMPING)
-    cross = (vectors * gains).T @ (true_vectors * true_gains)
+    found, expected = identity_gains(values), identity_gains(true_values)
+    cross = (vectors * found).T @ (true_vectors * expected)
     inner = float((cross * (vectors.T @ true_vectors)).sum())
     gram = (vectors.T @ vectors).square()
-    own = float((gram * gains[:, None] * gains).sum())
-    size = float(true_gains.square().sum())
+    own = float((gram * found[:, None] * found).sum())
+    size = float(expected.square().sum())
     return (max(own - 2 * inner + size, 0.0) / size) ** 0.5
 
 
@@ -136,7 +141,7 @@ def measure_problem(problem: Problem, repeats: int, many: int, seed: int) -> lis
     values, vectors = reference
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(problem.width, problem.width, generator=generator)
-    factor = weight @ vectors.float() * cross_gain(values, DAMPING).float()
+    factor = weight @ vectors.float() * identity_gains(values).float()
 
     def moment_error(found: Tensor) -> float:
         return float((found.double() / BATCHES - exact).norm() / exact.norm())

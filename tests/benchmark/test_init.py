@@ -204,10 +204,9 @@ def test_alternatives_agree_with_what_is_used(tmp_path: Path):
 
 def test_the_operator_error_is_that_of_the_dense_operators():
     torch.manual_seed(0)
-    from cntlora_core.constraints import cross_gain
 
     def dense(pairs: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        return (pairs[1] * cross_gain(pairs[0], init_tried.DAMPING)) @ pairs[1].T
+        return (pairs[1] * init_tried.identity_gains(pairs[0])) @ pairs[1].T
 
     pairs = [
         (torch.rand(3).double() + 0.1, torch.linalg.qr(torch.randn(6, 3).double()).Q)

@@ -26,6 +26,7 @@ def shifted(shift, **options):
         ({"rank_budget": "fixed", "rho": 3.0}, "rho=3.0 has no effect"),
         ({"split": "0.5"}, "split must be a number"),
         ({"damping": True}, "damping must be a number"),
+        ({"unit": "median"}, "unit must be one of least-change, mean; got 'median'"),
         ({"min_rank": 1.5}, "min_rank must be a whole number"),
         ({"seed": "7"}, "seed must be a whole number"),
         ({"max_unfolded_width": 0}, "max_unfolded_width must be at least 1"),
@@ -75,7 +76,7 @@ def test_a_multiple_of_the_identity_is_that_number(as_type):
 def test_a_matrix_acts_within_the_principal_subspace():
     rows, weight, k = torch.randn(60, 6), torch.randn(5, 6), torch.randn(6, 6)
     subspace = principal_subspace(Moment(rows.T @ rows / 60, 60), 3)
-    delta = PointDelta(weight, subspace, shifted(k)).spectrum().delta()
+    delta = PointDelta(weight, subspace, shifted(k, unit="mean")).spectrum().delta()
     v = subspace.vectors
     gain = 1 / (subspace.values.float() + 1e-2)
     torch.testing.assert_close(
@@ -89,7 +90,7 @@ def test_the_normal_shift_of_a_smaller_rank_is_the_leading_block_of_a_larger_one
     eye = torch.eye(width)
 
     def block(rank):
-        config = shifted("normal", seed=4, damping=0.0)
+        config = shifted("normal", seed=4, unit="mean", damping=0.0)
         delta = PointDelta(eye, subspace.leading(rank), config).spectrum().delta()
         v = subspace.vectors[:, :rank]
         return v.T @ delta @ v * subspace.values[:rank].float() * rank**0.5

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cntlora_core.config import CNTLoRAConfig
-from cntlora_core.constraints import PointDelta
+from cntlora_core.constraints import PointDelta, gains
 from cntlora_core.factorization import factorize
-from cntlora_core.linalg import principal_subspace
+from cntlora_core.linalg import PrincipalSubspace, principal_subspace
 from cntlora_core.moments import Moment, SecondMoment
 
 
@@ -41,9 +41,16 @@ def full_delta(rows, weight, config):
     return PointDelta(weight, subspace, config).spectrum().delta()
 
 
+def naive_scale(target, inverse):
+    """Of c in ``c * target @ inverse``, by least squares towards ``target``, as one long vector."""
+    moved = (target @ inverse).flatten()
+    return float(torch.linalg.lstsq(moved[:, None], target.flatten()[:, None]).solution)
+
+
 @pytest.mark.parametrize(("d_out", "d_in"), [(5, 8), (8, 8), (11, 6)])
+@pytest.mark.parametrize("unit", ["least-change", "mean"])
 @pytest.mark.parametrize("constraint", ["cross", "self", "shift"])
-def test_adapted_layer_gives_on_target_what_the_base_gave_on_source(constraint, d_out, d_in):
+def test_adapted_layer_gives_on_target_what_the_base_gave_on_source(constraint, unit, d_out, d_in):
     n = 200
     x_tar = target_rows(n, d_in)
     weight = torch.randn(d_out, d_in, dtype=torch.float64)
@@ -51,22 +58,30 @@ def test_adapted_layer_gives_on_target_what_the_base_gave_on_source(constraint, 
     eye = torch.eye(d_in, dtype=torch.float64)
     k = torch.randn(d_in, d_in, dtype=torch.float64)
     values, vectors = torch.linalg.eigh(c)
+    inverse = torch.linalg.inv(c)
     inverse_root = vectors @ torch.diag(values.rsqrt()) @ vectors.T
-    # Source rows that satisfy the second constraint (F2) by construction.
+    target, moved = {
+        "cross": (weight, inverse),
+        "self": (weight, inverse_root),
+        "shift": (weight @ k, inverse),
+    }[constraint]
+    scale = 1.0 if unit == "mean" else naive_scale(target, moved)
+    # Source rows that satisfy the second constraint (F2) by construction, in the unit.
     x_src = {
-        "cross": x_tar @ torch.linalg.inv(c),
-        "self": x_tar @ inverse_root,
-        "shift": x_tar + x_tar @ torch.linalg.inv(c) @ k.T,
+        "cross": scale * x_tar @ inverse,
+        "self": scale * x_tar @ inverse_root,
+        "shift": x_tar + scale * x_tar @ inverse @ k.T,
     }[constraint]
     second = {
-        "cross": (x_src.T @ x_tar / n, eye),
-        "self": (x_src.T @ x_src / n, eye),
-        "shift": ((x_src - x_tar).T @ x_tar / n, k),
+        "cross": (x_src.T @ x_tar / n, scale * eye),
+        "self": (x_src.T @ x_src / n, scale**2 * eye),
+        "shift": ((x_src - x_tar).T @ x_tar / n, scale * k),
     }[constraint]
     torch.testing.assert_close(*second, rtol=1e-8, atol=1e-8)
 
     config = CNTLoRAConfig(
         constraint=constraint,
+        unit=unit,
         damping=0.0,
         subspace="full",
         shift=k if constraint == "shift" else 1.0,
@@ -76,11 +91,130 @@ def test_adapted_layer_gives_on_target_what_the_base_gave_on_source(constraint, 
     torch.testing.assert_close(x_tar @ (weight + delta).T, x_src @ weight.T, rtol=1e-6, atol=1e-6)
 
 
+SPECTRA = {
+    "flat": lambda k: torch.ones(k),
+    "nearly flat": lambda k: torch.linspace(1.1, 0.9, k),
+    "power law": lambda k: 1.0 / torch.arange(1, k + 1),
+    "nearly one direction": lambda k: torch.cat(
+        [torch.tensor([120.0]), 0.5 * torch.logspace(0, -4, k - 1)]
+    ),
+    "condition 1e6": lambda k: torch.logspace(0, -6, k),
+}
+WEIGHTS = {
+    "any": lambda w, v: w,
+    "blind to the last directions": lambda w, v: w - w @ v[:, -2:] @ v[:, -2:].T * (1 - 1e-7),
+    "blind to all but the first": lambda w, v: w @ v[:, :1] @ v[:, :1].T + 1e-6 * w,
+    "huge": lambda w, v: 1e8 * w,
+    "zero": lambda w, v: 0 * w,
+}
+
+
+def pairs_of(values, width, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    vectors = torch.linalg.qr(torch.randn(width, width, generator=generator).double()).Q
+    return PrincipalSubspace(vectors[:, : len(values)], values.double())
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("look", WEIGHTS)
+@pytest.mark.parametrize("constraint", ["cross", "self", "shift", "normal", "matrix"])
+@pytest.mark.parametrize("k", [1, 2, 12])
+def test_the_delta_is_never_larger_than_the_weight(spectrum, look, constraint, k):
+    width = 20
+    generator = torch.Generator().manual_seed(k)
+    subspace = pairs_of(SPECTRA[spectrum](k), width)
+    weight = torch.randn(15, width, generator=generator).double()
+    weight = WEIGHTS[look](weight, subspace.vectors).float()
+    shift = torch.randn(width, width, generator=generator) if constraint == "matrix" else constraint
+    options: dict = {"constraint": constraint}
+    if constraint in ("normal", "matrix"):
+        options = {"constraint": "shift", "shift": shift}
+    delta = PointDelta(weight, subspace, CNTLoRAConfig(**options)).spectrum().delta()
+    vectors = subspace.vectors.float()
+    target = weight @ vectors
+    if constraint == "matrix":
+        target = target @ vectors.T @ shift @ vectors
+    bound = float(target.norm())
+    if constraint == "normal":  # the block is drawn within the span: its length is not known here
+        bound *= 5
+    assert float(delta.norm()) <= bound * (1 + 1e-5)
+    assert torch.isfinite(delta).all()
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("constraint", ["cross", "self", "shift"])
+@pytest.mark.parametrize("unit", ["least-change", "mean"])
+def test_gains_are_those_of_the_naive_dense_equation(spectrum, constraint, unit):
+    width, k = 12, 7
+    subspace = pairs_of(SPECTRA[spectrum](k), width)
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(9, width, generator=generator).double()
+    v, lam = subspace.vectors, subspace.values
+    damped = lam + (0.3 if unit == "mean" else 0.0)
+    h = v @ torch.diag(damped ** (-0.5 if constraint == "self" else -1.0)) @ v.T
+    seen = weight @ v @ v.T
+    scale = naive_scale(seen, h) if unit == "least-change" else 1.0
+    expected = scale * seen @ h - (0 if constraint == "shift" else seen)
+    config = CNTLoRAConfig(constraint=constraint, unit=unit, damping=0.3)
+    found = gains(lam, (weight @ v).square().sum(0), config)
+    torch.testing.assert_close(
+        weight @ v @ torch.diag(found) @ v.T, expected, rtol=1e-7, atol=1e-9 * float(seen.norm())
+    )
+
+
+@pytest.mark.parametrize("constraint", ["cross", "self"])
+def test_no_other_unit_changes_the_weight_less(constraint):
+    subspace = pairs_of(SPECTRA["power law"](8), 14)
+    weight = torch.randn(9, 14).double()
+    norms = (weight @ subspace.vectors).square().sum(0)
+    least = gains(subspace.values, norms, CNTLoRAConfig(constraint=constraint))
+    h = subspace.values ** (-0.5 if constraint == "self" else -1.0)
+    for scale in torch.logspace(-3, 3, 200).tolist():
+        assert (norms * least**2).sum() <= (norms * (scale * h - 1) ** 2).sum()
+
+
+def test_the_unit_is_each_weight_s_own_where_inputs_are_shared():
+    subspace = pairs_of(SPECTRA["power law"](4), 10)
+    one, two = torch.randn(6, 10), torch.randn(6, 10)
+    two = two - two @ subspace.vectors[:, 3:].float() @ subspace.vectors[:, 3:].T.float()
+    config = CNTLoRAConfig()
+    deltas = [PointDelta(w, subspace, config).spectrum().delta() for w in (one, two)]
+    for weight, delta in zip((one, two), deltas, strict=True):
+        naive = weight.double() @ subspace.vectors
+        h = torch.diag(1 / subspace.values)
+        expected = (naive_scale(naive, h) * naive @ h - naive) @ subspace.vectors.T
+        torch.testing.assert_close(delta.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_ten_times_the_shift_is_ten_times_the_delta():
+    rows, weight = target_rows(60, 6).float(), torch.randn(5, 6)
+    subspace = principal_subspace(moment_of(rows), 3)
+    for k in (0.3, torch.randn(6, 6)):
+        one, ten = (
+            PointDelta(weight, subspace, CNTLoRAConfig(constraint="shift", shift=shift))
+            for shift in (k, 10 * k)
+        )
+        torch.testing.assert_close(10 * one.spectrum().delta(), ten.spectrum().delta())
+
+
+@pytest.mark.parametrize("constraint", ["cross", "self"])
+@pytest.mark.parametrize("values", [torch.tensor([3.0]), torch.ones(4)])
+def test_where_nothing_need_change_the_start_is_plain_lora_s(constraint, values):
+    config = CNTLoRAConfig(constraint=constraint)
+    delta = PointDelta(torch.randn(6, 9), pairs_of(values, 9), config)
+    assert delta.singular_values().numel() == 0
+    factors = factorize(delta.spectrum(), 3, 2.0, config)
+    assert factors.filled == 3
+    assert factors.up.abs().max() == 0
+    assert factors.down.norm(dim=1).min() > 0.1
+
+
 def test_principal_delta_acts_within_the_leading_eigenvectors_only():
     rows = target_rows(300, 12)
     weight = torch.randn(7, 12)
     subspace = principal_subspace(moment_of(rows), 4)
-    delta = PointDelta(weight, subspace, CNTLoRAConfig()).spectrum().delta()
+    config = CNTLoRAConfig(unit="mean")
+    delta = PointDelta(weight, subspace, config).spectrum().delta()
     outside = torch.linalg.qr(torch.cat([subspace.vectors, torch.randn(12, 8)], 1)).Q[:, 4:]
     assert (delta @ outside).norm() < 1e-5 * delta.norm()
     assert torch.linalg.matrix_rank(delta) == 4
