@@ -119,12 +119,17 @@ class ApplyLoRA(io.ComfyNode):
             )
         tensors = dict(lora)
         patched = comfy.sd.load_lora_for_models(model, clip, tensors, strength_model, strength_clip)
-        if len(patched[0].patches) == len(model.patches):
+        if patch_count(patched[0]) == patch_count(model):
             raise ValueError(
                 "this LoRA fits no layer of this model: a checkpoint of Stable Diffusion 1.5 is "
                 "needed, and the small model's LoRAs work with Draw Pictures only"
             )
         return io.NodeOutput(*patched)
+
+
+def patch_count(model: Any) -> int:
+    """How many patches a MODEL of ComfyUI's carries; a layer may carry several."""
+    return sum(len(patches) for patches in model.patches.values())
 
 
 NODES = [SaveLoRA, ApplyLoRA]
