@@ -39,9 +39,9 @@ def test_two_loras_are_applied_one_after_the_other_and_a_misfit_is_still_refused
         loras.append(str(write_lora_file(tmp_path / f"{i}.safetensors", layers)))
     report = tmp_path / "report.json"
     script = Path(__file__).with_name("apply_twice_in_comfyui.py")
+    python = os.environ.get("COMFYUI_PYTHON", sys.executable)
     done = subprocess.run(
-        [os.environ.get("COMFYUI_PYTHON", sys.executable), str(script), str(ROOT), str(report)]
-        + loras,
+        [python, str(script), str(ROOT), str(report), *loras],
         cwd=COMFYUI_PATH,
         env={**os.environ, "PYTHONPATH": str(COMFYUI_PATH)},
         capture_output=True,
