@@ -18,7 +18,7 @@ from torch.nn import functional
 from cntlora_core.mini.backgrounds import COLOURS, PATTERNS, SCENES
 from cntlora_core.mini.compose import Background, render_background
 
-__all__ = ["Collage", "CollageConfig", "every_background"]
+__all__ = ["Collage", "CollageConfig", "every_background", "square_sprite"]
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Collage:
     ) -> None:
         self.config = config or CollageConfig()
         size = self.config.size
-        self.sprites = torch.stack([_square(sprite, size) for sprite in sprites])
+        self.sprites = torch.stack([square_sprite(sprite, size) for sprite in sprites])
         self.backgrounds = list(backgrounds)
         drawn = [
             render_background(background, np.random.default_rng((seed, index, copy)), size)
@@ -126,7 +126,7 @@ class Collage:
         return torch.cat([turn, -turn @ centre[..., None]], 2)
 
 
-def _square(sprite: Image.Image, size: int) -> Tensor:
+def square_sprite(sprite: Image.Image, size: int) -> Tensor:
     """Premultiplied RGBA uint8 (4, size, size), the sprite's longer side filling it."""
     scale = size / max(sprite.size)
     side = (max(1, round(sprite.width * scale)), max(1, round(sprite.height * scale)))

@@ -15,8 +15,8 @@ from cntlora_core.mini.backgrounds import (
     draw_plain,
     draw_scene,
 )
-from cntlora_core.mini.sprites import TRAINED_STYLES, SpriteSource, premultiplied_array
-from cntlora_core.mini.things import CORE_NAMES, Thing, trained_things, with_article
+from cntlora_core.mini.sprites import STYLES, SpriteSource, premultiplied_array
+from cntlora_core.mini.things import KEPT_OUT_3D, MODEL_THINGS, Thing, with_article
 
 __all__ = [
     "Background",
@@ -42,22 +42,21 @@ class ComposeConfig:
         recolour_share: part of the samples with one thing dyed in a named colour.
         hat_share: part of the samples of live things with a hat or crown on.
         mirror_share: part of the things that are mirrored left to right.
-        drawings: how many of a thing's drawings are used, the first ones.
-        core_share: part of the draws of a thing that choose among ``CORE_NAMES`` only.
         nonsense_share: part of the captions with a meaningless word before the noun.
+        bare_share: part of the samples whose caption names no background. They have a plain one,
+            half of them white, so that a prompt without a background does not bring a scene along.
     """
 
     size: int = 64
     smallest: float = 0.6
     largest: float = 0.92
     rotation: float = 15.0
-    pair_share: float = 0.06
-    recolour_share: float = 0.06
-    hat_share: float = 0.05
+    pair_share: float = 0.12
+    recolour_share: float = 0.1
+    hat_share: float = 0.1
     mirror_share: float = 0.0
-    drawings: int = 1
-    core_share: float = 1.0
     nonsense_share: float = 0.04
+    bare_share: float = 0.15
 
     def __post_init__(self) -> None:
         if not 0 < self.smallest <= self.largest <= 1:
@@ -118,11 +117,11 @@ def render_background(background: Background, rng: np.random.Generator, size: in
 
 
 def any_background(rng: np.random.Generator) -> Background:
-    """45 % plain, 30 % patterned, 25 % scenes; within each, all alike often."""
+    """40 % plain, 25 % patterned, 35 % scenes; within each, all alike often."""
     draw = rng.random()
-    if draw < 0.45:
+    if draw < 0.4:
         return Background("plain", str(rng.choice(list(COLOURS))))
-    if draw < 0.75:
+    if draw < 0.65:
         return Background(str(rng.choice(list(PATTERNS))), str(rng.choice(list(COLOURS))))
     return Background("scene", str(rng.choice(list(SCENES))))
 
@@ -184,17 +183,17 @@ class Composer:
         source: SpriteSource,
         config: ComposeConfig,
         seed: int,
-        things: tuple[Thing, ...] | None = None,
-        styles: tuple[str, ...] = TRAINED_STYLES,
+        things: tuple[Thing, ...] = MODEL_THINGS,
+        styles: tuple[str, ...] = STYLES,
     ) -> None:
-        self.config, self.seed, self.styles = config, seed, styles
-        self.things = trained_things() if things is None else things
-        self._core = tuple(thing for thing in self.things if thing.name in CORE_NAMES)
+        self.config, self.seed, self.things = config, seed, things
         self._sprites = {
-            (style, emoji): source.sprite(style, emoji)
-            for style in styles
-            for thing in self.things
-            for emoji in thing.emoji
+            thing.name: {
+                style: source.sprite(style, thing.emoji[0])
+                for style in styles
+                if style != "3d" or thing.emoji[0] not in KEPT_OUT_3D
+            }
+            for thing in things
         }
         self._hats = {
             (style, word): source.sprite(style, emoji)
@@ -211,30 +210,25 @@ class Composer:
         """Sample ``index``, and where its things are: bool (size, size)."""
         rng = np.random.default_rng((self.seed, index))
         cfg = self.config
-        background = any_background(rng)
+        named = bool(rng.random() >= cfg.bare_share)
+        background = any_background(rng) if named else _default_background(rng)
         image = render_background(background, rng, cfg.size)
-        bare = image.copy()
+        before = image.copy()
         if rng.random() < cfg.pair_share:
             subject = self._draw_pair(image, rng)
         else:
             subject = self._draw_one(image, rng)
-        cover = np.abs(image - bare).max(axis=2) > 4
+        cover = np.abs(image - before).max(axis=2) > 4
         image = np.clip(image.round(), 0, 255).astype(np.uint8)
-        return image, _caption(subject, background, rng), cover
-
-    def draw_thing(
-        self, image: np.ndarray, thing: Thing, placement: Placement, rng: np.random.Generator
-    ) -> None:
-        """Lay any of a thing's drawings over ``image`` (h, w, 3), in place."""
-        paste(image, self._sprites[self._choose(thing, rng)], placement)
+        return image, _caption(subject, background if named else None, rng), cover
 
     def _pick(self, rng: np.random.Generator) -> Thing:
-        core = self._core if self._core and rng.random() < self.config.core_share else self.things
-        return core[rng.integers(len(core))]
+        return self.things[rng.integers(len(self.things))]
 
-    def _choose(self, thing: Thing, rng: np.random.Generator) -> tuple[str, str]:
-        style = self.styles[rng.integers(len(self.styles))]
-        return style, thing.emoji[rng.integers(min(self.config.drawings, len(thing.emoji)))]
+    def _choose(self, thing: Thing, rng: np.random.Generator) -> tuple[str, Image.Image]:
+        """A style that the thing is drawn in, and the drawing."""
+        drawings = list(self._sprites[thing.name].items())
+        return drawings[rng.integers(len(drawings))]
 
     def _placement(
         self, rng: np.random.Generator, small: float, large: float, left: float, right: float
@@ -249,8 +243,8 @@ class Composer:
     def _draw_one(self, image: np.ndarray, rng: np.random.Generator) -> str:
         cfg = self.config
         thing = self._pick(rng)
-        key = self._choose(thing, rng)
-        sprite, words = self._sprites[key], thing.name
+        style, sprite = self._choose(thing, rng)
+        words = thing.name
         if rng.random() < cfg.nonsense_share:
             words = f"{_nonsense(rng)} {words}"
         extra = ""
@@ -268,7 +262,7 @@ class Composer:
         word = "hat" if rng.random() < 0.5 else "crown"
         extent = 0.45 * place.extent
         top = ((y + 1.5) / cfg.size - 0.38 * extent, x / cfg.size)
-        paste(image, self._hats[key[0], word], Placement(extent, top, place.angle / 2, False))
+        paste(image, self._hats[style, word], Placement(extent, top, place.angle / 2, False))
         extra = f" wearing {with_article(word)}"
         return with_article(words) + extra
 
@@ -278,7 +272,8 @@ class Composer:
             pair = (pair[0], self._pick(rng))
         centres = ((0.23, 0.30), (0.70, 0.77))
         for thing, (left, right) in zip(pair, centres, strict=True):
-            self.draw_thing(image, thing, self._placement(rng, 0.36, 0.5, left, right), rng)
+            place = self._placement(rng, 0.42, 0.54, left, right)
+            paste(image, self._choose(thing, rng)[1], place)
         if rng.random() < 0.5:
             pair = pair[::-1]
         joint = " and " if rng.random() < 0.7 else " with "
@@ -299,11 +294,14 @@ def _nonsense(rng: np.random.Generator) -> str:
 _OPENINGS = ("a photo of ", "a photo of ", "a picture of ", "an image of ", "", "")
 
 
-def _caption(subject: str, background: Background, rng: np.random.Generator) -> str:
-    phrase = background.phrase
-    if rng.random() < 0.08:
-        phrase = ""
-    elif background.kind != "scene" and rng.random() < 0.2:
+def _default_background(rng: np.random.Generator) -> Background:
+    """What is behind a thing when the caption does not say."""
+    return Background("plain", "white" if rng.random() < 0.5 else str(rng.choice(list(COLOURS))))
+
+
+def _caption(subject: str, background: Background | None, rng: np.random.Generator) -> str:
+    phrase = "" if background is None else background.phrase
+    if background is not None and background.kind != "scene" and rng.random() < 0.2:
         phrase = "with " + phrase.removeprefix("on ")
         if not phrase.endswith(("background", "gradient")):
             phrase += " in the background"

@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cntlora_core.mini.things import HELD_OUT_NAMES, THINGS
+from cntlora_core.mini.things import HELD_OUT_NAMES, KEPT_OUT_3D, THINGS
 
-__all__ = ["TRAINED_STYLES", "SpriteSource"]
+__all__ = ["STYLES", "TRAINED_STYLES", "SpriteSource"]
 
+STYLES = ("google", "twitter", "3d")
 TRAINED_STYLES = ("google", "twitter")
+"""The styles that the encoders of pictures were trained on."""
 
 
 _SKIN_TONE = re.compile("1f3f[b-f]")
@@ -50,18 +52,19 @@ class SpriteSource:
         return crop_premultiplied(image)
 
     def everything(self) -> list[Image.Image]:
-        """All emoji of the trained styles but those of the held-out names."""
+        """All emoji but those of the held-out names and, in the 3D style, ``KEPT_OUT_3D``."""
         hidden = {
             self.codepoints[emoji]
             for thing in THINGS
             if thing.name in HELD_OUT_NAMES
             for emoji in thing.emoji
         }
+        doubles = {self.codepoints[emoji] for emoji in KEPT_OUT_3D}
         return [
-            sprite
-            for style in TRAINED_STYLES
-            for code, sprite in self.all_of(style).items()
-            if code not in hidden
+            _at_most(sprite, 96)
+            for style in STYLES
+            for code, sprite in self.all_of(style, skin_tones=style != "3d").items()
+            if code not in (hidden | doubles if style == "3d" else hidden)
         ]
 
     def all_of(self, style: str, skin_tones: bool = True) -> dict[str, Image.Image]:
@@ -87,6 +90,14 @@ def crop_premultiplied(image: Image.Image) -> Image.Image:
     """RGBA -> its visible box as ``RGBa`` (resampling it leaves no dark or coloured fringe)."""
     visible = image.getchannel("A").point([255 * (alpha > 12) for alpha in range(256)])
     return image.crop(visible.getbbox()).convert("RGBa")
+
+
+def _at_most(sprite: Image.Image, side: int) -> Image.Image:
+    scale = side / max(sprite.size)
+    if scale >= 1:
+        return sprite
+    size = (max(1, round(sprite.width * scale)), max(1, round(sprite.height * scale)))
+    return sprite.resize(size, Image.Resampling.LANCZOS)
 
 
 def premultiplied_array(image: Image.Image) -> np.ndarray:

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["CORE_NAMES", "HELD_OUT_NAMES", "THINGS", "Thing", "trained_things", "with_article"]
+__all__ = [
+    "CORE_NAMES",
+    "HELD_OUT_NAMES",
+    "KEPT_OUT_3D",
+    "MODEL_THINGS",
+    "THINGS",
+    "Thing",
+    "trained_things",
+    "with_article",
+]
 
 
 @dataclass(frozen=True)
@@ -54,8 +63,15 @@ trophy; teapot; bucket
 # Never shown in any style while training; they measure generalisation.
 HELD_OUT_NAMES = ("hedgehog", "bat", "taco", "pretzel", "saxophone", "anchor", "bucket", "camera")
 
-# Shown more often than the others (``ComposeConfig.core_share``), so that a short training already
-# draws them well; the subjects' classes are among them.
+# Drawings of the 3D style that no training of the text-to-image model shows: those of the subjects,
+# and after them their near doubles (``python -m cntlora_core.mini.near_doubles``).
+KEPT_OUT_3D = (
+    *("black_cat", "bird", "penguin", "octopus", "dragon_face"),
+    *("school_satchel", "boot", "alarm_clock", "balloon", "tent"),
+    *("cat2", "dragon", "purse", "round_pushpin"),
+)
+
+# The names that the classifier tells apart; those of ``MODEL_THINGS`` are among them.
 CORE_NAMES = (
     *("dog", "cat", "bird", "penguin", "octopus", "dragon", "fish", "owl", "fox", "elephant"),
     *("apple", "banana", "strawberry", "hamburger", "pizza", "cake", "car", "rocket", "airplane"),
@@ -73,6 +89,22 @@ def _parse(table: str, kind: str) -> list[Thing]:
 
 
 THINGS: tuple[Thing, ...] = tuple(_parse(_LIVE, "live") + _parse(_OBJECTS, "object"))
+
+# What the text-to-image model learns: few things, each by one emoji, the same one in every style.
+# The subjects' classes are among them.
+MODEL_THINGS: tuple[Thing, ...] = tuple(
+    _parse(
+        """dog; cat; bird; penguin; octopus; dragon=dragon_face; owl; fox=fox_face; fish;
+        elephant""",
+        "live",
+    )
+    + _parse(
+        """apple; banana; strawberry; hamburger; cake=birthday; car; rocket; house; tent; balloon;
+        backpack=school_satchel; boot; clock=alarm_clock; hat=tophat; teddy bear=teddy_bear;
+        tree=deciduous_tree""",
+        "object",
+    )
+)
 
 
 def trained_things() -> tuple[Thing, ...]:

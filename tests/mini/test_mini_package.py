@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from cntlora_core import mini
 from cntlora_core.mini.backgrounds import COLOURS, PATTERNS, SCENES
-from cntlora_core.mini.compose import Background, Placement, paste, render_background
-from cntlora_core.mini.things import HELD_OUT_NAMES, THINGS, trained_things, with_article
+from cntlora_core.mini.compose import (
+    Background,
+    ComposeConfig,
+    Composer,
+    Placement,
+    paste,
+    render_background,
+)
+from cntlora_core.mini.make_subjects import SUBJECTS
+from cntlora_core.mini.near_doubles import NEAR, nearest
+from cntlora_core.mini.sprites import STYLES, SpriteSource
+from cntlora_core.mini.things import (
+    CORE_NAMES,
+    HELD_OUT_NAMES,
+    KEPT_OUT_3D,
+    MODEL_THINGS,
+    THINGS,
+    trained_things,
+    with_article,
+)
 from cntlora_core.mini.vocabulary import learn_merges
 
 
@@ -141,3 +161,82 @@ def test_merges_make_whole_words_single_tokens():
                 parts[at : at + 2] = [first + second]
             at += 1
     assert parts == ["sks</w>"]
+
+
+MAGENTA, GREEN = (255, 0, 255), (0, 200, 80)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> SpriteSource:
+    """Packages of plain discs: magenta where a 3D drawing is to be kept out, green elsewhere."""
+    root = tmp_path_factory.mktemp("node_modules")
+    drawn = [emoji for thing in (*THINGS, *MODEL_THINGS) for emoji in thing.emoji]
+    emoji = list(dict.fromkeys([*drawn, *KEPT_OUT_3D]))
+    rows = [{"short_name": name, "unified": f"{i:04X}"} for i, name in enumerate(emoji)]
+    table = root / "emoji-datasource-google" / "emoji.json"
+    table.parent.mkdir()
+    table.write_text(json.dumps(rows))
+    found = SpriteSource(root)
+    for style in STYLES:
+        for number, name in enumerate(emoji):
+            path = found.path(style, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            colour = MAGENTA if style == "3d" and name in KEPT_OUT_3D else GREEN
+            picture = Image.new("RGBA", (24, 24))
+            box = (2, 2, 22, 8 + number % 12)
+            ImageDraw.Draw(picture).ellipse(box, fill=(*colour, 255))
+            picture.save(path, lossless=True)
+    return found
+
+
+def test_no_sample_and_no_picture_of_the_autoencoder_shows_a_drawing_kept_out(source: SpriteSource):
+    assert {subject.emoji for subject in SUBJECTS} <= set(KEPT_OUT_3D)
+    plain = ComposeConfig(recolour_share=0)
+    shown, everything = [], source.everything()
+    for seed, styles in ((1, STYLES), (2, ("3d",))):
+        things = tuple(t for t in MODEL_THINGS if styles == STYLES or t.emoji[0] not in KEPT_OUT_3D)
+        composer = Composer(source, plain, seed, things, styles)
+        shown += [composer.sample(index)[0] for index in range(60)]
+    assert (
+        min(np.abs(picture - np.array(MAGENTA, np.float32)).max(-1).min() for picture in shown) > 30
+    )
+    colours = [np.asarray(sprite.convert("RGBA"))[3, 10, :3].tolist() for sprite in everything]
+    assert list(MAGENTA) not in colours
+    assert list(GREEN) in colours
+
+
+def test_a_caption_without_a_background_has_a_plain_one_behind_it(source: SpriteSource):
+    names = [*(thing.name for thing in MODEL_THINGS), "hat", "crown"]
+    composer = Composer(source, ComposeConfig(bare_share=1.0), 3)
+    white = 0
+    for index in range(40):
+        picture, caption = composer.sample(index)
+        assert caption.endswith(tuple(names)), caption
+        corner = picture[:3, :3].reshape(-1, 3).astype(np.float32)
+        assert corner.std(0).max() < 3
+        white += corner.min() > 220
+    assert 10 < white < 35
+    named = Composer(source, ComposeConfig(bare_share=0.0), 3)
+    assert not any(named.sample(index)[1].endswith(tuple(names)) for index in range(40))
+
+
+def test_the_model_learns_things_that_the_classifier_tells_apart_each_by_one_drawing():
+    names = [thing.name for thing in MODEL_THINGS]
+    assert 15 <= len(set(names)) == len(names) <= 30
+    assert set(names) <= set(CORE_NAMES)
+    assert {mini.subject(name).class_name for name in mini.subjects()} <= set(names)
+    assert all(len(thing.emoji) == 1 for thing in MODEL_THINGS)
+
+
+def test_a_mirrored_double_of_a_subject_is_found(source: SpriteSource, tmp_path: Path):
+    shutil.copytree(source.root, tmp_path / "modules")
+    copied = SpriteSource(tmp_path / "modules")
+    for emoji, turn in (("tent", False), ("key", True)):
+        picture = Image.new("RGBA", (24, 24))
+        ImageDraw.Draw(picture).polygon([(2, 2), (20, 6), (8, 21)], fill=(*GREEN, 255))
+        if turn:
+            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        picture.save(copied.path("3d", emoji), lossless=True)
+    neighbours = nearest(copied)
+    assert neighbours["tent"][0][0] == "key"
+    assert neighbours["tent"][0][1] < NEAR < neighbours["tent"][1][1]
