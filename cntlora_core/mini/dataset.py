@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 import time
 from collections import Counter
 from dataclasses import asdict
@@ -60,7 +61,13 @@ def build_tokenizer(folder: Path, composer: Composer, samples: int = 4000) -> in
 
 @torch.no_grad()
 def build(
-    node_modules: Path, vae: AutoencoderKL, output: Path, count: int, seed: int, chunk: int = 256
+    node_modules: Path,
+    vae: AutoencoderKL,
+    output: Path,
+    count: int,
+    seed: int,
+    chunk: int = 256,
+    tokenizer: Path | None = None,
 ) -> None:
     """Compose and encode ``count`` samples; begun work is continued.
 
@@ -71,10 +78,13 @@ def build(
         count: number of samples.
         seed: of the samples.
         chunk: samples encoded between two notes of progress.
+        tokenizer: folder of the tokenizer to go on with; None learns one from the captions.
     """
     output.mkdir(parents=True, exist_ok=True)
     composer = Composer(SpriteSource(node_modules), ComposeConfig(), seed)
-    if not (output / "tokenizer" / "vocab.json").is_file():
+    if tokenizer is not None:
+        shutil.copytree(tokenizer, output / "tokenizer", dirs_exist_ok=True)
+    elif not (output / "tokenizer" / "vocab.json").is_file():
         size = build_tokenizer(output / "tokenizer", composer)
         print(f"vocabulary of {size} tokens", flush=True)
     note, data = output / "dataset.json", output / "latents.npy"
@@ -136,11 +146,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--count", type=int, default=24_576)
     parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--tokenizer", type=Path, help="folder of one to use instead of a new one")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     vae = AutoencoderKL.from_pretrained(args.vae)
-    build(args.cache / "node_modules", vae, args.output, args.count, args.seed)
+    modules, words = args.cache / "node_modules", args.tokenizer
+    build(modules, vae, args.output, args.count, args.seed, tokenizer=words)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -15,8 +16,10 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
+from transformers import ViTModel
 
 from cntlora_core.memory import keep_freed_memory
+from cntlora_core.mini import encoder_path
 from cntlora_core.mini.compose import (
     ComposeConfig,
     Composer,
@@ -52,6 +55,8 @@ class AutoencoderConfig:
         edge_weight: weight of the L1 loss of differences between neighbours.
         square_weight: weight of the squared error beside the L1 loss.
         ema: decay of the averaged weights.
+        feature_weight: weight of the difference between picture and reconstruction as the small
+            self-supervised encoder (``encoders/vision``) sees them.
         decoder_only: leave the encoder, and so the latents, as they are.
         seed: of weights, data and noise.
     """
@@ -67,6 +72,7 @@ class AutoencoderConfig:
     edge_weight: float = 0.5
     square_weight: float = 2.0
     ema: float = 0.998
+    feature_weight: float = 0.0
     decoder_only: bool = False
     seed: int = 1
 
@@ -106,7 +112,7 @@ def psnr(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
 
 class PictureStream:
-    """Pictures for the autoencoder: half captioned samples, half any emoji of the two styles."""
+    """Pictures for the autoencoder: half captioned samples, half any emoji of the three styles."""
 
     def __init__(self, source: SpriteSource, seed: int) -> None:
         self.composer = Composer(source, ComposeConfig(), seed)
@@ -131,13 +137,18 @@ class PictureStream:
 
 
 def autoencoder_loss(
-    model: AutoencoderKL, config: AutoencoderConfig, pictures: torch.Tensor, noise: torch.Tensor
+    model: AutoencoderKL,
+    config: AutoencoderConfig,
+    vision: ViTModel | None,
+    pictures: torch.Tensor,
+    noise: torch.Tensor,
 ) -> torch.Tensor:
-    """Reconstruction plus the weighted KL term.
+    """Reconstruction plus the weighted KL and feature terms.
 
     Args:
         model: the autoencoder.
         config: the weights of the terms.
+        vision: encoder of the feature term, frozen; None leaves the term out.
         pictures: (n, 3, h, w) in -1..1.
         noise: (n, 4, h / 4, w / 4), standard normal.
 
@@ -152,12 +163,36 @@ def autoencoder_loss(
     down, across = error.diff(dim=2), error.diff(dim=3)
     edges = down.abs().mean() + across.abs().mean()
     kl = 0.5 * (latent.mean.pow(2) + latent.var - 1 - latent.logvar).mean()
-    return (
+    loss = (
         error.abs().mean()
         + config.square_weight * error.pow(2).mean()
         + config.edge_weight * edges
         + config.kl_weight * kl
     )
+    if vision is None:
+        return loss
+    with torch.no_grad():
+        wanted = vision(pixel_values=pictures, output_hidden_states=True).hidden_states
+    seen = vision(pixel_values=drawn, output_hidden_states=True).hidden_states
+    return loss + config.feature_weight * feature_difference(seen, wanted)
+
+
+def load_vision() -> ViTModel:
+    """The shipped self-supervised encoder, frozen, in float32."""
+    vision = ViTModel.from_pretrained(
+        encoder_path("vision"), add_pooling_layer=False, dtype=torch.float32
+    )
+    return vision.eval().requires_grad_(False)
+
+
+def feature_difference(
+    seen: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """Mean over layers of the relative squared difference; (n, tokens, width) each -> scalar."""
+    layers = [
+        (a - b).pow(2).mean() / b.var().clamp_min(1e-6) for a, b in zip(seen, wanted, strict=True)
+    ]
+    return torch.stack(layers).mean()
 
 
 @torch.no_grad()
@@ -239,6 +274,7 @@ def train(
     named = dict(model.named_parameters())
     if config.decoder_only:
         named = {n: p for n, p in named.items() if n.startswith(("decoder.", "post_quant_conv."))}
+    vision = load_vision() if config.feature_weight else None
     source = SpriteSource(node_modules)
     stream = PictureStream(source, config.seed)
     check = to_tensor(PictureStream(source, 999).batch(0, 256))
@@ -250,7 +286,7 @@ def train(
     optimise(
         output,
         named,
-        partial(autoencoder_loss, model, config),
+        partial(autoencoder_loss, model, config, vision),
         batch_of,
         config,
         budget,

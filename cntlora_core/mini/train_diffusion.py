@@ -224,6 +224,7 @@ def train(
     budget: Budget,
     workers: int = 2,
     text: Path | None = None,
+    start_from: Path | None = None,
     every: float = 120,
 ) -> None:
     """Train until the budget is spent; ``output/state.safetensors`` resumes.
@@ -236,6 +237,8 @@ def train(
         budget: minutes or steps.
         workers: processes that share a batch.
         text: file of ``mini.pretrain_text`` to start the text encoder from.
+        start_from: model folder to go on from, of the same shape and tokenizer, with a new
+            optimizer.
         every: seconds between states.
     """
     output.mkdir(parents=True, exist_ok=True)
@@ -243,6 +246,11 @@ def train(
     torch.manual_seed(config.seed)
     unet = build_unet(config).to(memory_format=torch.channels_last)
     text_encoder = build_text_encoder(config, tokenizer)
+    if start_from is not None:
+        before = UNet2DConditionModel.from_pretrained(start_from / "unet")
+        unet.load_state_dict(before.state_dict())
+        words = CLIPTextModel.from_pretrained(start_from / "text_encoder", dtype=torch.float32)
+        text_encoder.load_state_dict(words.state_dict())
     if text is not None:
         text_encoder.load_state_dict(load_file(text))
     signal = build_scheduler().alphas_cumprod
@@ -298,13 +306,23 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="end after so many steps instead")
     parser.add_argument("--workers", type=int, default=2, help="processes")
     parser.add_argument("--text", type=Path, help="file of mini.pretrain_text to start from")
+    parser.add_argument("--start-from", type=Path, help="folder of a model to go on from")
     parser.add_argument("--config", type=Path, help="JSON of a DiffusionConfig")
     args = parser.parse_args()
     budget = Budget(args.minutes, args.steps)
     values = json.loads(args.config.read_text(encoding="utf-8")) if args.config else {}
     config = DiffusionConfig.from_json(values)
     keep_freed_memory()
-    train(args.data, args.vae, args.output, config, budget, args.workers, args.text)
+    train(
+        args.data,
+        args.vae,
+        args.output,
+        config,
+        budget,
+        args.workers,
+        args.text,
+        args.start_from,
+    )
 
 
 if __name__ == "__main__":

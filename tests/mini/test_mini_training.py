@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import CLIPTokenizer
 
 from cntlora_core import mini
 from cntlora_core.mini.curves import plot_curves, read_log
@@ -22,9 +24,18 @@ from cntlora_core.mini.train_autoencoder import (
     AutoencoderConfig,
     autoencoder_loss,
     build_autoencoder,
+    feature_difference,
+    load_vision,
     whiten_latents,
 )
-from cntlora_core.mini.train_diffusion import DiffusionConfig, stratified_steps, train
+from cntlora_core.mini.train_diffusion import (
+    DiffusionConfig,
+    build_text_encoder,
+    build_unet,
+    stratified_steps,
+    train,
+    trained_parameters,
+)
 from cntlora_core.mini.training import Budget, ExponentialAverage, SharedWork
 
 SMALL = DiffusionConfig(channels=(16, 16, 16, 16), batch=4, text_width=16, text_layers=1)
@@ -33,7 +44,7 @@ SMALL = DiffusionConfig(channels=(16, 16, 16, 16), batch=4, text_width=16, text_
 def test_two_processes_give_the_gradient_of_one():
     torch.manual_seed(0)
     model = build_autoencoder(AutoencoderConfig(channels=(8, 8, 8)))
-    loss = partial(autoencoder_loss, model, AutoencoderConfig())
+    loss = partial(autoencoder_loss, model, AutoencoderConfig(), None)
     parameters = list(model.parameters())
     batch = (torch.rand(4, 3, 64, 64), torch.randn(4, 4, 16, 16))
     value = loss(*batch)
@@ -81,6 +92,31 @@ def test_a_resumed_run_equals_an_uninterrupted_one(data: Path, tmp_path: Path):
     assert (whole[moved[0]] - whole[moved[0].replace("model/", "ema/")]).abs().max() > 0
 
 
+def test_a_run_goes_on_from_the_weights_of_a_model(data: Path, tmp_path: Path):
+    tokenizer = CLIPTokenizer.from_pretrained(data / "tokenizer")
+    torch.manual_seed(5)
+    unet, words = build_unet(SMALL), build_text_encoder(SMALL, tokenizer)
+    unet.save_pretrained(tmp_path / "model" / "unet")
+    words.save_pretrained(tmp_path / "model" / "text_encoder")
+    still = replace(SMALL, rate=1e-12)
+    threads = torch.get_num_threads()
+    try:
+        train(
+            data,
+            mini.model_path() / "vae",
+            tmp_path / "run",
+            still,
+            Budget(1, steps=1),
+            workers=1,
+            start_from=tmp_path / "model",
+        )
+    finally:
+        torch.set_num_threads(threads)
+    state = load_file(tmp_path / "run" / "state.safetensors")
+    for name, tensor in trained_parameters(unet, words).items():
+        torch.testing.assert_close(state[f"model/{name}"], tensor.detach())
+
+
 class _StopAfter(Budget):
     """A budget whose run breaks off early."""
 
@@ -91,6 +127,22 @@ class _StopAfter(Budget):
     @property
     def progress(self) -> float:
         return 1.0 if self.step >= self.stop else super().progress
+
+
+def test_the_feature_term_moves_the_decoder_and_not_the_encoder_that_looks():
+    torch.manual_seed(3)
+    model = build_autoencoder(AutoencoderConfig(channels=(8, 8, 8)))
+    vision = load_vision()
+    batch = (torch.rand(2, 3, 64, 64) * 2 - 1, torch.randn(2, 4, 16, 16))
+    config = AutoencoderConfig(feature_weight=0.5, decoder_only=True)
+    plain = autoencoder_loss(model, config, None, *batch)
+    whole = autoencoder_loss(model, config, vision, *batch)
+    assert whole > plain + 0.01
+    gradient = torch.autograd.grad(whole - plain, [*model.decoder.parameters()])
+    assert sum(g.abs().sum() for g in gradient) > 0
+    assert not any(parameter.requires_grad for parameter in vision.parameters())
+    states = [torch.randn(2, 5, 4), torch.randn(2, 5, 4)]
+    assert feature_difference(states, states) == 0
 
 
 def test_whitening_keeps_reconstructions_and_sets_the_latents_scale():
