@@ -15,7 +15,7 @@ import secrets
 import shutil
 import tempfile
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,7 +45,8 @@ def atomic_write(path: str | Path, *, needed_bytes: int | None = None) -> Iterat
     The temporary file exists already and is empty: write into it in place. Any exception,
     KeyboardInterrupt too, removes it and leaves the old file as it was. What a killed process
     left behind is removed by the next write of the same path; the temporary file of a living
-    writer is locked and stays. A symbolic link is followed, so the link itself survives.
+    writer is locked and stays. A symbolic link at `path` is replaced, never followed: in a shared
+    folder somebody else may have planted it.
 
     Args:
         path: the file to create or replace; missing parent folders are created.
@@ -168,28 +169,91 @@ def require_writable_folder(path: str | Path, needed_bytes: int = 0) -> Path:
     return folder
 
 
+def path_within(folder: Path, *names: str) -> Path:
+    """`folder / names[0] / ...`, for writing.
+
+    `folder` is the user's own choice and may be a symbolic link; the folders within it may not:
+    in a shared place somebody else may have planted the link, to have files written elsewhere.
+
+    Raises:
+        OSError: one of the names is a symbolic link.
+    """
+    for name in names:
+        folder = folder / name
+        if folder.is_symlink():
+            raise _os_error(
+                OSError,
+                errno.ELOOP,
+                f"{folder} is a symbolic link, which is not followed when writing: remove it or "
+                "choose another folder",
+            )
+    return folder
+
+
+def folder_within(folder: Path, *names: str) -> Path:
+    """Creates the folder `path_within(folder, *names)` and returns it.
+
+    Raises:
+        OSError: as `path_within` and `require_writable_folder`.
+    """
+    return require_writable_folder(path_within(folder, *names))
+
+
 def safe_name(text: str, *, max_length: int = 80, fallback: str = "unnamed") -> str:
     """A file name made from user text: letters, digits, `-`, `_`, `.` of ASCII and nothing else.
 
-    No separators, no leading dot or dash, no trailing dot, no name that Windows reserves. Text
-    that does not survive (other scripts, too long) is told apart by eight digits of its hash.
+    No separators, no leading dot or dash, no trailing dot, no name that Windows reserves. A space
+    becomes `_`; text that loses anything else (a question mark, an accent, its end because it is
+    too long) gets eight digits of its hash, so that it differs from other text. What differs in
+    case, or in a space against `_`, needs `distinct_names`.
     """
     if max_length < 20:
         raise ValueError(f"max_length must be at least 20, got {max_length}")
-    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
     plain = unicodedata.normalize("NFKD", text)
     plain = "".join(c for c in plain if not unicodedata.combining(c))
     name = re.sub(r"[^A-Za-z0-9._-]+", "_", plain)
     name = name.lstrip("._-").rstrip("._")
-    if not name:
-        name = f"{fallback}-{digest}" if text.strip() else fallback
-    elif re.search(r"[^\W_]", re.sub(r"[\x00-\x7f]", "", plain)):
-        name = f"{name}-{digest}"  # letters of another script were dropped
+    if name != text.replace(" ", "_") and text.strip():
+        name = f"{name or fallback}-{_digest_of(text)}"
+    name = name or fallback
     if _RESERVED_ON_WINDOWS.fullmatch(name):
         name = f"name-{name}"
     if len(name) > max_length:
-        name = f"{name[: max_length - 9].rstrip('._-')}-{digest}"
+        name = _with_digest(name, text, max_length)
     return name
+
+
+def distinct_names(
+    texts: Sequence[str], *, max_length: int = 80, reserved: Iterable[str] = ()
+) -> list[str]:
+    """A file name for each text as `safe_name` makes it, all different, also where case is ignored.
+
+    Args:
+        texts: may hold the same text twice: the second name then ends in a number.
+        max_length: of a name.
+        reserved: names that are taken already.
+    """
+    taken = {name.casefold() for name in reserved}
+    names: list[str] = []
+    for text in texts:
+        name = safe_name(text, max_length=max_length)
+        if name.casefold() in taken:
+            name = _with_digest(name, text, max_length)
+        first, count = name, 1
+        while name.casefold() in taken:
+            count += 1
+            name = f"{first[: max_length - len(str(count)) - 1]}-{count}"
+        taken.add(name.casefold())
+        names.append(name)
+    return names
+
+
+def _digest_of(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+
+
+def _with_digest(name: str, text: str, max_length: int) -> str:
+    return f"{name[: max_length - 9].rstrip('._-')}-{_digest_of(text)}"
 
 
 def format_bytes(count: float) -> str:
@@ -204,7 +268,10 @@ def format_bytes(count: float) -> str:
 def _checked_target(path: str | Path) -> Path:
     if not str(path).strip():
         raise ValueError("the file's name is empty: give the file to write")
-    target = Path(os.path.realpath(Path(path).expanduser()))
+    given = Path(path).expanduser()
+    target = Path(os.path.realpath(given.parent)) / given.name
+    if target.is_symlink():
+        return target  # replaced, wherever it points
     if target.is_dir():
         raise _os_error(
             IsADirectoryError, errno.EISDIR, f"{target} is a folder: give a file name inside it"
@@ -250,7 +317,7 @@ def _remove_stale(target: Path) -> None:
             if fcntl is None:
                 temp.unlink()
                 continue
-            descriptor = os.open(temp, os.O_RDWR)
+            descriptor = os.open(temp, os.O_RDWR | os.O_NOFOLLOW)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 temp.unlink()

@@ -32,7 +32,14 @@ from cntlora_core.diffusion.stages import (
 )
 from cntlora_core.diffusion.state import TrainingState
 from cntlora_core.diffusion.trainer import SubjectTrainer
-from cntlora_core.files import require_writable_folder, safe_name, write_json_atomic
+from cntlora_core.files import (
+    distinct_names,
+    folder_within,
+    path_within,
+    require_writable_folder,
+    safe_name,
+    write_json_atomic,
+)
 from cntlora_core.initialize import ROUNDING_TO_MENTION
 from cntlora_core.memory import freed_memory_kept
 from cntlora_core.methods import get_method
@@ -42,6 +49,7 @@ from cntlora_core.sheets import save_image
 
 STATE_NAME = "state.safetensors"
 RECORD_NAME = "run.json"
+LOSS_NAME, RANKS_NAME, SAMPLES_NAME = "loss.png", "ranks.png", "samples"
 
 
 @dataclass(frozen=True)
@@ -128,6 +136,7 @@ def personalise(
     with run.timed("photos"):
         subject = subject or read_subject(settings.subject)
     run.note(*subject.notes)
+    _lora_path(folder, settings, subject)  # a name that will not do is said before any work
     with torch.inference_mode(False):
         return _personalise(settings, subject, class_photos, start, state, device, folder, run)
 
@@ -245,11 +254,8 @@ def _finish(
     identity: dict[str, Any],
 ) -> JobResult:
     prompts = subject.prompts
-    name = settings.output.name or "-".join(
-        filter(None, [prompts.token, prompts.class_name, settings.adapter.method])
-    )
-    stem = safe_name(name or prompts.instance_prompt)
-    target = folder / (stem if settings.output.layout == "peft" else f"{stem}.safetensors")
+    target = _lora_path(folder, settings, subject)
+    stem = target.name if settings.output.layout == "peft" else target.stem
     run.reporter("writing the LoRA file", 0, 1, {})
     with run.timed("export"):
         export = export_lora(
@@ -268,8 +274,8 @@ def _finish(
             f"the LoRA was {what} for a {settings.output.file_precision} file: relative error "
             f"{export.relative_error:.2e}"
         )
-    plot_loss(trainer.history, folder / "loss.png", f"{settings.adapter.method}: {stem}")
-    plot_ranks(trainer.plan.ranks, folder / "ranks.png", f"{settings.adapter.method}: ranks")
+    plot_loss(trainer.history, folder / LOSS_NAME, f"{settings.adapter.method}: {stem}")
+    plot_ranks(trainer.plan.ranks, folder / RANKS_NAME, f"{settings.adapter.method}: ranks")
     result = JobResult(
         lora=export.path,
         folder=folder,
@@ -315,11 +321,38 @@ def _previewer(
         )
         for module, mode in zip(modules, modes, strict=True):
             module.train(mode)
-        samples = require_writable_folder(folder / "samples")
-        for prompt, picture in zip(training.sample_prompts, pictures, strict=True):
-            save_image(picture, samples / f"{step:06d}-{safe_name(prompt)}.png")
+        samples = folder_within(folder, SAMPLES_NAME)
+        for name, picture in zip(distinct_names(training.sample_prompts), pictures, strict=True):
+            save_image(picture, samples / f"{step:06d}-{name}.png")
 
     return after_step
+
+
+def _lora_path(folder: Path, settings: JobSettings, subject: Subject) -> Path:
+    """Where the LoRA goes: a file, or in peft's layout a folder.
+
+    Raises:
+        ValueError: if another file of the run has that name, or a folder is where the file belongs.
+        OSError: if peft's folder, or one in it, is a symbolic link.
+    """
+    prompts, output = subject.prompts, settings.output
+    name = output.name or "-".join(
+        filter(None, [prompts.token, prompts.class_name, settings.adapter.method])
+    )
+    stem = safe_name(name)
+    target = folder / (stem if output.layout == "peft" else f"{stem}.safetensors")
+    own = (STATE_NAME, RECORD_NAME, LOSS_NAME, RANKS_NAME, SAMPLES_NAME)
+    if target.name.casefold() in own:
+        raise ValueError(
+            f"the name {name!r} would put the LoRA at {target}, where the run keeps a file of its "
+            "own: choose another --name"
+        )
+    if output.layout == "peft":
+        for part in ("unet", "text_encoder"):
+            path_within(folder, target.name, part)
+    elif target.is_dir():
+        raise ValueError(f"{target} is a folder: choose another --name for the LoRA file")
+    return target
 
 
 def _check_folder(folder: Path, resume: bool, overwrite: bool) -> None:

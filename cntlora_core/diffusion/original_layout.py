@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from cntlora_core.diffusion.checkpoint import PARTS
+from cntlora_core.files import atomic_write
 
 if TYPE_CHECKING:
     from cntlora_core.diffusion.pipeline import StableDiffusionParts
@@ -140,7 +140,7 @@ def save_single_file(
 ) -> None:
     """Saves a model as one ``.safetensors`` file in the original layout, in the dtype it has.
 
-    Written under another name first: ``path`` holds the old file or the new one, never a half.
+    ``path`` holds the old file or the new one, never a half, see ``files.atomic_write``.
 
     Args:
         parts: the model.
@@ -149,15 +149,9 @@ def save_single_file(
 
     Raises:
         ValueError: a part is built differently from SD1.5's.
+        OSError: the file cannot be written.
     """
-    path = Path(path).expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        unfinished.touch()
+    with atomic_write(path) as unfinished:
         mode = unfinished.stat().st_mode  # safetensors 0.8 leaves 0600 whatever the umask is
         save_file(to_original_layout(parts), unfinished, {"format": "pt", **(metadata or {})})
         unfinished.chmod(mode)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ from cntlora_core.data.photos import PhotoSet, load_photos
 from cntlora_core.diffusion.pipeline import StableDiffusionParts
 from cntlora_core.diffusion.sampler import draw
 from cntlora_core.diffusion.settings import PriorSettings, SamplingSettings
-from cntlora_core.files import atomic_write, require_writable_folder, safe_name, write_json_atomic
+from cntlora_core.files import atomic_write, folder_within, safe_name, write_json_atomic
 from cntlora_core.progress import Reporter, silent
 
 
@@ -40,7 +40,7 @@ def class_images(
     if settings.class_images is not None:
         return load_photos(settings.class_images, read_captions=False)
     folder = generated_folder(parts, class_prompt, settings, resolution=resolution, seed=seed)
-    require_writable_folder(folder)
+    folder = folder_within(cache_folder(settings), "class_images", folder.name)
     wanted = [folder / f"{i:05d}.png" for i in range(settings.num_class_images)]
     missing = [i for i, path in enumerate(wanted) if not path.is_file()]
     if missing:

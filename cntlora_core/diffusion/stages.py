@@ -26,6 +26,7 @@ from cntlora_core.diffusion.initialize import initialize_adapter
 from cntlora_core.diffusion.pipeline import StableDiffusionParts
 from cntlora_core.diffusion.settings import AdapterSettings, SubjectSettings
 from cntlora_core.diffusion.trainer import TrainingData
+from cntlora_core.files import folder_within
 from cntlora_core.initialize import InitReport
 from cntlora_core.memory import freed_memory_kept
 from cntlora_core.methods import StartReport
@@ -124,7 +125,7 @@ def encode_subject(
         parts.vae,
         resolution=resolution,
         flip=subject.settings.flip,
-        cache_dir=cache / "latents",
+        cache_dir=folder_within(cache, "latents"),
         vae_fingerprint=parts.fingerprint,
         progress=stage_progress(reporter, "encoding photos"),
     )
@@ -151,7 +152,7 @@ def encode_class_images(
         photos.photos,
         parts.vae,
         resolution=training_resolution(parts, subject.settings),
-        cache_dir=cache / "latents",
+        cache_dir=folder_within(cache, "latents"),
         vae_fingerprint=parts.fingerprint,
         progress=stage_progress(reporter, "encoding class images"),
     )

@@ -184,12 +184,13 @@ class Evaluate:
 
     def _drawn(self, reporter: Reporter) -> Any:
         from cntlora_core.diffusion.sampler import load_for_sampling
-        from cntlora_core.files import safe_name
-        from cntlora_core.metrics.drawing import Drawings, draw_each, save_drawings
+        from cntlora_core.files import folder_within
+        from cntlora_core.metrics.drawing import Drawings, draw_each, folder_names, save_drawings
 
         bare = self.base or not self.lora
         drawings = Drawings(self._prompts(), self.per_prompt, bare, self.drawing)
         loras = self._loras()
+        folders = folder_names(loras)
         reporter("loading the model", 0, 1, {})
         pipeline = load_for_sampling(
             str(self.model),
@@ -200,5 +201,5 @@ class Evaluate:
         reporter("loading the model", 1, 1, {})
         for label, pictures in draw_each(pipeline, loras, drawings, reporter):
             images: list[Image.Image] = pictures
-            save_drawings(self.output / safe_name(label), images, drawings)
+            save_drawings(folder_within(self.output, folders[label]), images, drawings)
             yield label, images, drawings.all_prompts

@@ -12,7 +12,7 @@ from PIL import Image
 from cntlora_core.diffusion.compare import BASE_LABEL
 from cntlora_core.diffusion.sampler import LoRAUse, apply_lora_files, draw
 from cntlora_core.diffusion.settings import SamplingSettings
-from cntlora_core.files import require_writable_folder, safe_name
+from cntlora_core.files import distinct_names, require_writable_folder, safe_name
 from cntlora_core.metrics.pictures import write_prompts
 from cntlora_core.progress import Reporter, silent
 from cntlora_core.sheets import save_image
@@ -86,11 +86,21 @@ def draw_each(
 
 def _labels(loras: Sequence[LoRAUse]) -> list[str]:
     """File names, with strengths where these differ from 1, made different where they are not."""
-    labels: list[str] = []
+    labels = [BASE_LABEL]
     for lora in loras:
         label = lora.path.stem if lora.strength == 1 else f"{lora.path.stem} at {lora.strength:g}"
-        labels.append(label if label not in labels else f"{label} ({len(labels) + 1})")
-    return labels
+        first, count = label, 1
+        while label in labels:
+            count += 1
+            label = f"{first} ({count})"
+        labels.append(label)
+    return labels[1:]
+
+
+def folder_names(loras: Sequence[LoRAUse]) -> dict[str, str]:
+    """The name of a folder for each label that :func:`draw_each` yields, no two alike."""
+    labels = [BASE_LABEL, *_labels(loras)]
+    return dict(zip(labels, distinct_names(labels), strict=True))
 
 
 def save_drawings(folder: Path, pictures: Sequence[Image.Image], drawings: Drawings) -> Path:

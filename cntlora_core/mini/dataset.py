@@ -24,12 +24,12 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
+from cntlora_core.files import write_json_atomic
 from cntlora_core.mini.backgrounds import COLOURS, PATTERNS, SCENES
 from cntlora_core.mini.compose import ComposeConfig, Composer
 from cntlora_core.mini.sprites import SpriteSource
 from cntlora_core.mini.things import HELD_OUT_NAMES, THINGS
 from cntlora_core.mini.train_autoencoder import to_tensor
-from cntlora_core.mini.training import write_json
 from cntlora_core.mini.vocabulary import learn_merges, save_tokenizer
 
 __all__ = ["build", "build_tokenizer", "save_sheet"]
@@ -122,7 +122,7 @@ def build(
             latents.flush()
             covers.flush()
             captions.write_text("\n".join(lines) + "\n", encoding="utf-8")
-            write_json(note, record)
+            write_json_atomic(note, record)
             left = (time.monotonic() - began) / (stop - first) * (count - stop)
             print(f"{stop} of {count} samples · {left / 60:.1f} min left", flush=True)
 

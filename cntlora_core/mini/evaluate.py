@@ -15,13 +15,13 @@ from transformers import ResNetForImageClassification
 from cntlora_core.console import ConsoleReporter
 from cntlora_core.diffusion.sampler import draw, load_for_sampling
 from cntlora_core.diffusion.settings import SamplingSettings
+from cntlora_core.files import write_json_atomic
 from cntlora_core.metrics.pictures import read_pictures
 from cntlora_core.mini import model_path
 from cntlora_core.mini.backgrounds import COLOURS, SCENES
 from cntlora_core.mini.compose import Background
 from cntlora_core.mini.dataset import save_sheet
 from cntlora_core.mini.things import with_article
-from cntlora_core.mini.training import write_json
 
 __all__ = ["JUDGED_NAMES", "as_batch", "judge", "judge_folder", "load_judge", "prompts_to_judge"]
 
@@ -183,7 +183,7 @@ def main() -> None:
             for at in [[i for i, row in enumerate(rows) if row[1] == name]]
         },
     }
-    write_json(args.output / "judged.json", figures)
+    write_json_atomic(args.output / "judged.json", figures)
     first = [Image.fromarray(np.asarray(picture)) for picture in drawn[: 3 * len(JUDGED_NAMES)]]
     save_sheet(args.output / "judged.png", first, 10)
     print(f"right things {figures['things']:.1%}, right backgrounds {figures['backgrounds']:.1%}")

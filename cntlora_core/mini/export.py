@@ -25,6 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
+from cntlora_core.files import write_json_atomic
 from cntlora_core.mini.train_diffusion import (
     DiffusionConfig,
     build_scheduler,
@@ -32,7 +33,6 @@ from cntlora_core.mini.train_diffusion import (
     build_unet,
     trained_parameters,
 )
-from cntlora_core.mini.training import write_json
 
 __all__ = ["SHEET_PROMPTS", "assemble", "draw_sheet", "export"]
 
@@ -127,7 +127,7 @@ def export(run: Path, vae: Path, data: Path, autoencoder_record: Path, target: P
             "numpy": np.__version__,
         },
     }
-    write_json(temporary / "training.json", records)
+    write_json_atomic(temporary / "training.json", records)
     old = target.with_name(f".{target.name}-old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():

@@ -13,9 +13,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from cntlora_core.files import write_json_atomic
 from cntlora_core.mini.sprites import SpriteSource
 from cntlora_core.mini.things import HELD_OUT_NAMES, THINGS
-from cntlora_core.mini.training import write_json
 
 __all__ = ["MANIFEST", "PACKAGES", "check", "describe", "fetch"]
 
@@ -113,7 +113,7 @@ def main() -> None:
     if not (args.cache / "node_modules" / "emoji-datasource-google").is_dir():
         fetch(args.cache)
     if args.write_manifest:
-        write_json(MANIFEST, describe(args.cache))
+        write_json_atomic(MANIFEST, describe(args.cache))
     problems = check(args.cache)
     if problems:
         raise SystemExit("\n".join(problems))

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from cntlora_core.files import write_json_atomic
 from cntlora_core.mini.compose import Background, Placement, paste, render_background
 from cntlora_core.mini.sprites import SpriteSource
-from cntlora_core.mini.training import write_json
 
 __all__ = ["PROMPTS", "SUBJECTS", "make"]
 
@@ -145,7 +145,7 @@ def make(node_modules: Path, output: Path, seed: int) -> None:
         "subjects": table,
         "prompts": {kind: list(prompts) for kind, prompts in PROMPTS.items()},
     }
-    write_json(output / "subjects.json", value)
+    write_json_atomic(output / "subjects.json", value)
 
 
 def draw(sprite: Image.Image, background: Background, rng: np.random.Generator) -> Image.Image:

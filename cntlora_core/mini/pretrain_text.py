@@ -7,15 +7,14 @@ which looks at all 77 states alike before it has learnt anything, then sees the 
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch.nn import Linear, functional
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from cntlora_core.files import save_safetensors_atomic
 from cntlora_core.mini.train_diffusion import DiffusionConfig, build_text_encoder, tokenize
 
 __all__ = ["pretrain", "words_loss"]
@@ -94,9 +93,7 @@ def pretrain(
         value = loss.item()
         if (step + 1) % 50 == 0:
             print(f"step {step + 1} of {steps} · loss {value:.4f}", flush=True)
-    temporary = output.with_name(output.name + ".tmp")
-    save_file({k: v.contiguous() for k, v in text_encoder.state_dict().items()}, temporary)
-    os.replace(temporary, output)
+    save_safetensors_atomic(text_encoder.state_dict(), output)
     return value
 
 

@@ -18,6 +18,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from transformers import ViTModel
 
+from cntlora_core.files import write_json_atomic
 from cntlora_core.memory import keep_freed_memory
 from cntlora_core.mini import encoder_path
 from cntlora_core.mini.compose import (
@@ -29,7 +30,7 @@ from cntlora_core.mini.compose import (
     render_background,
 )
 from cntlora_core.mini.sprites import SpriteSource
-from cntlora_core.mini.training import Budget, ExponentialAverage, optimise, write_json
+from cntlora_core.mini.training import Budget, ExponentialAverage, optimise
 
 __all__ = ["AutoencoderConfig", "build_autoencoder", "psnr", "to_tensor", "train"]
 
@@ -315,7 +316,7 @@ def _write_result(
     final.save_pretrained(output / "vae")
     save_pairs(output / "pairs.png", check, drawn)
     record = {"config": asdict(config), "steps": budget.step, "seconds": round(budget.elapsed)}
-    write_json(output / "autoencoder.json", {**record, "psnr": round(decibels, 2)})
+    write_json_atomic(output / "autoencoder.json", {**record, "psnr": round(decibels, 2)})
     print(f"PSNR {decibels:.2f} dB, latent deviation {deviation:.3f}", flush=True)
 
 

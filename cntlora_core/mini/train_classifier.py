@@ -17,11 +17,12 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import ResNetConfig, ResNetForImageClassification
 
+from cntlora_core.files import write_json_atomic
 from cntlora_core.memory import keep_freed_memory
 from cntlora_core.mini.collage import Collage, CollageConfig, every_background
 from cntlora_core.mini.sprites import TRAINED_STYLES, SpriteSource
 from cntlora_core.mini.things import CORE_NAMES, THINGS
-from cntlora_core.mini.training import Budget, ExponentialAverage, optimise, write_json
+from cntlora_core.mini.training import Budget, ExponentialAverage, optimise
 
 __all__ = ["ClassifierConfig", "build_classifier", "classifier_loss", "train"]
 
@@ -130,7 +131,7 @@ def train(
         right = accuracy(final.eval(), check, label_of)
         final.save_pretrained(output / "classifier")
         record = {"config": asdict(config), "steps": budget.step, "seconds": round(budget.elapsed)}
-        write_json(output / "classifier.json", {**record, **right})
+        write_json_atomic(output / "classifier.json", {**record, **right})
         print(json.dumps(right), flush=True)
 
     optimise(

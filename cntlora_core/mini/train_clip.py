@@ -29,11 +29,12 @@ from transformers import (
     CLIPVisionConfig,
 )
 
+from cntlora_core.files import write_json_atomic
 from cntlora_core.memory import keep_freed_memory
 from cntlora_core.mini.collage import Collage, CollageConfig, every_background
 from cntlora_core.mini.sprites import TRAINED_STYLES, SpriteSource
 from cntlora_core.mini.things import HELD_OUT_NAMES, trained_things, with_article
-from cntlora_core.mini.training import Budget, ExponentialAverage, optimise, write_json
+from cntlora_core.mini.training import Budget, ExponentialAverage, optimise
 
 __all__ = ["ClipConfig", "build_clip", "clip_loss", "retrieval", "train"]
 
@@ -270,7 +271,7 @@ def train(
         processor.save_pretrained(output / "clip")
         record = {"config": asdict(config), "steps": budget.step, "seconds": round(budget.elapsed)}
         record["held_out_names"] = list(HELD_OUT_NAMES)
-        write_json(output / "clip.json", {**record, **found})
+        write_json_atomic(output / "clip.json", {**record, **found})
         print(json.dumps(found), flush=True)
 
     optimise(

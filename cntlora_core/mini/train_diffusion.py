@@ -18,8 +18,9 @@ from diffusers import PNDMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from cntlora_core.files import write_json_atomic
 from cntlora_core.memory import keep_freed_memory
-from cntlora_core.mini.training import Budget, ExponentialAverage, optimise, write_json
+from cntlora_core.mini.training import Budget, ExponentialAverage, optimise
 
 __all__ = [
     "DiffusionConfig",
@@ -266,7 +267,7 @@ def train(
 
     def note(_average: ExponentialAverage) -> None:
         record = {"config": asdict(config), "steps": budget.step, "seconds": round(budget.elapsed)}
-        write_json(output / "diffusion.json", record)
+        write_json_atomic(output / "diffusion.json", record)
 
     optimise(
         output,

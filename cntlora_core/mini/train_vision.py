@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from torch.nn import Linear, functional
 from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
 
+from cntlora_core.files import write_json_atomic
 from cntlora_core.memory import keep_freed_memory
 from cntlora_core.mini.collage import Collage, CollageConfig, every_background
 from cntlora_core.mini.sprites import TRAINED_STYLES, SpriteSource
-from cntlora_core.mini.training import Budget, ExponentialAverage, optimise, write_json
+from cntlora_core.mini.training import Budget, ExponentialAverage, optimise
 
 __all__ = ["VisionConfig", "build_encoder", "contrast_loss", "same_subject", "train"]
 
@@ -188,7 +189,7 @@ def train(
         )
         processor.save_pretrained(output / "vision")
         record = {"config": asdict(config), "steps": budget.step, "seconds": round(budget.elapsed)}
-        write_json(output / "vision.json", {**record, **found})
+        write_json_atomic(output / "vision.json", {**record, **found})
         print(json.dumps(found), flush=True)
 
     named = {f"model.{name}": p for name, p in model.named_parameters()}

@@ -14,8 +14,8 @@ from typing import Protocol
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
+from cntlora_core.files import save_safetensors_atomic
 from cntlora_core.memory import keep_freed_memory
 
 __all__ = [
@@ -27,7 +27,6 @@ __all__ = [
     "load_state",
     "optimise",
     "save_state",
-    "write_json",
 ]
 
 
@@ -283,13 +282,6 @@ def optimise(
             budget.skip()
 
 
-def write_json(path: Path, value: object) -> None:
-    """Write JSON to a temporary name, then rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def save_state(
     path: Path,
     groups: dict[str, dict[str, torch.Tensor]],
@@ -316,9 +308,7 @@ def save_state(
         for key, value in state.get(index, {}).items():
             tensors[f"optimizer/{key}/{name}"] = value.detach().contiguous()
     metadata = {"elapsed": repr(budget.elapsed), "step": str(budget.step)}
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(tensors, temporary, metadata=metadata)
-    os.replace(temporary, path)
+    save_safetensors_atomic(tensors, path, metadata)
 
 
 def load_state(

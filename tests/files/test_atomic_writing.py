@@ -12,7 +12,12 @@ import pytest
 from safetensors import SafetensorError
 
 from cntlora_core import files
-from cntlora_core.files import atomic_write, require_writable_folder, write_json_atomic
+from cntlora_core.files import (
+    atomic_write,
+    folder_within,
+    require_writable_folder,
+    write_json_atomic,
+)
 
 from .conftest import names, posix
 
@@ -38,19 +43,52 @@ def test_missing_folders_are_made_and_long_names_work(tmp_path):
 
 
 @posix
-def test_permissions_follow_the_umask_and_links_survive(tmp_path):
-    real = tmp_path / "real.json"
-    link = tmp_path / "link.json"
-    real.write_text("1")
-    link.symlink_to(real)
+def test_permissions_follow_the_umask(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("1")
     old = os.umask(0o027)
     try:
-        write_json_atomic(link, 2)
+        write_json_atomic(path, 2)
     finally:
         os.umask(old)
-    assert link.is_symlink()
-    assert json.loads(real.read_text()) == 2
-    assert stat.S_IMODE(real.stat().st_mode) == 0o640
+    assert json.loads(path.read_text()) == 2
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+@posix
+@pytest.mark.parametrize("kind", ["file", "folder", "nothing"])
+def test_a_planted_link_is_replaced_and_not_followed(tmp_path, kind):
+    elsewhere = tmp_path / "elsewhere"
+    if kind == "file":
+        elsewhere.write_text("precious")
+    elif kind == "folder":
+        elsewhere.mkdir()
+    link = tmp_path / "shared" / "run.json"
+    link.parent.mkdir()
+    link.symlink_to(elsewhere)
+    write_json_atomic(link, 2)
+    assert not link.is_symlink()
+    assert json.loads(link.read_text()) == 2
+    assert names(link.parent) == ["run.json"]
+    if kind == "file":
+        assert elsewhere.read_text() == "precious"
+    assert elsewhere.exists() == (kind != "nothing")
+
+
+@posix
+def test_a_linked_folder_is_followed_where_the_user_gave_it_and_refused_within(tmp_path):
+    real = tmp_path / "real"
+    real.mkdir()
+    own = tmp_path / "own"
+    own.symlink_to(real)
+    write_json_atomic(own / "a.json", 1)
+    assert names(real) == ["a.json"]
+    assert folder_within(own, "cache", "latents").is_dir()
+    (real / "samples").symlink_to(tmp_path)
+    with pytest.raises(OSError, match="samples is a symbolic link"):
+        folder_within(own, "samples")
+    with pytest.raises(OSError, match="samples is a symbolic link"):
+        folder_within(own, "samples", "more")
 
 
 @pytest.mark.parametrize("error", [RuntimeError("x"), KeyboardInterrupt(), SystemExit(1)])

@@ -11,7 +11,10 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from cntlora_core.cli import main
+from cntlora_core.diffusion.compare import BASE_LABEL
+from cntlora_core.diffusion.sampler import LoRAUse
 from cntlora_core.lora_file import LoRALayer, write_lora_file
+from cntlora_core.metrics.drawing import folder_names
 
 
 @pytest.fixture
@@ -89,6 +92,13 @@ def test_a_lora_is_drawn_with_and_measured_beside_the_base(
     second = json.loads((again / "fidelity.json").read_text("utf-8"))["results"][0]
     for name in ("dino", "clip_i", "clip_t"):
         assert second[name] == pytest.approx(strong[name], abs=1e-6)
+
+
+def test_loras_whose_names_look_alike_get_folders_that_differ() -> None:
+    stems = ["x!", "x?", "x", "X", "without a LoRA", "x (2)", "x"]
+    names = folder_names([LoRAUse(Path(f"{stem}.safetensors")) for stem in stems])
+    assert names[BASE_LABEL] == "without_a_LoRA"
+    assert len({name.casefold() for name in names.values()}) == len(stems) + 1
 
 
 @pytest.mark.parametrize(

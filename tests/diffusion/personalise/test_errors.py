@@ -43,6 +43,44 @@ def test_the_command_says_errors_in_words_and_shows_no_trace(settings, tmp_path)
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("state", "kohya"),
+        ("STATE", "diffusers"),
+        ("run.json", "peft"),
+        ("loss.png", "peft"),
+        ("samples", "peft"),
+    ],
+)
+def test_a_name_that_the_run_itself_uses_is_refused_before_any_work(settings, name, layout):
+    stages = StopAt(-1)
+    with pytest.raises(ValueError, match="--name"):
+        personalise(change(settings, "output", name=name, layout=layout), reporter=stages)
+    assert stages.stages == []
+
+
+def test_a_folder_where_the_lora_belongs_is_said_before_any_work(settings):
+    stages = StopAt(-1)
+    (Path(settings.output.output) / "mine.safetensors").mkdir(parents=True)
+    with pytest.raises(ValueError, match="is a folder"):
+        personalise(change(settings, "output", name="mine"), reporter=stages)
+    assert stages.stages == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+@pytest.mark.parametrize("planted", ["cache/latents", "cache/class_images", "out put/samples"])
+def test_a_folder_planted_as_a_link_is_not_written_through(settings, tmp_path, planted):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / planted).parent.mkdir(exist_ok=True)
+    (tmp_path / planted).symlink_to(elsewhere)
+    settings = change(settings, "training", steps=1, sample_prompts=("a dog",), sample_steps=2)
+    with pytest.raises(OSError, match="symbolic link"):
+        personalise(settings)
+    assert list(elsewhere.iterdir()) == []
+
+
 @pytest.mark.skipif(os.geteuid() == 0 and not Path("/proc/1").exists(), reason="needs /proc")
 def test_an_unwritable_output_folder_is_said_before_any_work(settings):
     stages = StopAt(-1)

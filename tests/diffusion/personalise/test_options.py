@@ -87,6 +87,16 @@ def test_samples_are_drawn_while_training(settings):
     assert [n[:6] for n in names] == ["000004", "000004", "000006", "000006"]
 
 
+def test_samples_of_prompts_that_look_alike_or_are_the_same_are_all_kept(settings):
+    prompts = ("a dog!", "a dog?", "a_dog", "a dog", "A dog", "a dog")
+    settings = change(
+        settings, "training", steps=1, sample_prompts=prompts, sample_steps=1, save_every=1
+    )
+    result = personalise(settings)
+    names = [p.name.casefold() for p in (result.folder / "samples").iterdir()]
+    assert len(set(names)) == len(prompts)
+
+
 def test_drawing_samples_does_not_change_the_training(settings):
     plain = personalise(settings)
     settings = change(settings, "training", sample_prompts=("a dog",), sample_every=2)

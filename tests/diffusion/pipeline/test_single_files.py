@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -141,10 +142,26 @@ def test_saving_honours_the_umask_and_leaves_nothing_behind(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("cntlora_core.diffusion.original_layout.save_file", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="the disk is full"):
         save_single_file(made, path)
     assert path.read_bytes() == before
     assert [item.name for item in path.parent.iterdir()] == ["model.safetensors"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+def test_a_link_planted_under_a_guessed_temporary_name_is_not_written_through(
+    single: Path, narrow: Path, tmp_path: Path
+) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    path = tmp_path / "shared" / "model.safetensors"
+    path.parent.mkdir()
+    for guess in (f".model.safetensors.{os.getpid()}.part", "model.safetensors"):
+        (path.parent / guess).symlink_to(precious)
+    save_single_file(load_narrow(single, narrow), path)
+    assert precious.read_text() == "mine"
+    assert not path.is_symlink()
+    assert path.stat().st_size > 1000
 
 
 def test_fingerprint_follows_the_weights_not_the_place(
