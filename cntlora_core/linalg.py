@@ -10,7 +10,7 @@ from torch import Tensor
 from cntlora_core.moments import Moment
 
 RELATIVE_CUTOFF = 1e-6
-"""Eigenvalues below this fraction of the largest are taken for rounding of a float32 sum."""
+"""Singular values of a float32 product below this fraction of the largest are rounding."""
 
 
 _SMALL_WIDTH = 512
@@ -18,6 +18,7 @@ _FEW = 0.3
 _OVERSAMPLING = 64
 _SKETCH = 128
 _GRAM_CUTOFF = 1e-4
+_SAFETY = 2.0
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,9 @@ def principal_subspace(
 
     Fewer than ``k`` come back where the moment's own rank is smaller: there were fewer rows than
     that, or they were dependent. A moment of no rows, or of zeros, gives an empty subspace.
-    Solved on the CPU, wherever the moment is.
+    Solved on the CPU, wherever the moment is. An eigenvalue counts as the data's if it is above
+    what rounding can make: twice what was measured of the sum, what the matrix's data type rounds,
+    and the solver's own error, ``sqrt(d)`` times the precision that it worked in.
 
     A narrow moment, or a ``k`` that is no small part of its width, is a full eigenproblem: in
     float64 up to a width of 512, beyond that in the precision that the moment was summed in. Few
@@ -68,7 +71,8 @@ def principal_subspace(
         return PrincipalSubspace(
             matrix.new_zeros(width, 0, dtype=torch.float32), matrix.new_zeros(0).double()
         )
-    found = None
+    found, rounding = None, moment.rounding / float(mean)
+    stored = torch.finfo(matrix.dtype).eps
     if exact or width <= _SMALL_WIDTH:
         matrix = matrix.double()
     matrix = matrix / mean.to(matrix.dtype)
@@ -81,7 +85,9 @@ def principal_subspace(
         values, vectors = torch.linalg.eigh(matrix)
         found = values.flip(0), vectors.flip(1)
     values, vectors = found[0][:limit].double(), found[1][:, :limit].float()
-    kept = int((values > RELATIVE_CUTOFF * values[0]).sum())
+    solved = width**0.5 * torch.finfo(matrix.dtype).eps
+    cutoff = _SAFETY * rounding + (stored + solved) * values[0]
+    kept = int((values > cutoff).sum())
     return PrincipalSubspace(vectors[:, :kept], values[:kept])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -15,10 +16,13 @@ class Moment:
     Attributes:
         matrix: (d, d), float32 or wider, symmetric.
         count: N, how many rows it was taken over.
+        rounding: About the Frobenius norm of what rounding made of the matrix while it was summed;
+            eigenvalues of this size may be rounding alone. 0 for a matrix that is taken as it is.
     """
 
     matrix: Tensor
     count: int
+    rounding: float = 0.0
 
     @property
     def width(self) -> int:
@@ -32,7 +36,10 @@ class Moment:
 class SecondMoment:
     """Running sum of ``x x.T`` over rows; the rows themselves are never kept.
 
-    The sum is float32 whatever the rows' dtype (float64 rows are summed in float64).
+    The sum is float32 whatever the rows' dtype (float64 rows are summed in float64). How much of it
+    is rounding depends on the number of rows and updates, on whether rows repeat, and on the order
+    in which a processor adds. It is measured: ``sum x (x.T G)`` for a few random columns G is kept
+    as well, in float64, and compared with the final sum times G (docs/method.md).
     """
 
     def __init__(self, width: int, device: torch.device | str | None = None) -> None:
@@ -40,6 +47,8 @@ class SecondMoment:
         self.count = 0
         self._device = device
         self._sum: Tensor | None = None
+        self._probe = _probing_columns(width)
+        self._probed = torch.zeros(self._probe.shape[1], width, dtype=torch.float64)
 
     @torch.no_grad()
     def update(self, rows: Tensor) -> None:
@@ -62,7 +71,13 @@ class SecondMoment:
         # One check of the diagonal finds any non-finite entry of any row: it is a sum of squares.
         if not torch.isfinite(total.diagonal()).all():
             raise FloatingPointError("non-finite activations")
+        self._probed += _product_in_blocks(rows @ self._probe.to(rows), rows)
         self.count += rows.shape[0]
+
+    @property
+    def probed(self) -> Tensor:
+        """``sum (x.T G).T x.T``, (probes, width) float64, on the CPU."""
+        return self._probed
 
     @property
     def total(self) -> Tensor | None:
@@ -72,8 +87,13 @@ class SecondMoment:
         """
         return self._sum
 
-    def add(self, total: Tensor, count: int) -> None:
+    def add(self, total: Tensor, count: int, probed: Tensor) -> None:
         """Add the sum over ``count`` further rows; ``total`` is taken over, not copied.
+
+        Args:
+            total: As :attr:`total`.
+            count: How many rows.
+            probed: As :attr:`probed`.
 
         Raises:
             ValueError: if the widths differ.
@@ -82,6 +102,7 @@ class SecondMoment:
             raise ValueError(f"widths differ: {self.width} and {tuple(total.shape)}")
         self._sum = total if self._sum is None else self._sum.add_(total)
         self.count += count
+        self._probed = self._probed + probed
 
     def merge(self, other: SecondMoment) -> None:
         """Add what another fitter has seen, which stays as it is.
@@ -92,18 +113,41 @@ class SecondMoment:
         if other.width != self.width:
             raise ValueError(f"widths differ: {self.width} and {other.width}")
         if other.total is not None:
-            self.add(other.total.clone() if self._sum is None else other.total, other.count)
+            total = other.total.clone() if self._sum is None else other.total
+            self.add(total, other.count, other.probed)
 
     def result(self) -> Moment:
         """The moment of all rows so far; all zeros where there were none.
 
         Takes the running sum over instead of copying it: the fitter starts from nothing afterwards.
         """
-        total, count = self._sum, self.count
-        self._sum, self.count = None, 0
+        total, count, probed = self._sum, self.count, self._probed
+        self._sum, self.count, self._probed = None, 0, torch.zeros_like(probed)
         if total is None:
             return Moment(torch.zeros(self.width, self.width, device=self._device), 0)
-        return Moment(_mirror_upper(total).div_(count), count)
+        matrix = _mirror_upper(total).div_(count)
+        probe = self._probe.double()
+        found = torch.cat([block.cpu().double() @ probe for block in matrix.split(_LEAF)])
+        rounding = float((found - probed.T / count).norm()) / probe.shape[1] ** 0.5
+        return Moment(matrix, count, rounding)
+
+
+_PROBES = 8
+_BLOCK = 64
+
+
+@lru_cache(maxsize=64)
+def _probing_columns(width: int) -> Tensor:
+    """G, (width, probes) float32: ``|E @ G|^2 / probes`` is ``|E|^2`` for any E, in the mean."""
+    if width <= _PROBES:
+        return torch.eye(width) * width**0.5
+    return torch.randn(width, _PROBES, generator=torch.Generator().manual_seed(width))
+
+
+def _product_in_blocks(left: Tensor, right: Tensor) -> Tensor:
+    """``left.T @ right`` of a few columns and many, summed in float64 over blocks of rows."""
+    blocks = zip(left.split(_BLOCK), right.split(_BLOCK), strict=True)
+    return torch.stack([a.T @ b for a, b in blocks]).cpu().sum(0, dtype=torch.float64)
 
 
 _LEAF = 512

@@ -159,7 +159,8 @@ def sum_partial_moments(
         # In place, unless another of the groups has the same sum to give.
         total = total.to(dtype, copy=uses[own] > 0)
         sums[name] = SecondMoment(widths[name])
-        sums[name].add(processes.add_up(total), count)
+        probed = (partial.sums[own] if own in partial.sums else sums[name]).probed.clone()
+        sums[name].add(processes.add_up(total), count, processes.add_up(probed))
     return PartialMoments(leaders, sums)
 
 

@@ -303,13 +303,6 @@ def test_no_data_and_constant_zero_inputs_give_a_plain_start(rows):
     assert factors.up.abs().max() == 0
 
 
-def test_duplicated_rows_and_features_do_not_invent_directions():
-    rows = target_rows(4, 6).float().repeat(500, 1)
-    assert principal_subspace(moment_of(rows), 6).rank == 4
-    doubled = torch.cat([target_rows(50, 3)] * 2, dim=1).float()
-    assert principal_subspace(moment_of(doubled), 6).rank == 3
-
-
 def test_normal_shift_is_seeded():
     rows, weight = target_rows(100, 9).float(), torch.randn(6, 9)
     subspace = principal_subspace(moment_of(rows), 4)
