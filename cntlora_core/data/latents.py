@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 Crop = Literal["center", "random"]
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """To be raised when `to_model_tensor` or the meaning of an entry changes."""
 
 
@@ -47,7 +47,6 @@ class LatentSet:
         flipped: whether the entry is the mirrored photo.
         scaling_factor: of the VAE (0.18215 for SD1.5); `sample` applies it.
         from_cache: how many entries were read from the disk.
-        notes: what a user should know.
     """
 
     mean: Tensor
@@ -57,7 +56,6 @@ class LatentSet:
     flipped: tuple[bool, ...]
     scaling_factor: float
     from_cache: int
-    notes: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.digests)
@@ -84,14 +82,14 @@ def encode_latents(
     vae_fingerprint: str = "",
     progress: Callable[[int, int], None] | None = None,
 ) -> LatentSet:
-    """Encodes each photo once, one at a time, on the VAE's device and in its dtype.
+    """Encodes each photo once, one at a time, on the VAE's device, in float32.
 
-    A picture whose posterior is not finite in half precision (SD1.5's VAE overflows float16 on
-    some) is encoded again in float32, with a note.
+    In half precision SD1.5's VAE is off by several standard deviations of its posterior (bfloat16)
+    or overflows (float16), and each photo is encoded once only.
 
     Args:
         photos: what to encode.
-        vae: the autoencoder; its mode and dtype are left as they were.
+        vae: the autoencoder, best loaded in float32; it is left as it was.
         resolution: side of the square pictures, a multiple of the VAE's factor (8 for SD1.5).
         crop: "center", or "random": one place for each photo, drawn from its digest, hence the
             same in every run and epoch; it varies over photos, not over steps.
@@ -103,7 +101,7 @@ def encode_latents(
 
     Raises:
         ValueError: no photos, a resolution that does not fit, a cache without a fingerprint, or a
-            picture that is not finite in float32 either.
+            picture whose latents are not finite.
         OSError: the cache folder cannot be written to.
     """
     pictures = photos.photos if isinstance(photos, PhotoSet) else tuple(photos)
@@ -111,19 +109,17 @@ def encode_latents(
                for i in range(len(pictures))]  # fmt: skip
     _check(pictures, vae, resolution, crop)
     folder = _cache_folder(cache_dir, vae_fingerprint, vae, resolution, len(entries))
-    dtype = next(vae.parameters()).dtype
     done: dict[str, tuple[Tensor, Tensor]] = {}
     keys: list[str] = []
-    notes: list[str] = []
     from_cache = 0
-    encoder = _Encoder(vae)
+    encoder: Any = vae if vae.dtype == torch.float32 else copy.deepcopy(vae).float()
     # Outside inference mode: what is encoded here is an input of training.
-    with torch.inference_mode(False), torch.no_grad(), _evaluating(vae):
+    with torch.inference_mode(False), torch.no_grad(), _evaluating(encoder):
         for count, (index, mirrored) in enumerate(entries):
             if progress is not None and count == 0:
                 progress(0, len(entries))
             photo = pictures[index]
-            key = cache_key(photo.digest, vae_fingerprint, dtype, resolution, crop, mirrored)
+            key = cache_key(photo.digest, vae_fingerprint, vae.dtype, resolution, crop, mirrored)
             keys.append(key)
             path = folder / f"{key}.safetensors" if folder is not None else None
             if key not in done and path is not None and (cached := _read_entry(path, key)):
@@ -132,8 +128,7 @@ def encode_latents(
             if key not in done:
                 pixels = _pixels(photo, resolution, crop, mirrored)
                 name = photo.path.name if photo.path else f"image {index + 1}"
-                done[key], note = encoder.encode(pixels, name)
-                notes += [note] if note else []
+                done[key] = _posterior(pixels, encoder, name)
                 if path is not None:
                     _write_entry(path, key, *done[key])
             if progress is not None:
@@ -148,7 +143,6 @@ def encode_latents(
         flipped=tuple(mirrored for _, mirrored in entries),
         scaling_factor=float(vae.config["scaling_factor"]),
         from_cache=from_cache,
-        notes=tuple(notes),
     )
 
 
@@ -213,41 +207,16 @@ def _pixels(photo: Photo, resolution: int, crop: Crop, flipped: bool) -> Tensor:
     return to_model_tensor(photo.image, resolution, crop=crop, generator=generator, flip=flipped)
 
 
-class _Encoder:
-    """The VAE, and a float32 copy of it from the first picture on that overflows half precision."""
-
-    def __init__(self, vae: Any) -> None:
-        self.vae = vae
-        self.float32: Any = None
-
-    def encode(self, pixels: Tensor, name: str) -> tuple[tuple[Tensor, Tensor], str | None]:
-        """Mean and standard deviation (c, h, w), and a note if half precision did not do."""
-        dtype = next(self.vae.parameters()).dtype
-        posterior = _posterior(pixels, self.vae)
-        if posterior is not None:
-            return posterior, None
-        if dtype != torch.float32:
-            if self.float32 is None:
-                self.float32 = copy.deepcopy(self.vae).to(dtype=torch.float32)
-            posterior = _posterior(pixels, self.float32)
-            if posterior is not None:
-                kind = str(dtype).removeprefix("torch.")
-                return posterior, f"{name} overflows the VAE in {kind}: encoded in float32 instead"
-        raise ValueError(
-            f"the VAE's latents of {name} are not finite, in float32 neither: its weights are "
-            "damaged or no VAE of this model. Use another VAE."
-        )
-
-
-def _posterior(pixels: Tensor, vae: Any) -> tuple[Tensor, Tensor] | None:
-    """Mean and standard deviation (c, h, w), float32, CPU; None if they are not finite."""
+def _posterior(pixels: Tensor, vae: Any, name: str) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (c, h, w), float32, CPU."""
     weight = next(vae.parameters())
     distribution = vae.encode(pixels[None].to(weight.device, weight.dtype)).latent_dist
     if not bool(torch.isfinite(distribution.parameters).all()):  # unclamped: shows an infinity
-        return None
-    mean = distribution.mean[0].float().cpu()
-    std = torch.exp(0.5 * distribution.logvar[0].float()).cpu()
-    return mean, std
+        raise ValueError(
+            f"the VAE's latents of {name} are not finite: its weights are damaged or no VAE of "
+            "this model. Use another VAE."
+        )
+    return distribution.mean[0].cpu(), distribution.std[0].cpu()
 
 
 def _checksum(mean: Tensor, std: Tensor) -> str:

@@ -7,6 +7,7 @@ weights change with the file when somebody overwrites it.)
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -82,7 +83,7 @@ class StableDiffusionParts:
         unet: predicts noise from latents (n, in_channels, h, w), timesteps (n,) and text states
             (n, tokens, cross_attention_dim).
         vae: images (n, 3, H, W) in [-1, 1] to latents (n, in_channels, H / latent_scale,
-            W / latent_scale), and back.
+            W / latent_scale), and back; float32, since half precision spoils what it encodes.
         text_encoder: token ids (n, tokens) to text states.
         tokenizer: prompts to token ids.
         noise_scheduler: the noise schedule for training, made from ``scheduler_config``.
@@ -115,6 +116,8 @@ class StableDiffusionParts:
     def pipeline(self, scheduler: SchedulerName | None = None) -> StableDiffusionPipeline:
         """A stock pipeline for sampling that shares these modules, with a scheduler of its own.
 
+        Its VAE has the UNet's dtype, as stock pipelines need it: a copy where that is not float32.
+
         Args:
             scheduler: a sampler's name; None for the model's own.
 
@@ -131,8 +134,10 @@ class StableDiffusionParts:
             raise ValueError(
                 f"scheduler {scheduler!r} is not one of {', '.join(get_args(SchedulerName))}"
             )
+        dtype = self.unet.dtype
+        vae = self.vae if self.vae.dtype == dtype else copy.deepcopy(self.vae).to(dtype=dtype)
         pipeline = StableDiffusionPipeline(
-            vae=self.vae,
+            vae=vae,
             text_encoder=self.text_encoder,
             tokenizer=self.tokenizer,
             unet=self.unet,
@@ -158,7 +163,7 @@ def load_stable_diffusion(
         model: a ``.safetensors`` file in the original layout, a diffusers folder (full precision or
             fp16 files), or a hub id (``owner/name``). What exists on disk is never looked up on the
             hub, and loading it touches no network.
-        dtype: of all three parts.
+        dtype: of UNet and text encoder; the VAE is float32.
         device: of all three parts.
         local_files_only: for a hub id, use what is in the hub's cache and no network; by default
             ``HF_HUB_OFFLINE`` decides.
@@ -192,7 +197,8 @@ def load_parts(
         files = folder_weights(path, part) if path.is_dir() else [path]
         with init_empty_weights():
             models[part] = build_model(part, configs)
-        _fill(models[part], files, _names_in(path, part, models[part].config), dtype, device)
+        names = _names_in(path, part, models[part].config)
+        _fill(models[part], files, names, torch.float32 if part == "vae" else dtype, device)
     return assemble(**models, configs=configs, source=source, fingerprint=fingerprint_model(path))
 
 

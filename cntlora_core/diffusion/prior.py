@@ -38,7 +38,9 @@ def class_images(
     interrupted drawing goes on where it stopped, and asking for more draws only what is missing.
     """
     if settings.class_images is not None:
-        return load_photos(settings.class_images, read_captions=False)
+        return load_photos(
+            settings.class_images, read_captions=False, resolution=resolution, shrink=True
+        )
     folder = generated_folder(parts, class_prompt, settings, resolution=resolution, seed=seed)
     folder = folder_within(cache_folder(settings), "class_images", folder.name)
     wanted = [folder / f"{i:05d}.png" for i in range(settings.num_class_images)]

@@ -133,7 +133,6 @@ def encode_subject(
         *([odd_token] if odd_token else []),
         *tokens.messages,
         *upscale_warnings(photos, resolution),
-        *latents.notes,
     )
     return EncodedSubject(latents, tokens.input_ids, subject.training_prompts.prompts, notes)
 
@@ -157,7 +156,7 @@ def encode_class_images(
         progress=stage_progress(reporter, "encoding class images"),
     )
     skipped = (f"skipped {s.path.name}: {s.reason}" for s in photos.skipped)
-    notes = (*skipped, *tokens.messages, *latents.notes)
+    notes = (*skipped, *tokens.messages)
     return EncodedSubject(latents, tokens.input_ids, (subject.prompts.class_prompt,), notes)
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from cntlora_core.config import CNTLoRAConfig
 from cntlora_core.diffusion import job
 from cntlora_core.diffusion.job import personalise
+from cntlora_core.diffusion.stages import encode_class_images
 
 from .conftest import StopAt, change, losses
 
@@ -41,6 +44,24 @@ def test_given_class_images_are_used_and_none_with_weight_zero(settings, tmp_pat
     assert all(record["prior_loss"] == 0 for record in result.history)
 
 
+def test_given_class_images_are_held_at_the_training_resolution(settings, tmp_path, monkeypatch):
+    folder = tmp_path / "large"
+    folder.mkdir()
+    for i in range(3):
+        Image.effect_noise((400, 320), 20.0 + i).save(folder / f"{i}.png")
+    held = []
+
+    def keep(parts, subject, photos, **options):
+        held.extend(photo.image for photo in photos.photos)
+        return encode_class_images(parts, subject, photos, **options)
+
+    monkeypatch.setattr(job, "encode_class_images", keep)
+    settings = change(settings, "subject", resolution=32)
+    personalise(change(settings, "prior", class_images=str(folder)))
+    assert [image.size for image in held] == [(40, 32)] * 3
+    assert sum(len(image.tobytes()) for image in held) == 3 * 40 * 32 * 3
+
+
 @pytest.mark.parametrize(
     ("part", "values"),
     [
@@ -64,6 +85,17 @@ def test_every_option_runs(settings, part, values):
     assert result.lora.exists()
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_photos_are_encoded_in_float32_whatever_the_precision(settings, monkeypatch, precision):
+    monkeypatch.setattr(job, "_finish", lambda trainer, *rest: trainer.data.photos)
+    settings = change(change(settings, "prior", prior_weight=0.0), "training", steps=1)
+    exact: Any = personalise(settings)
+    latents: Any = personalise(change(settings, "training", precision=precision), overwrite=True)
+    assert latents.mean.dtype == torch.float32
+    assert torch.equal(latents.mean, exact.mean)
+    assert torch.equal(latents.std, exact.std)
+
+
 def test_gradient_checkpointing_gives_the_same_losses(settings):
     plain = personalise(settings)
     settings = change(settings, "training", gradient_checkpointing=True)
@@ -73,8 +105,9 @@ def test_gradient_checkpointing_gives_the_same_losses(settings):
 
 def test_gradient_checkpointing_trains_every_adapter(settings, monkeypatch):
     monkeypatch.setattr(job, "_finish", lambda trainer, *rest: trainer)
-    trainer = personalise(change(settings, "training", steps=1, gradient_checkpointing=True))
-    moments = {n: trainer.optimizer.state.get(p) for n, p in trainer.parameters.items()}  # pyright: ignore
+    checkpointed = change(settings, "training", steps=1, gradient_checkpointing=True)
+    trainer: Any = personalise(checkpointed)
+    moments = {n: trainer.optimizer.state.get(p) for n, p in trainer.parameters.items()}
     without = [n for n, kept in moments.items() if not kept or not kept["exp_avg"].any()]
     assert without == []
 

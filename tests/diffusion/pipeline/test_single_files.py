@@ -97,7 +97,11 @@ def test_any_dtype_is_cast_on_load(
     save_file(tensors, tmp_path / "cast.safetensors")
     loaded = load_narrow(tmp_path / "cast.safetensors", narrow, dtype=wanted)
     for part in PARTS:
-        assert {p.dtype for p in getattr(loaded, part).parameters()} == {wanted}
+        expected = torch.float32 if part == "vae" else wanted
+        assert {p.dtype for p in getattr(loaded, part).parameters()} == {expected}
+    assert {m.dtype for m in loaded.pipeline().components.values() if hasattr(m, "dtype")} == {
+        wanted
+    }
     weight = tensors["model.diffusion_model.input_blocks.0.0.weight"]
     assert torch.equal(loaded.unet.conv_in.weight, weight.to(wanted))
 
