@@ -56,6 +56,7 @@ class AutoencoderConfig:
         edge_weight: weight of the L1 loss of differences between neighbours.
         square_weight: weight of the squared error beside the L1 loss.
         ema: decay of the averaged weights.
+        muon: Muon for matrices and kernels instead of AdamW.
         feature_weight: weight of the difference between picture and reconstruction as the small
             self-supervised encoder (``encoders/vision``) sees them.
         decoder_only: leave the encoder, and so the latents, as they are.
@@ -73,6 +74,7 @@ class AutoencoderConfig:
     edge_weight: float = 0.5
     square_weight: float = 2.0
     ema: float = 0.998
+    muon: bool = False
     feature_weight: float = 0.0
     decoder_only: bool = False
     seed: int = 1
@@ -294,6 +296,7 @@ def train(
         lambda average: _write_result(output, model, average, check, config, budget),
         workers=workers,
         every=every,
+        muon=config.muon,
         report_every=25,
     )
 

@@ -54,6 +54,7 @@ class DiffusionConfig:
         snr_power: the epsilon loss weighs min(SNR, limit) ** power / SNR; 1 is min-SNR. Less than 1
             gives noisy timesteps, where the prompt's things and colours are settled, their due.
         ema: decay of the averaged weights.
+        muon: Muon for matrices and kernels instead of AdamW.
         seed: of weights, data order and noise.
     """
 
@@ -72,6 +73,7 @@ class DiffusionConfig:
     snr_limit: float = 5.0
     snr_power: float = 0.5
     ema: float = 0.9985
+    muon: bool = False
     seed: int = 2
 
     def __post_init__(self) -> None:
@@ -279,6 +281,7 @@ def train(
         note,
         workers=workers,
         every=every,
+        muon=config.muon,
     )
 
 

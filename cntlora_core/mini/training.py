@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -17,6 +17,7 @@ from safetensors import safe_open
 
 from cntlora_core.files import save_safetensors_atomic
 from cntlora_core.memory import keep_freed_memory
+from cntlora_core.mini.muon import Muon
 
 __all__ = [
     "Budget",
@@ -231,8 +232,9 @@ def optimise(
     workers: int = 2,
     every: float = 180,
     report_every: int = 50,
+    muon: bool = False,
 ) -> None:
-    """AdamW on ``loss`` until the budget is spent; ``output/state.safetensors`` resumes it.
+    """Minimise ``loss`` until the budget is spent; ``output/state.safetensors`` resumes it.
 
     Args:
         output: folder of state and log.
@@ -246,28 +248,28 @@ def optimise(
         workers: processes that share a batch.
         every: seconds between states.
         report_every: steps between two lines of the log.
+        muon: Muon for matrices and kernels, AdamW for the rest only.
     """
     average = ExponentialAverage(named, schedule.ema)
-    optimizer = torch.optim.AdamW(
-        named.values(), lr=schedule.rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
-    )
+    optimizers = _optimizers(named, schedule.rate, muon)
     work = SharedWork(workers, loss, list(named.values()))
     groups = {"model": dict(named), "ema": average.shadow}
     state, log = output / "state.safetensors", RunLog(output / "log.jsonl")
     if state.is_file():
-        load_state(state, groups, optimizer, named, budget)
+        load_state(state, groups, optimizers, named, budget)
         print(f"resumed: {budget.describe()}", flush=True)
     saved, losses = budget.elapsed, []
     budget.skip()
     while budget.progress < 1:
         torch.manual_seed(schedule.seed * 1_000_003 + budget.step)
         rate = budget.rate(schedule.rate, schedule.warmup_steps, schedule.decay_from)
-        for group in optimizer.param_groups:
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = rate
         losses.append(work.backward(batch_of(budget.step)))
         torch.nn.utils.clip_grad_norm_(named.values(), 1.0, foreach=True)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         budget.advance()
         average.update(named, budget.step)
         if budget.step % report_every == 0:
@@ -276,17 +278,35 @@ def optimise(
             print(f"{budget.describe()} · loss {mean:.4f}", flush=True)
             losses = []
         if budget.elapsed - saved > every or budget.progress >= 1:
-            save_state(state, groups, optimizer, named, budget)
+            save_state(state, groups, optimizers, named, budget)
             on_save(average)
             saved = budget.elapsed
             budget.skip()
 
 
+# Parts whose weights are looked up, or meet pixels and latents: AdamW's even with Muon.
+_OUTER = ("embedding", "conv_in", "conv_out", "quant_conv")
+
+
+def _optimizers(
+    named: Mapping[str, torch.nn.Parameter], rate: float, muon: bool
+) -> list[torch.optim.Optimizer]:
+    """AdamW, and with ``muon`` a Muon for the inner matrices and kernels."""
+    inner = {n for n, p in named.items() if muon and p.dim() > 1 and not _is_outer(n)}
+    rest = [p for n, p in named.items() if n not in inner]
+    adamw = torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    return [adamw, Muon([named[n] for n in named if n in inner], rate)] if inner else [adamw]
+
+
+def _is_outer(name: str) -> bool:
+    return any(part in name for part in _OUTER)
+
+
 def save_state(
     path: Path,
     groups: dict[str, dict[str, torch.Tensor]],
-    optimizer: torch.optim.Optimizer,
-    names: Iterable[str],
+    optimizers: Sequence[torch.optim.Optimizer],
+    named: Mapping[str, torch.nn.Parameter],
     budget: Budget,
 ) -> None:
     """Write all a resumption needs as one safetensors file, atomically.
@@ -294,8 +314,8 @@ def save_state(
     Args:
         path: the file.
         groups: prefix -> name -> tensor, e.g. ``{"model": ..., "ema": ...}``.
-        optimizer: AdamW over the parameters called ``names``, in that order.
-        names: the parameters' names.
+        optimizers: over the parameters, each in one of them.
+        named: name -> parameter.
         budget: time and steps so far.
     """
     tensors = {
@@ -303,9 +323,8 @@ def save_state(
         for prefix, group in groups.items()
         for name, tensor in group.items()
     }
-    state = optimizer.state_dict()["state"]
-    for index, name in enumerate(names):
-        for key, value in state.get(index, {}).items():
+    for name, parameter in named.items():
+        for key, value in _owner(optimizers, parameter).state[parameter].items():
             tensors[f"optimizer/{key}/{name}"] = value.detach().contiguous()
     metadata = {"elapsed": repr(budget.elapsed), "step": str(budget.step)}
     save_safetensors_atomic(tensors, path, metadata)
@@ -314,12 +333,11 @@ def save_state(
 def load_state(
     path: Path,
     groups: dict[str, dict[str, torch.Tensor]],
-    optimizer: torch.optim.Optimizer,
-    names: Iterable[str],
+    optimizers: Sequence[torch.optim.Optimizer],
+    named: Mapping[str, torch.nn.Parameter],
     budget: Budget,
 ) -> None:
     """Inverse of :func:`save_state`; tensors in ``groups`` are filled in place."""
-    names = list(names)
     with safe_open(path, "pt") as file:
         stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         metadata = file.metadata()
@@ -327,17 +345,24 @@ def load_state(
         for prefix, group in groups.items():
             for name, tensor in group.items():
                 tensor.copy_(stored[f"{prefix}/{name}"])
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    index_of = {name: index for index, name in enumerate(names)}
-    parameters = [p.detach() for group in optimizer.param_groups for p in group["params"]]
     for key, value in stored.items():
         if key.startswith("optimizer/"):
             _, field, name = key.split("/", 2)
+            parameter = named[name]
             if value.dim():  # the moments lie in memory as their parameter does
-                value = torch.empty_like(parameters[index_of[name]]).copy_(value)
-            state.setdefault(index_of[name], {})[field] = value
-    optimizer.load_state_dict(
-        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
-    )
+                value = torch.empty_like(parameter.detach()).copy_(value)
+            _owner(optimizers, parameter).state[parameter][field] = value
     budget.elapsed, budget.step = float(metadata["elapsed"]), int(metadata["step"])
     budget.skip()
+
+
+def _owner(
+    optimizers: Sequence[torch.optim.Optimizer], parameter: torch.nn.Parameter
+) -> torch.optim.Optimizer:
+    """The one that a parameter belongs to."""
+    return next(
+        optimizer
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        if any(parameter is other for other in group["params"])
+    )

@@ -74,17 +74,20 @@ def data(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(data: Path, tmp_path: Path):
+@pytest.mark.parametrize("muon", [False, True])
+def test_a_resumed_run_equals_an_uninterrupted_one(data: Path, tmp_path: Path, muon: bool):
+    config = replace(SMALL, muon=muon)
     vae = mini.model_path() / "vae"
     threads = torch.get_num_threads()
     try:
-        train(data, vae, tmp_path / "whole", SMALL, Budget(1, steps=4), workers=1)
+        train(data, vae, tmp_path / "whole", config, Budget(1, steps=4), workers=1)
         # A state in the middle, as an interruption leaves it: the rate follows the whole budget.
-        train(data, vae, tmp_path / "parts", SMALL, _StopAfter(2, steps=4), workers=1, every=0)
-        train(data, vae, tmp_path / "parts", SMALL, Budget(1, steps=4), workers=1)
+        train(data, vae, tmp_path / "parts", config, _StopAfter(2, steps=4), workers=1, every=0)
+        train(data, vae, tmp_path / "parts", config, Budget(1, steps=4), workers=1)
     finally:
         torch.set_num_threads(threads)
     whole, parts = (load_file(tmp_path / n / "state.safetensors") for n in ("whole", "parts"))
+    assert any(name.startswith("optimizer/momentum/") for name in whole) == muon
     assert whole.keys() == parts.keys()
     for name, tensor in whole.items():
         torch.testing.assert_close(parts[name], tensor, rtol=1e-4, atol=1e-6)
