@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import math
 import re
 from collections.abc import Iterable, Mapping
 
@@ -105,8 +106,17 @@ def check_lora_config(lora_config: LoraConfig, rewrites_base: bool) -> None:
     """Refuse what a planned start cannot be combined with.
 
     Raises:
-        ValueError: in words.
+        ValueError: if alpha is not a finite number above 0, or a field changes what an adapter
+            computes or what it adapts.
     """
+    alphas = {"lora_alpha": lora_config.lora_alpha, **(lora_config.alpha_pattern or {})}
+    for name, alpha in alphas.items():
+        if not (isinstance(alpha, (int, float)) and math.isfinite(alpha) and alpha > 0):
+            where = name if name == "lora_alpha" else f"alpha_pattern[{name!r}]"
+            raise ValueError(
+                f"{where} must be a finite number above 0, got {alpha!r}: an adapter is multiplied "
+                "by alpha / r, and its start is divided by that. Twice the rank is usual"
+            )
     if lora_config.use_dora and rewrites_base:
         raise ValueError(
             "use_dora=True normalises by the frozen weight, which preserve_output=True rewrites: "

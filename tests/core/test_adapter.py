@@ -10,6 +10,8 @@ from transformers.pytorch_utils import Conv1D
 
 from cntlora_core import CNTLoRAConfig, get_cntlora_model, initialize_lora_cntlora_weights
 from cntlora_core.adapter import adapter_layers
+from cntlora_core.diffusion.settings import AdapterSettings
+from cntlora_core.methods import start_adapter
 
 
 class Net(nn.Module):
@@ -207,3 +209,42 @@ def test_misuse_is_refused_in_words():
     embedding = nn.Sequential(nn.Embedding(4, 4))
     with pytest.raises(ValueError, match="Embedding"):
         get_cntlora_model(embedding, LoraConfig(target_modules=["0"]), None, data())
+
+
+@pytest.mark.parametrize("alpha", [0, -8, float("nan"), float("inf"), "8"])
+@pytest.mark.parametrize("pattern", [False, True])
+def test_an_alpha_that_no_factor_can_be_divided_by_is_refused_before_anything_is_read(
+    alpha, pattern
+):
+    def config():
+        made = lora_config(alpha_pattern={"ab": 4})
+        if pattern:
+            made.alpha_pattern = {"ab": alpha}
+        else:
+            made.lora_alpha = alpha
+        return made
+
+    def unread():
+        raise AssertionError("read the data before refusing")
+        yield
+
+    where = r"alpha_pattern\['ab'\]" if pattern else "lora_alpha"
+    fixed = CNTLoRAConfig(rank_budget="fixed")
+    words = f"^{where} must be a finite number above 0, got {alpha!r}"
+    with pytest.raises(ValueError, match=words):
+        get_cntlora_model(Net(), config(), fixed, unread())
+    wrapped = get_peft_model(Net(), lora_config())
+    wrapped.peft_config["default"] = config()
+    with pytest.raises(ValueError, match=words):
+        initialize_lora_cntlora_weights(wrapped, unread(), fixed)
+    if not pattern:
+        for method in ("cross", "lora", "pissa", "eva", "full"):
+            plain = LoraConfig(r=4, lora_alpha=alpha, target_modules=["a"])
+            with pytest.raises(ValueError, match=words):
+                start_adapter(Net(), plain, method, unread())
+
+
+@pytest.mark.parametrize("alpha", [0.0, -8.0, float("nan"), float("inf")])
+def test_the_image_trainer_s_settings_refuse_such_an_alpha(alpha):
+    with pytest.raises(ValueError, match="alpha must be a positive number, got"):
+        AdapterSettings(alpha=alpha)
