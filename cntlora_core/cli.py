@@ -315,7 +315,10 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 1 for an error in words, 130 after Ctrl-C."""
+    """Run a command.
+
+    Returns the exit status: 0, 1 for an error in words, 130 after Ctrl-C, 143 after SIGTERM.
+    """
     console = Console(stderr=True)
     try:
         command = tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="cntlora", args=arguments)
@@ -327,9 +330,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with reporter.running():
             command.run(reporter)
-    except Cancelled:
+    except Cancelled as cancelled:
         console.print(f"stopped{command.after_cancel()}")
-        return 130
+        return 128 + cancelled.signal
     except KeyboardInterrupt:
         console.print("interrupted")
         return 130

@@ -34,14 +34,22 @@ def result_console() -> Console:
 
 
 class Cancelled(KeyboardInterrupt):
-    """The user pressed Ctrl-C; raised between two steps of the work."""
+    """The user pressed Ctrl-C, or the process was told to end; raised between two steps of work.
+
+    Attributes:
+        signal: SIGINT or SIGTERM.
+    """
+
+    def __init__(self, number: int = signal.SIGINT) -> None:
+        super().__init__()
+        self.signal = number
 
 
 class ConsoleReporter:
     """A reporter that draws one progress bar for each stage; in a log file, a line now and then.
 
-    Ctrl-C is taken note of and raised as :class:`Cancelled` at the next report, where nothing is
-    half done; pressed a second time it interrupts at once.
+    Ctrl-C and SIGTERM are taken note of and raised as :class:`Cancelled` at the next report, where
+    nothing is half done; a second one interrupts at once.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -61,11 +69,11 @@ class ConsoleReporter:
         self._tasks: dict[str, TaskID] = {}
         self._started: dict[str, float] = {}
         self._losses: list[float] = []
-        self._cancelled = False
+        self._cancelled: int | None = None
 
     def __call__(self, stage: str, done: int, total: int, values: dict[str, Any]) -> None:
-        if self._cancelled:
-            raise Cancelled
+        if self._cancelled is not None:
+            raise Cancelled(self._cancelled)
         if "note" in values:
             self.console.print(f"• {values['note']}", markup=False, highlight=False, soft_wrap=True)
         if total <= 0:
@@ -98,18 +106,22 @@ class ConsoleReporter:
         self._losses = [*self._losses[-49:], float(values["loss"])]
         return f"loss {sum(self._losses) / len(self._losses):.4f}"
 
-    def _on_interrupt(self, _signal: int, _frame: FrameType | None) -> None:
-        if self._cancelled:
+    def _on_interrupt(self, number: int, _frame: FrameType | None) -> None:
+        if self._cancelled is not None:
             raise KeyboardInterrupt
-        self._cancelled = True
+        self._cancelled = number
         self.console.print("stopping after this step (Ctrl-C again: at once) …")
 
     @contextmanager
     def running(self) -> Iterator[ConsoleReporter]:
-        """Show progress and take Ctrl-C within the block; both are undone after it."""
-        before = signal.signal(signal.SIGINT, self._on_interrupt)
+        """Show progress, take Ctrl-C and SIGTERM within the block; both are undone after it."""
+        before = {
+            number: signal.signal(number, self._on_interrupt)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
         try:
             with self._progress:
                 yield self
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)

@@ -18,6 +18,7 @@ from cntlora_core.diffusion.pipeline import StableDiffusionParts, load_stable_di
 from cntlora_core.diffusion.prior import cache_folder, class_images
 from cntlora_core.diffusion.record import ModelFacts, file_metadata, run_record
 from cntlora_core.diffusion.resume import check_same_run, run_identity
+from cntlora_core.diffusion.running import only_run_in
 from cntlora_core.diffusion.sampler import checked_device, draw
 from cntlora_core.diffusion.settings import JobSettings, SamplingSettings
 from cntlora_core.diffusion.stages import (
@@ -121,6 +122,7 @@ def personalise(
     Raises:
         ValueError: for photos, prompts, a model or settings that cannot be used, in words.
         FileExistsError: if the output folder holds a run and neither flag is given.
+        BlockingIOError: if another run is at work in the output folder.
         OSError: if the output folder cannot be written to.
         NonFiniteLossError: if training blows up; the last good state is kept.
     """
@@ -129,15 +131,15 @@ def personalise(
     device = checked_device(settings.training.device)
     run = _Run(reporter)
     folder = require_writable_folder(settings.output.output)
-    _check_folder(folder, resume, overwrite)
-    state = TrainingState.load(folder / STATE_NAME) if resume else None
-    if state is not None:
-        check_same_run(state, {"job": settings.to_dict()})
-    with run.timed("photos"):
-        subject = subject or read_subject(settings.subject)
-    run.note(*subject.notes)
-    _lora_path(folder, settings, subject)  # a name that will not do is said before any work
-    with torch.inference_mode(False):
+    with only_run_in(folder), torch.inference_mode(False):
+        _check_folder(folder, resume, overwrite)
+        state = TrainingState.load(folder / STATE_NAME) if resume else None
+        if state is not None:
+            check_same_run(state, {"job": settings.to_dict()})
+        with run.timed("photos"):
+            subject = subject or read_subject(settings.subject)
+        run.note(*subject.notes)
+        _lora_path(folder, settings, subject)  # a name that will not do is said before any work
         return _personalise(settings, subject, class_photos, start, state, device, folder, run)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
@@ -57,6 +58,7 @@ class SubjectSettings:
     flip: bool = False
 
     def __post_init__(self) -> None:
+        _as_text(self, "images")
         if self.resolution is not None:
             _at_least("resolution", self.resolution, 8)
 
@@ -82,6 +84,7 @@ class PriorSettings:
     cache: str | None = None
 
     def __post_init__(self) -> None:
+        _as_text(self, "class_images", "cache")
         _at_least("num_class_images", self.num_class_images, 1)
         _at_least("class_steps", self.class_steps, 1)
         _finite("prior_weight", self.prior_weight, 0)
@@ -282,6 +285,7 @@ class OutputSettings:
     compress: bool = False
 
     def __post_init__(self) -> None:
+        _as_text(self, "output")
         _choice("layout", self.layout, Layout)
         _choice("file_precision", self.file_precision, Precision)
 
@@ -300,6 +304,10 @@ class JobSettings:
     prior: PriorSettings = field(default_factory=PriorSettings)
     adapter: AdapterSettings = field(default_factory=AdapterSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
+
+    def __post_init__(self) -> None:
+        _as_text(self, "model")
+        _require_json(self.to_dict())  # a run is recorded as JSON: refuse now what has no such form
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON values."""
@@ -345,6 +353,28 @@ def _build(cls: Any, values: Mapping[str, Any]) -> Any:
     if missing:
         raise ValueError(f"{cls.__name__} lacks {missing}")
     return cls(**arguments)
+
+
+def _as_text(settings: Any, *names: str) -> None:
+    """Paths as text, which is what a record holds; None stays."""
+    for name in names:
+        value = getattr(settings, name)
+        if isinstance(value, os.PathLike):
+            object.__setattr__(settings, name, os.fspath(value))
+
+
+def _require_json(values: Any, name: str = "") -> None:
+    if isinstance(values, dict):
+        for key, value in values.items():
+            _require_json(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(values, (list, tuple)):
+        for value in values:
+            _require_json(value, name)
+    elif values is not None and type(values) not in (str, int, float, bool):
+        raise TypeError(
+            f"{name} must be text, a number, true or false, got {values!r} of type "
+            f"{type(values).__name__}, which the record of a run cannot hold"
+        )
 
 
 def _choice(name: str, value: object, kind: Any) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,6 +55,33 @@ def test_training_changes_what_the_method_says(settings, method):
     rank = {int(t.shape[0]) for k, t in tensors.items() if k.endswith("lora_down.weight")}
     assert (rank == {4}) == (method == "lora")
     assert max(t.abs().max() for k, t in tensors.items() if k.endswith("lora_up.weight")) > 0
+
+
+def test_paths_are_taken_for_text_and_recorded(settings):
+    given = dataclasses.replace(settings, model=Path(settings.model))
+    for part, names in {"subject": ["images"], "output": ["output"], "prior": ["cache"]}.items():
+        values = {name: Path(getattr(getattr(settings, part), name)) for name in names}
+        given = change(given, part, **values)
+    assert given == settings
+    result = personalise(change(given, "training", steps=1))
+    record = json.loads((result.folder / "run.json").read_text())
+    assert record["settings"]["model"] == settings.model
+
+
+@pytest.mark.parametrize(
+    ("part", "values", "named"),
+    [
+        ("training", {"seed": torch.tensor(1)}, r"training\.seed"),
+        ("training", {"sample_prompts": (b"a dog",)}, r"training\.sample_prompts"),
+        ("output", {"name": Path("x")}, r"output\.name"),
+        ("subject", {"flip": {1}}, r"subject\.flip"),
+    ],
+)
+def test_settings_that_cannot_be_recorded_are_refused_before_any_work(
+    settings, part, values, named
+):
+    with pytest.raises(TypeError, match=named):
+        change(settings, part, **values)
 
 
 def test_long_prompts_and_odd_tokens_are_said(settings, photo_folder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from cntlora_core.diffusion.job import STATE_NAME, personalise
+from cntlora_core.diffusion.running import HOLDER_NAME
 from cntlora_core.diffusion.trainer import NonFiniteLossError, SubjectTrainer
 
 from .conftest import StopAt, change, command, losses
@@ -68,6 +70,18 @@ def test_overwriting_forgets_the_old_state(settings, monkeypatch):
     assert len(personalise(settings, overwrite=True).history) == 6
 
 
+def test_a_run_within_a_run_s_folder_is_refused_and_both_can_follow_one_another(settings):
+    def meddle(stage, done, _total, _values):
+        if stage == "training" and done == 3:
+            with pytest.raises(BlockingIOError, match=f"process {os.getpid()} on"):
+                personalise(settings, overwrite=True)
+
+    result = personalise(settings, reporter=meddle)
+    assert result.lora.is_file()
+    assert not (result.folder / HOLDER_NAME).exists()
+    assert personalise(settings, overwrite=True).lora.is_file()
+
+
 def test_a_failing_export_does_not_lose_the_training(settings, monkeypatch):
     settings = change(settings, "training", save_every=100)
     whole = personalise(settings)
@@ -111,7 +125,7 @@ def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 120) -
         time.sleep(0.02)
 
 
-def test_ctrl_c_and_kill_leave_a_state_that_resumes_to_the_same_result(settings, tmp_path):
+def test_ctrl_c_sigterm_and_kill_leave_a_state_that_resumes_to_the_same_result(settings, tmp_path):
     steps = 40
     settings = change(settings, "training", steps=steps)
     whole = personalise(change(settings, "output", output=str(tmp_path / "whole")))
@@ -124,6 +138,17 @@ def test_ctrl_c_and_kill_leave_a_state_that_resumes_to_the_same_result(settings,
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
+    assert "--resume" in errors
+
+    process = subprocess.Popen([*arguments, "--resume"], **options)
+    before = state.stat().st_mtime_ns
+    while process.poll() is None and state.exists() and state.stat().st_mtime_ns == before:
+        time.sleep(0.005)
+    with pytest.raises(BlockingIOError, match=f"another run, process {process.pid} on"):
+        personalise(settings, overwrite=True)
+    process.terminate()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, errors
     assert "--resume" in errors
 
     process = subprocess.Popen([*arguments, "--resume"], **options)
