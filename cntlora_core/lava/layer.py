@@ -16,8 +16,8 @@ from cntlora_core.lava.config import LavaConfig
 from cntlora_core.lava.functional import convolve, delta, factor_names, linear
 from cntlora_core.weights import quantised_as
 
-_TOLD = ("in_features", "out_features", "in_channels", "out_channels", "kernel_size", "stride",
-         "padding", "dilation", "groups", "padding_mode")  # fmt: skip
+_TOLD = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups",
+         "padding_mode")  # fmt: skip
 KINDS = "nn.Linear, transformers' Conv1D, nn.Conv1d and nn.Conv2d"
 
 
@@ -59,10 +59,13 @@ class LavaLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True
         self._active_adapter = adapter_name
+        base, shape = self.get_base_layer(), weight_shape(self.get_base_layer())
+        self.out_features = shape[0]
+        self.in_features = shape[1] * int(getattr(base, "groups", 1))
         for name in _TOLD:  # another method's layer around this one asks for these
-            if hasattr(self.get_base_layer(), name):
-                setattr(self, name, getattr(self.get_base_layer(), name))
-        self.factor_names = factor_names(len(weight_shape(self.get_base_layer())))
+            if hasattr(base, name):
+                setattr(self, name, getattr(base, name))
+        self.factor_names = factor_names(len(shape))
         self.update_layer(adapter_name, r, lava_alpha, config)
 
     def update_layer(

@@ -27,7 +27,7 @@ from cntlora_core.lora_reading import PEFT_CONFIG, PEFT_WEIGHTS
 class _MixedTuner(MixedModel):
     """peft's own, which knows its methods from fixed lists, with LAVA beside them."""
 
-    prefix = LavaModel.prefix
+    prefix = f".{LavaModel.prefix}"
     tuner_layer_cls = BaseTunerLayer
 
     def _check_new_adapter_config(self, config: PeftConfig) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -46,6 +46,23 @@ class _MixedTuner(MixedModel):
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         BaseTuner.set_adapter(self, adapter_name, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str | list[str]) -> None:
+        """Delete adapters; the first that is left becomes active where no active one is."""
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        unknown = sorted(set(names) - set(self.peft_config))
+        if unknown:
+            raise ValueError(
+                f"there is no adapter {unknown[0]!r} to delete: the model has "
+                f"{', '.join(map(repr, self.peft_config))}"
+            )
+        active = [name for name in self.active_adapters if name not in names]
+        frozen = not any(parameter.requires_grad for parameter in self.model.parameters())
+        for name in names:
+            BaseTuner.delete_adapter(self, name)
+        active = active or list(self.peft_config)[:1]
+        if active:  # a module without the deleted adapter still has it for active
+            self.set_adapter(active, inference_mode=frozen)
 
 
 class MixedLavaModel(PeftMixedModel):

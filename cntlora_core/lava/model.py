@@ -23,9 +23,14 @@ class LavaModel(BaseTuner):
         >>> model = get_peft_model(unet, LavaConfig(r=4, target_modules=["conv1", "to_q"]))
     """
 
-    prefix: str = ".lava_"  # with a dot: a base model may have names such as llava_...
+    prefix: str = "lava_"  # what peft splits the keys of a state dict at
     tuner_layer_cls = LavaLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # In the names of modules with the dot before it: a base model may have llava_head.
+        object.__setattr__(self, "prefix", f".{type(self).prefix}")
+        super().__init__(*args, **kwargs)
 
     def _create_and_replace(
         self,
@@ -48,6 +53,18 @@ class LavaModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # one more adapter is not trained before it is chosen
         self._replace_module(parent, target_name, layer, target)
+
+    def add_weighted_adapter(self, *_args: Any, **_kwargs: Any) -> None:
+        """Not for LAVA.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "add_weighted_adapter: a weighted sum of LAVA's adapters has as many terms as all of "
+            "them together, and is no adapter of their rank. Make several adapters active at once "
+            "with base_model.set_adapter([...]), and weigh them with set_scale on each LavaLayer"
+        )
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *_args: Any, **kwargs: Any) -> Iterator[None]:
