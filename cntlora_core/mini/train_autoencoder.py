@@ -57,6 +57,9 @@ class AutoencoderConfig:
         square_weight: weight of the squared error beside the L1 loss.
         ema: decay of the averaged weights.
         muon: Muon for matrices and kernels instead of AdamW.
+        latent_noise: greatest deviation of the noise that latents get while training, as a part of
+            their own; each picture has a level of its own between 0 and this. What the UNet
+            generates is never exact, and a decoder that knows clean latents only smears it.
         feature_weight: weight of the difference between picture and reconstruction as the small
             self-supervised encoder (``encoders/vision``) sees them.
         decoder_only: leave the encoder, and so the latents, as they are.
@@ -75,6 +78,7 @@ class AutoencoderConfig:
     square_weight: float = 2.0
     ema: float = 0.998
     muon: bool = False
+    latent_noise: float = 0.0
     feature_weight: float = 0.0
     decoder_only: bool = False
     seed: int = 1
@@ -145,6 +149,7 @@ def autoencoder_loss(
     vision: ViTModel | None,
     pictures: torch.Tensor,
     noise: torch.Tensor,
+    level: torch.Tensor,
 ) -> torch.Tensor:
     """Reconstruction plus the weighted KL and feature terms.
 
@@ -154,6 +159,8 @@ def autoencoder_loss(
         vision: encoder of the feature term, frozen; None leaves the term out.
         pictures: (n, 3, h, w) in -1..1.
         noise: (n, 4, h / 4, w / 4), standard normal.
+        level: (n, 1, 1, 1), deviation of the noise beside the posterior's, as a part of the
+            latents'.
 
     Returns:
         Scalar.
@@ -161,7 +168,8 @@ def autoencoder_loss(
     pictures = pictures.contiguous(memory_format=torch.channels_last)
     with torch.set_grad_enabled(not config.decoder_only):
         latent = model.encode(pictures).latent_dist
-    drawn = model.decode(latent.mean + latent.std * noise).sample
+    spread = latent.mean.detach().std((0, 2, 3), keepdim=True)
+    drawn = model.decode(latent.mean + (latent.std + level * spread) * noise).sample
     error = drawn - pictures
     down, across = error.diff(dim=2), error.diff(dim=3)
     edges = down.abs().mean() + across.abs().mean()
@@ -282,9 +290,10 @@ def train(
     stream = PictureStream(source, config.seed)
     check = to_tensor(PictureStream(source, 999).batch(0, 256))
 
-    def batch_of(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def batch_of(step: int) -> tuple[torch.Tensor, ...]:
         pictures = to_tensor(stream.batch(step, config.batch))
-        return pictures, torch.randn(config.batch, config.latent_channels, 16, 16)
+        noise = torch.randn(config.batch, config.latent_channels, 16, 16)
+        return pictures, noise, config.latent_noise * torch.rand(config.batch, 1, 1, 1)
 
     optimise(
         output,

@@ -46,7 +46,7 @@ def test_two_processes_give_the_gradient_of_one():
     model = build_autoencoder(AutoencoderConfig(channels=(8, 8, 8)))
     loss = partial(autoencoder_loss, model, AutoencoderConfig(), None)
     parameters = list(model.parameters())
-    batch = (torch.rand(4, 3, 64, 64), torch.randn(4, 4, 16, 16))
+    batch = (torch.rand(4, 3, 64, 64), torch.randn(4, 4, 16, 16), torch.zeros(4, 1, 1, 1))
     value = loss(*batch)
     expected = torch.autograd.grad(value, parameters)
     threads = torch.get_num_threads()
@@ -136,7 +136,8 @@ def test_the_feature_term_moves_the_decoder_and_not_the_encoder_that_looks():
     torch.manual_seed(3)
     model = build_autoencoder(AutoencoderConfig(channels=(8, 8, 8)))
     vision = load_vision()
-    batch = (torch.rand(2, 3, 64, 64) * 2 - 1, torch.randn(2, 4, 16, 16))
+    pictures, noise = torch.rand(2, 3, 64, 64) * 2 - 1, torch.randn(2, 4, 16, 16)
+    batch = (pictures, noise, torch.zeros(2, 1, 1, 1))
     config = AutoencoderConfig(feature_weight=0.5, decoder_only=True)
     plain = autoencoder_loss(model, config, None, *batch)
     whole = autoencoder_loss(model, config, vision, *batch)
@@ -146,6 +147,26 @@ def test_the_feature_term_moves_the_decoder_and_not_the_encoder_that_looks():
     assert not any(parameter.requires_grad for parameter in vision.parameters())
     states = [torch.randn(2, 5, 4), torch.randn(2, 5, 4)]
     assert feature_difference(states, states) == 0
+
+
+def test_noise_in_the_latents_is_a_part_of_their_own_deviation():
+    torch.manual_seed(4)
+    config = AutoencoderConfig(channels=(8, 8, 8))
+    model: AutoencoderKL = build_autoencoder(config)
+    pictures, noise = torch.rand(4, 3, 64, 64) * 2 - 1, torch.randn(4, 4, 16, 16)
+    decoded = []
+    model.decoder.register_forward_pre_hook(lambda _module, given: decoded.append(given[0]))
+    with torch.no_grad():
+        assert model.quant_conv is not None
+        model.quant_conv.weight[4:] = 0  # a posterior without spread
+        model.quant_conv.bias[4:] = -30
+        mean = model.encode(pictures).latent_dist.mean
+        for level in (0.0, 0.1):
+            autoencoder_loss(model, config, None, pictures, noise, torch.full((4, 1, 1, 1), level))
+        assert model.post_quant_conv is not None
+        expected = model.post_quant_conv(mean + 0.1 * mean.std((0, 2, 3), keepdim=True) * noise)
+        torch.testing.assert_close(decoded[0], model.post_quant_conv(mean), rtol=0, atol=1e-5)
+        torch.testing.assert_close(decoded[1], expected, rtol=0, atol=1e-5)
 
 
 def test_whitening_keeps_reconstructions_and_sets_the_latents_scale():
