@@ -44,7 +44,7 @@ SHEET_PROMPTS = (
     "a photo of a penguin in the snow",
     "a photo of a dog in the snow",
     "an owl in the forest",
-    "a photo of a guitar on green dots",
+    "a photo of a dragon on green dots",
     "a fox on the grass",
     "a rocket in space",
     "a photo of a house in the mountains",
