@@ -76,14 +76,6 @@ def test_merge_unmerge_disable_unload(net, x):
     torch.testing.assert_close(base(x), before, rtol=1e-4, atol=1e-5)
 
 
-def test_merge_and_unload(net, x):
-    model = trained(get_peft_model(net, config()), x)
-    after = model(x)
-    merged = model.merge_and_unload(safe_merge=True)
-    assert type(merged.first) is nn.Conv2d
-    torch.testing.assert_close(merged(x), after, rtol=1e-4, atol=1e-5)
-
-
 def test_safe_merge_refuses_what_is_not_finite(net):
     model = get_peft_model(net, config())
     weight = layers(model)["first"].base_layer.weight
@@ -139,13 +131,6 @@ def test_saved_and_loaded_in_a_fresh_process(net, x, tmp_path):
     assert done.returncode == 0, done.stderr
     there = torch.load(tmp_path / "y.pt", weights_only=True)
     torch.testing.assert_close(there, model(x), rtol=1e-5, atol=1e-6)
-
-
-def test_loading_without_memory_for_a_first_copy(net, make_net, x, tmp_path):
-    model = trained(get_peft_model(net, config()), x)
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(make_net(), tmp_path, low_cpu_mem_usage=True)
-    torch.testing.assert_close(loaded(x), model(x))
 
 
 def test_several_adapters(net, make_net, x, tmp_path):

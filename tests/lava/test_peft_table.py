@@ -450,6 +450,33 @@ def test_modules_to_save_belong_to_their_adapter(x):
     close(model(x), one)
 
 
+def test_modules_of_the_base_may_be_named_as_parameters_of_the_adapter_are():
+    def named():
+        base = base_of("mlp")
+        base.lava_head, base.llava_neck = nn.Linear(3, 3), nn.Linear(3, 3)
+        return base
+
+    config = {"target_modules": ["lin0", "llava_neck"], "modules_to_save": ["lava_head"]}
+    model = get_peft_model(named(), config_of(config, init_weights=False))
+    with torch.no_grad():
+        model.base_model.model.lava_head.modules_to_save["default"].weight.fill_(9.0)
+    state = get_peft_model_state_dict(model)
+    assert sorted(key.removeprefix("base_model.model.") for key in state) == [
+        "lava_head.bias", "lava_head.weight", "lin0.lava_U", "lin0.lava_V",
+        "llava_neck.lava_U", "llava_neck.lava_V",
+    ]  # fmt: skip
+    other = get_peft_model(named(), config_of(config))
+    assert not set_peft_model_state_dict(other, state).unexpected_keys
+    loaded = get_peft_model_state_dict(other)
+    assert all(torch.equal(loaded[key], state[key]) for key in state)
+    target = named()
+    state = {key.removeprefix("base_model.model."): value for key, value in state.items()}
+    plain = {k: v for k, v in state.items() if not k.startswith("lava_head")}
+    elsewhere = config_of({"target_modules": ["lin0", "llava_neck"]})
+    inject_adapter_in_model(elsewhere, target, state_dict=plain)
+    assert set(tuner_layers(target)) == {"lin0", "llava_neck"}
+
+
 def bert(**options) -> nn.Module:
     torch.manual_seed(0)
     return BertForSequenceClassification(
