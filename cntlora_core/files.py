@@ -256,6 +256,16 @@ def _with_digest(name: str, text: str, max_length: int) -> str:
     return f"{name[: max_length - 9].rstrip('._-')}-{_digest_of(text)}"
 
 
+def user_cache() -> Path:
+    """The user's folder for what can be made again.
+
+    Raises:
+        RuntimeError: the user has no home folder.
+    """
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "cntlora"
+
+
 def format_bytes(count: float) -> str:
     """A size for people: `1.5 GB` (decimal units, as disks are sold)."""
     for unit in ("bytes", "kB", "MB", "GB"):

@@ -307,6 +307,7 @@ class ClassPictures(io.ComfyNode):
                 num_class_images=count,
                 class_steps=steps,
                 class_guidance=guidance,
+                class_seed=images_seed,
                 cache=str(work_folder() / "cache"),
             )
             with working() as reporter:
@@ -314,9 +315,7 @@ class ClassPictures(io.ComfyNode):
                 dtype = torch_dtype(model.precision)
                 parts = load_stable_diffusion(model.path, dtype=dtype, device=device_name())
                 side = training_resolution(parts, subject.settings)
-                photos = class_images(
-                    parts, prompt, settings, resolution=side, seed=images_seed, reporter=reporter
-                )
+                photos = class_images(parts, prompt, settings, resolution=side, reporter=reporter)
         tell(f"{len(photos.photos)} pictures of “{prompt}”")
         sheet = contact_sheet([p.image for p in photos.photos[:SHOWN_CLASS_IMAGES]])
         return io.NodeOutput(ClassImages(photos, prompt), image_tensor([sheet]), ui=shown([sheet]))

@@ -75,11 +75,17 @@ class SkippedFile:
 
 @dataclass(frozen=True)
 class PhotoSet:
-    """Photos in the natural order of their names, what was left out, what a user should know."""
+    """Photos in the natural order of their names, what was left out, what a user should know.
+
+    Attributes:
+        recipe: names all that generated images follow from; sets of the same recipe differ by the
+            rounding of the machine at most. Empty for images that were given.
+    """
 
     photos: tuple[Photo, ...]
     skipped: tuple[SkippedFile, ...]
     warnings: tuple[str, ...]
+    recipe: str = ""
 
 
 def load_photos(

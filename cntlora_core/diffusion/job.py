@@ -157,7 +157,9 @@ def _personalise(
     cache, state_path = cache_folder(settings.prior), folder / STATE_NAME
     with run.timed("loading"):
         reporter("loading the model", 0, 1, {})
-        parts = load_stable_diffusion(settings.model, dtype=training.dtype, device=device)
+        parts = load_stable_diffusion(
+            settings.model, dtype=training.dtype, device=device, reporter=reporter
+        )
         reporter("loading the model", 1, 1, {})
     if start is not None:
         start.require_model(parts)
@@ -240,7 +242,6 @@ def _class_photos(
             subject.prompts.class_prompt,
             settings.prior,
             resolution=training_resolution(parts, settings.subject),
-            seed=settings.training.seed,
             reporter=run.reporter,
         )
 

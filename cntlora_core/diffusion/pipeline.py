@@ -33,6 +33,7 @@ from cntlora_core.diffusion.checkpoint import (
 from cntlora_core.diffusion.fingerprint import fingerprint_model
 from cntlora_core.diffusion.original_layout import original_key
 from cntlora_core.hub import why_not_fetched
+from cntlora_core.progress import Reporter, silent
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -156,6 +157,7 @@ def load_stable_diffusion(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     local_files_only: bool | None = None,
+    reporter: Reporter = silent,
 ) -> StableDiffusionParts:
     """Loads a model of SD1.5's make, frozen and in eval mode.
 
@@ -167,6 +169,7 @@ def load_stable_diffusion(
         device: of all three parts.
         local_files_only: for a hub id, use what is in the hub's cache and no network; by default
             ``HF_HUB_OFFLINE`` decides.
+        reporter: told of the reading of the weights for their fingerprint, where that takes long.
 
     Raises:
         CheckpointError: what was given is not a model of SD1.5's make; the message says what it is.
@@ -174,7 +177,9 @@ def load_stable_diffusion(
     path = _locate(model, local_files_only)
     require_sd15(path)
     configs = path if path.is_dir() else SD15_CONFIGS
-    return load_parts(path, configs, source=str(model), dtype=dtype, device=device)
+    return load_parts(
+        path, configs, source=str(model), dtype=dtype, device=device, reporter=reporter
+    )
 
 
 def load_parts(
@@ -184,6 +189,7 @@ def load_parts(
     source: str,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
+    reporter: Reporter = silent,
 ) -> StableDiffusionParts:
     """Loads the weights in ``path`` into the models that the folder ``configs`` describes.
 
@@ -199,7 +205,9 @@ def load_parts(
             models[part] = build_model(part, configs)
         names = _names_in(path, part, models[part].config)
         _fill(models[part], files, names, torch.float32 if part == "vae" else dtype, device)
-    return assemble(**models, configs=configs, source=source, fingerprint=fingerprint_model(path))
+    return assemble(
+        **models, configs=configs, source=source, fingerprint=fingerprint_model(path, reporter)
+    )
 
 
 def assemble(

@@ -44,7 +44,11 @@ def run_identity(
     """
     identity = {"model": model, **subject.identity(), "start_seed": start_seed}
     if class_photos is not None:
-        identity["class_images"] = [photo.digest for photo in class_photos.photos]
+        photos, recipe = class_photos.photos, class_photos.recipe
+        # Generated ones may have to be generated again, where rounding gives other pixels.
+        identity["class_images"] = (
+            {"number": len(photos), "recipe": recipe} if recipe else [p.digest for p in photos]
+        )
     return identity
 
 

@@ -73,6 +73,8 @@ class PriorSettings:
         prior_weight: Weight of the class images' loss; 0 trains without them.
         class_steps: Sampling steps of a generated class image.
         class_guidance: Classifier-free guidance scale of a generated class image.
+        class_seed: Seed of the generated class images; runs that differ in their own seed share
+            them.
         cache: Folder for generated class images and encoded photos; default: the user's cache.
     """
 
@@ -81,6 +83,7 @@ class PriorSettings:
     prior_weight: float = 0.1
     class_steps: int = 30
     class_guidance: float = 7.5
+    class_seed: int = 0
     cache: str | None = None
 
     def __post_init__(self) -> None:

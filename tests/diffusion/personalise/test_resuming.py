@@ -82,6 +82,21 @@ def test_a_run_within_a_run_s_folder_is_refused_and_both_can_follow_one_another(
     assert personalise(settings, overwrite=True).lora.is_file()
 
 
+def test_a_run_goes_on_where_class_images_were_generated_again_with_other_rounding(settings):
+    with pytest.raises(KeyboardInterrupt):
+        personalise(settings, reporter=StopAt(3))
+    path = next(Path(settings.prior.cache).glob("class_images/*/00000.png"))
+    with Image.open(path) as picture:
+        red, green, blue = picture.getpixel((0, 0))
+        picture.putpixel((0, 0), (red ^ 1, green, blue))
+        picture.save(path)
+    assert len(personalise(settings, resume=True).history) == 6
+    with pytest.raises(KeyboardInterrupt):
+        personalise(settings, overwrite=True, reporter=StopAt(3))
+    shutil.rmtree(settings.prior.cache)
+    assert len(personalise(settings, resume=True).history) == 6
+
+
 def test_a_failing_export_does_not_lose_the_training(settings, monkeypatch):
     settings = change(settings, "training", save_every=100)
     whole = personalise(settings)
