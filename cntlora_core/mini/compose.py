@@ -16,7 +16,7 @@ from cntlora_core.mini.backgrounds import (
     draw_scene,
 )
 from cntlora_core.mini.sprites import STYLES, SpriteSource, premultiplied_array
-from cntlora_core.mini.things import KEPT_OUT_3D, MODEL_THINGS, Thing, with_article
+from cntlora_core.mini.things import MODEL_THINGS, Thing, with_article
 
 __all__ = [
     "Background",
@@ -191,7 +191,7 @@ class Composer:
             thing.name: {
                 style: source.sprite(style, thing.emoji[0])
                 for style in styles
-                if style != "3d" or thing.emoji[0] not in KEPT_OUT_3D
+                if source.is_shown(style, thing.emoji[0])
             }
             for thing in things
         }

@@ -15,7 +15,7 @@ __all__ = ["STYLES", "TRAINED_STYLES", "SpriteSource"]
 
 STYLES = ("google", "twitter", "3d")
 TRAINED_STYLES = ("google", "twitter")
-"""The styles that the encoders of pictures were trained on."""
+"""The styles that the self-supervised encoder was trained on."""
 
 
 _SKIN_TONE = re.compile("1f3f[b-f]")
@@ -44,6 +44,11 @@ class SpriteSource:
         if style == "3d":
             return self.root / "@lobehub" / "fluent-emoji-3d" / "assets" / f"{code}.webp"
         return self.root / f"emoji-datasource-{style}" / "img" / style / "64" / f"{code}.png"
+
+    def is_shown(self, style: str, emoji: str) -> bool:
+        """Whether training may show this drawing: it is there, and not in ``KEPT_OUT_3D``."""
+        kept_out = style == "3d" and emoji in KEPT_OUT_3D
+        return not kept_out and self.path(style, emoji).is_file()
 
     def sprite(self, style: str, emoji: str) -> Image.Image:
         """The picture, RGBA with premultiplied alpha, cut to what is not transparent."""

@@ -20,7 +20,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 from cntlora_core.files import write_json_atomic
 from cntlora_core.memory import keep_freed_memory
 from cntlora_core.mini.collage import Collage, CollageConfig, every_background
-from cntlora_core.mini.sprites import TRAINED_STYLES, SpriteSource
+from cntlora_core.mini.sprites import STYLES, SpriteSource
 from cntlora_core.mini.things import CORE_NAMES, THINGS
 from cntlora_core.mini.training import Budget, ExponentialAverage, optimise
 
@@ -104,11 +104,12 @@ def train(
     source = SpriteSource(node_modules)
     named = {thing.name: thing for thing in THINGS}
     sprites, labels = [], []
-    for style in TRAINED_STYLES:
+    for style in STYLES:
         for index, name in enumerate(CORE_NAMES):
             for emoji in named[name].emoji:
-                sprites.append(source.sprite(style, emoji))
-                labels.append(index)
+                if source.is_shown(style, emoji):
+                    sprites.append(source.sprite(style, emoji))
+                    labels.append(index)
     label_of = torch.tensor(labels)
     backgrounds = every_background()
     collage = Collage(sprites, backgrounds, config.seed)

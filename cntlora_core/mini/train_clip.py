@@ -32,7 +32,7 @@ from transformers import (
 from cntlora_core.files import write_json_atomic
 from cntlora_core.memory import keep_freed_memory
 from cntlora_core.mini.collage import Collage, CollageConfig, every_background
-from cntlora_core.mini.sprites import TRAINED_STYLES, SpriteSource
+from cntlora_core.mini.sprites import STYLES, SpriteSource
 from cntlora_core.mini.things import HELD_OUT_NAMES, trained_things, with_article
 from cntlora_core.mini.training import Budget, ExponentialAverage, optimise
 
@@ -144,15 +144,20 @@ def encode(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
 
 
 class ClipSet:
-    """Sprites with their names, in some drawing styles."""
+    """Sprites with their names.
 
-    def __init__(self, source: SpriteSource, styles: tuple[str, ...]) -> None:
+    Args:
+        source: where the emoji are.
+        kept_out: the 3D drawings that no training shows, instead of all others.
+    """
+
+    def __init__(self, source: SpriteSource, kept_out: bool = False) -> None:
         self.things = trained_things()
         self.sprites, names = [], []
-        for style in styles:
+        for style in ("3d",) if kept_out else STYLES:
             for index, thing in enumerate(self.things):
                 for emoji in thing.emoji:
-                    if source.path(style, emoji).is_file():
+                    if source.is_shown(style, emoji) != kept_out:
                         self.sprites.append(source.sprite(style, emoji))
                         names.append(index)
         self.names = torch.tensor(names)
@@ -228,12 +233,15 @@ def train(
     output.mkdir(parents=True, exist_ok=True)
     source = SpriteSource(node_modules)
     tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)
-    known, unseen = ClipSet(source, TRAINED_STYLES), ClipSet(source, ("3d",))
+    known, unseen = ClipSet(source), ClipSet(source, kept_out=True)
     collage = Collage(known.sprites, known.backgrounds, config.seed)
     few = CollageConfig(per_background=2)
     checks = {
         "retrieval": (known, Collage(known.sprites, known.backgrounds, config.seed + 1, few)),
-        "retrieval_3d": (unseen, Collage(unseen.sprites, unseen.backgrounds, config.seed + 2, few)),
+        "retrieval_kept_out": (
+            unseen,
+            Collage(unseen.sprites, unseen.backgrounds, config.seed + 2, few),
+        ),
     }
     torch.manual_seed(config.seed)
     model = build_clip(config, tokenizer)
