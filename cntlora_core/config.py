@@ -21,6 +21,7 @@ else:
 Constraint = Literal["cross", "self", "shift"]
 Subspace = Literal["principal", "full"]
 Factorization = Literal["svd", "qr"]
+Solver = Literal["exact", "fast"]
 Unit = Literal["least-change", "mean"]
 RankBudget = Literal["fixed", "ranks", "parameters"]
 
@@ -61,6 +62,9 @@ class CNTLoRAConfig:
         max_unfolded_width: The most features (input channels times kernel area) of a convolution's
             unfolded input. Its second moment has the square of that many float32 numbers, and its
             eigenproblem takes time as the cube.
+        solver: ``exact`` solves every eigenproblem in full and in float64. ``fast`` works in
+            float32 above 512 features, and finds few directions of many by subspace iteration; the
+            report says how far they may be off.
     """
 
     constraint: Constraint = "cross"
@@ -76,6 +80,7 @@ class CNTLoRAConfig:
     rho: float = 2.0
     seed: int = 0
     max_unfolded_width: int = 8192
+    solver: Solver = "fast"
 
     def __post_init__(self) -> None:
         for name, kind in (
@@ -84,6 +89,7 @@ class CNTLoRAConfig:
             ("factorization", Factorization),
             ("unit", Unit),
             ("rank_budget", RankBudget),
+            ("solver", Solver),
         ):
             _one_of(name, getattr(self, name), get_args(kind))
         for name in ("split", "damping", "rho"):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cntlora_core.config import Solver
 from cntlora_core.moments import Moment
 
 RELATIVE_CUTOFF = 1e-6
@@ -14,8 +15,9 @@ RELATIVE_CUTOFF = 1e-6
 
 
 _SMALL_WIDTH = 512
-_FEW = 0.3
+_FEW = 0.1
 _OVERSAMPLING = 64
+_ROUNDS = 8
 _SKETCH = 128
 _GRAM_CUTOFF = 1e-4
 _SAFETY = 2.0
@@ -28,21 +30,24 @@ class PrincipalSubspace:
     Attributes:
         vectors: (d, k) float32, orthonormal columns, by descending eigenvalue.
         values: (k,) float64, eigenvalues of ``C / (trace(C) / d)``: their mean over all d is 1.
+        error: About the angle, in radians, between the vectors and the true eigenvectors, root mean
+            square over the vectors; 0 where the full eigenproblem was solved in float64.
     """
 
     vectors: Tensor
     values: Tensor
+    error: float = 0.0
 
     @property
     def rank(self) -> int:
         return self.values.shape[0]
 
     def leading(self, k: int) -> PrincipalSubspace:
-        return PrincipalSubspace(self.vectors[:, :k], self.values[:k])
+        return PrincipalSubspace(self.vectors[:, :k], self.values[:k], self.error)
 
 
 def principal_subspace(
-    moment: Moment, k: int | None = None, *, exact: bool = False
+    moment: Moment, k: int | None = None, *, solver: Solver = "fast"
 ) -> PrincipalSubspace:
     """The at most ``k`` leading eigenpairs that the data supports.
 
@@ -52,16 +57,12 @@ def principal_subspace(
     what rounding can make: twice what was measured of the sum, what the matrix's data type rounds,
     and the solver's own error, ``sqrt(d)`` times the precision that it worked in.
 
-    A narrow moment, or a ``k`` that is no small part of its width, is a full eigenproblem: in
-    float64 up to a width of 512, beyond that in the precision that the moment was summed in. Few
-    pairs of a wide one are found by subspace iteration; where that does not settle, by the full
-    eigenproblem. Either way ``V.T C V`` is diagonal to rounding, so that what is made of the pairs
-    is right within their span, and the span misses the best one by what `subspace_iteration` says.
-
     Args:
         moment: Of the inputs of one or several attachment points.
         k: How many; None for all.
-        exact: Always solve the full eigenproblem in float64.
+        solver: ``exact`` solves the full eigenproblem in float64. ``fast`` does so up to a width of
+            512; beyond that in the precision that the moment was summed in, and where ``k`` is at
+            most about a fifteenth of the width by subspace iteration.
     """
     matrix = moment.matrix.cpu()  # MPS has no float64
     width = moment.width
@@ -71,95 +72,101 @@ def principal_subspace(
         return PrincipalSubspace(
             matrix.new_zeros(width, 0, dtype=torch.float32), matrix.new_zeros(0).double()
         )
-    found, rounding = None, moment.rounding / float(mean)
-    stored = torch.finfo(matrix.dtype).eps
-    if exact or width <= _SMALL_WIDTH:
-        matrix = matrix.double()
-    matrix = matrix / mean.to(matrix.dtype)
-    if not exact and width > _SMALL_WIDTH:
-        sketch = matrix @ _random_columns(matrix, _SKETCH)
-        found = _all_of_few(matrix, sketch)
-        if found is None and limit + _extra_columns(limit) <= _FEW * width:
-            found = subspace_iteration(matrix, limit, sketch)
-    if found is None:
+    rounding, stored = moment.rounding / float(mean), torch.finfo(matrix.dtype).eps
+    if solver == "exact" or width <= _SMALL_WIDTH:
+        matrix = matrix.double() / mean
         values, vectors = torch.linalg.eigh(matrix)
-        found = values.flip(0), vectors.flip(1)
-    values, vectors = found[0][:limit].double(), found[1][:, :limit].float()
+        values, vectors, error = values.flip(0)[:limit], vectors.flip(1)[:, :limit], 0.0
+    else:
+        matrix = matrix / mean.to(matrix.dtype)
+        found = _all_of_few(matrix) or _few_of_many(matrix, limit) or _all_of_many(matrix, limit)
+        values, vectors, error = found.values[:limit], found.vectors[:, :limit], found.error(limit)
+    values, vectors = values.double(), vectors.float()
     solved = width**0.5 * torch.finfo(matrix.dtype).eps
     cutoff = _SAFETY * rounding + (stored + solved) * values[0]
     kept = int((values > cutoff).sum())
-    return PrincipalSubspace(vectors[:, :kept], values[:kept])
+    return PrincipalSubspace(vectors[:, :kept], values[:kept], error)
 
 
-def _random_columns(matrix: Tensor, count: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(matrix.shape[0], count, generator=generator).to(matrix.dtype)
+@dataclass(frozen=True)
+class _RitzPairs:
+    """What a subspace holds of a matrix's eigenpairs (Rayleigh-Ritz), and how far it is off.
+
+    Attributes:
+        values: (q,), descending.
+        vectors: (d, q), orthonormal columns.
+        residuals: (q,), ``|C v - lam v|``.
+        rest: An upper bound of the eigenvalues outside the subspace, about.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    residuals: Tensor
+    rest: float
+
+    def error(self, k: int) -> float:
+        """The angle between the ``k`` leading vectors and the true ones, root mean square.
+
+        To first order a true eigenvector leaves the subspace by ``(lam - C)^-1`` of its residual,
+        and C is at most ``rest`` there.
+        """
+        real = self.values[:k].double() > RELATIVE_CUTOFF * float(self.values[0])
+        gaps = (self.values[:k].double()[real] - self.rest).clamp_min(1e-12)
+        angles = (self.residuals[:k].double()[real] / gaps).clamp_max(1.0)
+        return float(angles.square().mean().sqrt())
 
 
-def _all_of_few(matrix: Tensor, sketch: Tensor) -> tuple[Tensor, Tensor] | None:
+def _rayleigh_ritz(basis: Tensor, image: Tensor, rest: float | None) -> _RitzPairs:
+    """Of a matrix's ``image`` of an orthonormal ``basis``; ``rest`` is the last value if None."""
+    values, rotation = torch.linalg.eigh(basis.T @ image)
+    values, rotation = values.flip(0), rotation.flip(1)
+    vectors = basis @ rotation
+    residuals = (image @ rotation - vectors * values).norm(dim=0)
+    return _RitzPairs(values, vectors, residuals, float(values[-1]) if rest is None else rest)
+
+
+def _random_columns(matrix: Tensor, count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(matrix.shape[0], count, generator=generator).to(matrix)
+
+
+def _all_of_few(matrix: Tensor) -> _RitzPairs | None:
     """All eigenpairs that are no rounding, where a sketch ``C @ random`` has them all; else None.
 
     As where all samples have one text: its tokens are far fewer than the features. The sketch's
     range is all of the matrix's if nothing of its trace is left out.
     """
-    basis = torch.linalg.qr(sketch).Q
-    inner = basis.T @ (matrix @ basis)
-    left_out = matrix.diagonal().double().sum() - inner.diagonal().double().sum()
-    if left_out > RELATIVE_CUTOFF * inner.diagonal().max():
+    basis = torch.linalg.qr(matrix @ _random_columns(matrix, _SKETCH)).Q
+    image = matrix @ basis
+    inside = (basis * image).sum(0)
+    left_out = matrix.diagonal().double().sum() - inside.double().sum()
+    if left_out > RELATIVE_CUTOFF * inside.max():
         return None
-    values, rotation = torch.linalg.eigh(inner)
-    return values.flip(0), basis @ rotation.flip(1)
+    return _rayleigh_ritz(basis, image, rest=0.0)
 
 
-def _extra_columns(k: int) -> int:
-    return max(_OVERSAMPLING, k // 4)
+def _few_of_many(matrix: Tensor, k: int) -> _RitzPairs | None:
+    """About the ``k`` leading eigenpairs; None where the full eigenproblem is as fast.
 
-
-def subspace_iteration(
-    matrix: Tensor,
-    k: int,
-    sketch: Tensor | None = None,
-    *,
-    tolerance: float = 2e-2,
-    rounds: int = 6,
-) -> tuple[Tensor, Tensor] | None:
-    """About the ``k`` leading eigenpairs, by randomised subspace iteration.
-
-    With a Rayleigh-Ritz step after every round (arXiv 0909.4061, algorithms 4.4 and 5.3). It ends
-    once the eigenvalues change by less than ``tolerance`` in a round, in the mean of their relative
-    changes; the subspace has then long settled in its leading directions, and moves in the last
-    ones, whose eigenvalues lie close together.
-
-    Args:
-        matrix: (d, d), symmetric, positive semi-definite.
-        k: How many pairs.
-        sketch: (d, any), ``matrix`` times random columns, if there is one already.
-        tolerance: When it is done.
-        rounds: At most so many.
-
-    Returns:
-        Eigenvalues (k,), descending, and eigenvectors (d, k); None if it did not settle, as where
-        all eigenvalues are nearly alike.
+    Subspace iteration (arXiv 0909.4061, algorithm 4.4) with a Rayleigh-Ritz step, as
+    ``torch.svd_lowrank`` does it, which draws from the global generator.
     """
-    columns = min(matrix.shape[0], k + _extra_columns(k))
-    have = 0 if sketch is None else sketch.shape[1]
-    more = matrix @ _random_columns(matrix, max(columns - have, 0), seed=1)
-    image = more if sketch is None else torch.cat([sketch[:, :columns], more], dim=1)
-    before = None
-    for done in range(rounds + 1):
+    columns = k + max(_OVERSAMPLING, k // 2)
+    if columns > _FEW * matrix.shape[0]:
+        return None
+    image = matrix @ _random_columns(matrix, columns)
+    for _ in range(_ROUNDS):
         basis = torch.linalg.qr(image).Q
         image = matrix @ basis
-        if done == 0:
-            continue  # never settled so soon, and the small eigenproblem is a fifth of a round
-        inner = basis.T @ image
-        values = torch.linalg.eigvalsh(inner).flip(0)[:k]
-        if before is not None:
-            real = values > RELATIVE_CUTOFF * values[0]
-            if ((values - before).abs()[real] / values[real]).mean() < tolerance:
-                values, rotation = torch.linalg.eigh(inner)
-                return values.flip(0)[:k], basis @ rotation.flip(1)[:, :k]
-        before = values
-    return None
+    return _rayleigh_ritz(basis, image, rest=None)
+
+
+def _all_of_many(matrix: Tensor, k: int) -> _RitzPairs:
+    """The ``k`` leading of all eigenpairs, as well as the matrix's precision allows."""
+    values, vectors = torch.linalg.eigh(matrix)
+    values, vectors = values.flip(0), vectors.flip(1)[:, :k]
+    residuals = (matrix @ vectors - vectors * values[:k]).norm(dim=0)
+    return _RitzPairs(values[:k], vectors, residuals, float(values[k]) if k < len(values) else 0.0)
 
 
 @dataclass(frozen=True)

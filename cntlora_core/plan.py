@@ -27,10 +27,12 @@ class AdapterPlan:
     Attributes:
         factors: By attachment point's name, in the model's order.
         rewrites_base: Whether the frozen weight becomes ``W - scaling * B @ A``.
+        solver_error: The largest of the inputs' :attr:`PrincipalSubspace.error`.
     """
 
     factors: dict[str, Factors]
     rewrites_base: bool
+    solver_error: float = 0.0
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -46,6 +48,7 @@ class AdapterPlan:
         return AdapterPlan(
             {n[len(prefix) :]: f for n, f in self.factors.items() if n.startswith(prefix)},
             self.rewrites_base,
+            self.solver_error,
         )
 
 
@@ -90,7 +93,9 @@ def plan_adapter(
         group = groups[index]
         k = max(wanted[p.name] for p in group) if fixed else ceiling
         subspace = principal_subspace(
-            captured.moments[index], None if config.subspace == "full" else k
+            captured.moments[index],
+            None if config.subspace == "full" else k,
+            solver=config.solver,
         )
         if release:
             captured.moments[index].release()
@@ -135,7 +140,8 @@ def plan_adapter(
 
     factors = map_in_threads(factors_of, list(enumerate(points)))
     by_name = {p.name: f for p, f in zip(points, factors, strict=True)}
-    return AdapterPlan(by_name, rewrites_base=config.preserve_output)
+    error = max((subspace.error for subspace, _ in solved.values()), default=0.0)
+    return AdapterPlan(by_name, config.preserve_output, error)
 
 
 def check_points(

@@ -196,15 +196,16 @@ def plan_from_first(make: Callable[[], AdapterPlan], processes: Processes) -> Ad
     processes.raise_together(error, "solving for the start")
     header = plan and (
         plan.rewrites_base,
+        plan.solver_error,
         [(n, f.down.shape, f.up.shape, f.scaling, f.filled) for n, f in plan.factors.items()],
     )
     header = processes.gather(header)[0]
     assert header is not None
-    rewrites_base, described = header
+    rewrites_base, solver_error, described = header
     factors = {}
     for name, down_shape, up_shape, scaling, filled in described:
         own = plan.factors[name] if plan is not None else None
         down = processes.from_first(own.down if own else None, down_shape)
         up = processes.from_first(own.up if own else None, up_shape)
         factors[name] = Factors(down, up, scaling, filled)
-    return AdapterPlan(factors, rewrites_base)
+    return AdapterPlan(factors, rewrites_base, solver_error)
