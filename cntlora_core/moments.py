@@ -146,8 +146,13 @@ def _probing_columns(width: int) -> Tensor:
 
 def _product_in_blocks(left: Tensor, right: Tensor) -> Tensor:
     """``left.T @ right`` of a few columns and many, summed in float64 over blocks of rows."""
-    blocks = zip(left.split(_BLOCK), right.split(_BLOCK), strict=True)
-    return torch.stack([a.T @ b for a, b in blocks]).cpu().sum(0, dtype=torch.float64)
+    whole = left.shape[0] // _BLOCK * _BLOCK
+    blocks = torch.bmm(
+        left[:whole].reshape(-1, _BLOCK, left.shape[1]).mT,
+        right[:whole].reshape(-1, _BLOCK, right.shape[1]),
+    )
+    rest = left[whole:].T @ right[whole:]
+    return blocks.cpu().sum(0, dtype=torch.float64) + rest.cpu()
 
 
 _LEAF = 512

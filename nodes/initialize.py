@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, get_args
 
 from comfy_api.latest import io  # pyright: ignore[reportMissingImports]
 
-from cntlora_core.config import CNTLoRAConfig, Factorization, RankBudget, Subspace
+from cntlora_core.config import CNTLoRAConfig, Factorization, RankBudget, Solver, Subspace, Unit
 from cntlora_core.diffusion.settings import AdapterKind, AdapterSettings, Method, torch_dtype
 
 from .pictures import image_tensor, shown
@@ -95,6 +95,8 @@ class Initialize(io.ComfyNode):
         adapter: AdapterKind,
         convolutions: bool,
         orthogonality: float,
+        unit: Unit,
+        solver: Solver,
     ) -> io.NodeOutput:
         from cntlora_core.plots import rank_picture
 
@@ -104,7 +106,9 @@ class Initialize(io.ComfyNode):
             shift=shift if shift_kind == SHIFT_KINDS[0] else "normal",
             factorization=factorization,
             subspace=subspace,
+            unit=unit,
             damping=damping,
+            solver=solver,
             preserve_output=preserve_output,
             min_rank=min_rank,
             rho=rho,
@@ -224,7 +228,8 @@ def _advanced_inputs() -> list[io.Input]:
             step=0.001,
             round=0.0001,
             extra_dict=ADVANCED,
-            tooltip="Holds back directions that your photos hardly show; more is gentler.",
+            tooltip="Only for the unit mean: holds back directions that your photos hardly show; "
+            "more is gentler.",
         ),
         io.Boolean.Input(
             "preserve_output",
@@ -297,6 +302,21 @@ def _advanced_inputs() -> list[io.Input]:
             extra_dict=ADVANCED,
             tooltip="Only for lava: how strongly the training keeps what it learns in directions "
             "of their own; 0 is off.",
+        ),
+        io.Combo.Input(
+            "unit",
+            options=list(get_args(Unit)),
+            default=default_of(CNTLoRAConfig, "unit"),
+            extra_dict=ADVANCED,
+            tooltip="least-change measures what the photos show such that each layer changes "
+            "least; mean measures all layers alike, and changes those that read text much more.",
+        ),
+        io.Combo.Input(
+            "solver",
+            options=list(get_args(Solver)),
+            default=default_of(CNTLoRAConfig, "solver"),
+            extra_dict=ADVANCED,
+            tooltip="exact takes longer in wide layers; the report says how far off fast may be.",
         ),
     ]
 

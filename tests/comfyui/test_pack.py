@@ -60,7 +60,8 @@ def test_defaults_are_the_core_s(pack: Pack) -> None:
         assert bool(widgets[name].extra_dict.get("advanced")) == (name not in widgets_first())
     widgets = {i.id: i for i in pack.nodes["CNTLoRAInitialize"].GET_SCHEMA().inputs}
     assert widgets["rank"].default == AdapterSettings().rank
-    assert widgets["damping"].default == CNTLoRAConfig().damping
+    for name in ("damping", "unit", "solver"):
+        assert widgets[name].default == getattr(CNTLoRAConfig(), name)
     assert "lora" in widgets["method"].options
 
 
