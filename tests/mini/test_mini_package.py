@@ -34,6 +34,7 @@ from cntlora_core.mini.things import (
     trained_things,
     with_article,
 )
+from cntlora_core.mini.train_clip import ClipSet
 from cntlora_core.mini.vocabulary import learn_merges
 
 
@@ -189,6 +190,12 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> SpriteSource:
     return found
 
 
+def colours_of(sprites: list[Image.Image]) -> set[tuple[int, int, int]]:
+    """Of one pixel inside each disc."""
+    inside = [np.asarray(sprite.convert("RGBA"))[3, 10, :3].tolist() for sprite in sprites]
+    return {(red, green, blue) for red, green, blue in inside}
+
+
 def test_no_sample_and_no_picture_of_the_autoencoder_shows_a_drawing_kept_out(source: SpriteSource):
     assert {subject.emoji for subject in SUBJECTS} <= set(KEPT_OUT_3D)
     plain = ComposeConfig(recolour_share=0)
@@ -200,9 +207,9 @@ def test_no_sample_and_no_picture_of_the_autoencoder_shows_a_drawing_kept_out(so
     assert (
         min(np.abs(picture - np.array(MAGENTA, np.float32)).max(-1).min() for picture in shown) > 30
     )
-    colours = [np.asarray(sprite.convert("RGBA"))[3, 10, :3].tolist() for sprite in everything]
-    assert list(MAGENTA) not in colours
-    assert list(GREEN) in colours
+    assert colours_of(everything) == {GREEN}
+    assert colours_of(ClipSet(source).sprites) == {GREEN}
+    assert colours_of(ClipSet(source, kept_out=True).sprites) == {MAGENTA}
 
 
 def test_a_caption_without_a_background_has_a_plain_one_behind_it(source: SpriteSource):
