@@ -17,6 +17,11 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from cntlora_core.factorization import Factors
+from cntlora_core.initialization_record import (
+    InitializationRecord,
+    fingerprints_of,
+    remember_rewriting,
+)
 from cntlora_core.plan import AdapterPlan, plan_adapter, plan_plain_lora
 from cntlora_core.unfolding import same_geometry, with_geometry_of
 from cntlora_core.weights import check_rewritable, subtract_from_weight
@@ -50,7 +55,11 @@ VARIANTS = (
 
 
 def inject_adapter(
-    model: nn.Module, lora_config: LoraConfig, plan: AdapterPlan, adapter_name: str = "default"
+    model: nn.Module,
+    lora_config: LoraConfig,
+    plan: AdapterPlan,
+    adapter_name: str = "default",
+    method: str = "",
 ) -> tuple[PeftModel, dict[str, float]]:
     """Wrap the planned points of a base model, once, and copy their factors in.
 
@@ -77,7 +86,7 @@ def inject_adapter(
         check_rewritable(model, {name: model.get_submodule(name) for name in plan.factors})
     lora_config = copy.deepcopy(lora_config)
     lora_config.init_lora_weights = False  # the factors are copied in below
-    lora_config.target_modules = list(plan.factors)
+    lora_config.target_modules = set(plan.factors)
     lora_config.layers_to_transform = lora_config.layers_pattern = None
     matched = {n for n, _ in model.named_modules() if check_target_module_exists(lora_config, n)}
     if matched != set(plan.factors):  # peft takes names as suffixes
@@ -87,8 +96,9 @@ def inject_adapter(
         anchored(n): alpha_of(f.scaling, f.rank, lora_config.use_rslora)
         for n, f in plan.factors.items()
     }
-    # peft would draw random numbers for weights that are overwritten at once. Only DoRA reads them.
-    bare = not lora_config.use_dora
+    # peft would draw random numbers for weights that are overwritten at once. DoRA reads them, and
+    # the rows of trainable tokens are copied from the base.
+    bare = not (lora_config.use_dora or getattr(lora_config, "trainable_token_indices", None))
     peft_model = get_peft_model(
         model, lora_config, adapter_name=adapter_name, low_cpu_mem_usage=bare
     )
@@ -99,7 +109,7 @@ def inject_adapter(
             assert isinstance(weight, Tensor)
             layer.lora_A.get_submodule(adapter_name).to_empty(device=weight.device)
             layer.lora_B.get_submodule(adapter_name).to_empty(device=weight.device)
-    return peft_model, copy_factors(peft_model, plan, adapter_name)
+    return peft_model, copy_factors(peft_model, plan, adapter_name, method)
 
 
 def check_lora_config(lora_config: LoraConfig, rewrites_base: bool) -> None:
@@ -154,11 +164,12 @@ def configured_ranks(
 
 @torch.no_grad()
 def copy_factors(
-    peft_model: nn.Module, plan: AdapterPlan, adapter_name: str = "default"
+    peft_model: PeftModel, plan: AdapterPlan, adapter_name: str = "default", method: str = ""
 ) -> dict[str, float]:
     """Copy a plan's factors into the adapter of a wrapped model, rewriting the base if planned.
 
-    Nothing is changed unless everything fits.
+    Nothing is changed unless everything fits. A rewritten base is recorded, under the method's
+    name, in the adapter's configuration; see :mod:`cntlora_core.initialization_record`.
 
     Returns:
         For each point, what rounding the rewritten weight to its dtype lost, relative to the
@@ -169,10 +180,13 @@ def copy_factors(
             weight cannot be rewritten as planned.
     """
     layers = adapter_layers(peft_model)
+    check_materialised(peft_model, adapter_name)
     _check_fits(layers, plan, adapter_name)
+    fingerprints = {}
     if plan.rewrites_base:
         bases = {name: layers[name].get_base_layer() for name in plan.factors}
         check_rewritable(peft_model, bases)
+        fingerprints = fingerprints_of(bases)
     mended = match_convolutions(peft_model)
     if mended:
         logger.warning(
@@ -199,7 +213,25 @@ def copy_factors(
             if plan.rewrites_base
             else 0.0
         )
+    if plan.rewrites_base:
+        stored = stored_plan(peft_model, plan, adapter_name)
+        record = InitializationRecord(stored, method, fingerprints)
+        remember_rewriting(peft_model, adapter_name, record)
     return rounding
+
+
+def check_materialised(model: nn.Module, adapter_name: str) -> None:
+    """Refuse an adapter that has no memory of its own.
+
+    Raises:
+        ValueError: if a parameter of the adapter is on the meta device.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta and adapter_name in name.split("."):
+            raise ValueError(
+                f"{name!r} is on the meta device, without values: wrap the model without "
+                "low_cpu_mem_usage=True, which is for adapters that are loaded afterwards"
+            )
 
 
 def _check_fits(layers: Mapping[str, LoraLayer], plan: AdapterPlan, adapter_name: str) -> None:

@@ -16,6 +16,7 @@ from cntlora_core.adapter import (
     AdapterPlan,
     adapter_layers,
     check_lora_config,
+    check_materialised,
     configured_ranks,
     copy_factors,
     inject_adapter,
@@ -25,6 +26,7 @@ from cntlora_core.attachment import AttachmentPoint, attachment_point, find_atta
 from cntlora_core.capture import ForwardFn, default_forward
 from cntlora_core.collect import ProgressFn, collect_moments
 from cntlora_core.config import CNTLoRAConfig
+from cntlora_core.initialization_record import base_is_rewritten, record_of
 from cntlora_core.memory import give_back_freed_memory
 from cntlora_core.plan import check_points, plan_adapter
 from cntlora_core.processes import Processes, plan_from_first
@@ -122,9 +124,10 @@ def get_cntlora_model(
     task = processes.run(prepare, "preparing the start")
     plan, report = task.solve(dataloader, forward_fn, mask_fn, progress, processes)
     peft_model, rounding = processes.run(
-        lambda: inject_adapter(model, lora_config, plan), "wrapping the model"
+        lambda: inject_adapter(model, lora_config, plan, method=config.constraint),
+        "wrapping the model",
     )
-    return _leave_record(peft_model, plan, report, rounding, "default")
+    return _with_report(peft_model, plan, report, rounding)
 
 
 def initialize_lora_cntlora_weights(
@@ -185,10 +188,11 @@ def initialize_lora_cntlora_weights(
     with peft_model.disable_adapter():
         plan, report = task.solve(dataloader, forward_fn, mask_fn, progress, processes)
     rounding = processes.run(
-        lambda: copy_factors(peft_model, plan, adapter_name), "copying the start"
+        lambda: copy_factors(peft_model, plan, adapter_name, config.constraint),
+        "copying the start",
     )
     plan = stored_plan(peft_model, plan, adapter_name)
-    return _leave_record(peft_model, plan, report, rounding, adapter_name)
+    return _with_report(peft_model, plan, report, rounding)
 
 
 class _Task:
@@ -284,12 +288,13 @@ def _check_wrapped(peft_model: PeftModel, adapter_name: str, config: CNTLoRAConf
             f"adapters are merged into the base weight of {merged[0]!r}: call unmerge_adapter() "
             "first"
         )
-    rewritten = [n for n, plan in _plans(peft_model).items() if plan.rewrites_base]
-    if rewritten:
+    rewritten = [name for name in peft_model.peft_config if record_of(peft_model, name)]
+    if base_is_rewritten(peft_model):
         raise ValueError(
-            f"the base weights were rewritten for the start of adapter {rewritten[0]!r}, "
+            f"the base weights were rewritten for the start of adapter {', '.join(rewritten)!r}, "
             "so that they are no longer those of the base model: load it anew"
         )
+    check_materialised(peft_model, adapter_name)
     others = sorted(set(peft_model.peft_config) - {adapter_name})
     if others and config.preserve_output:
         raise ValueError(
@@ -298,19 +303,10 @@ def _check_wrapped(peft_model: PeftModel, adapter_name: str, config: CNTLoRAConf
         )
 
 
-def _plans(peft_model: PeftModel) -> dict[str, AdapterPlan]:
-    return getattr(peft_model, "cntlora_plans", {})
-
-
-def _leave_record(
-    peft_model: PeftModel,
-    plan: AdapterPlan,
-    report: InitReport,
-    rounding: dict[str, float],
-    adapter_name: str,
+def _with_report(
+    peft_model: PeftModel, plan: AdapterPlan, report: InitReport, rounding: dict[str, float]
 ) -> PeftModel:
     report = dataclasses.replace(report, rounding=max(rounding.values(), default=0.0))
     object.__setattr__(peft_model, "cntlora_plan", plan)
-    object.__setattr__(peft_model, "cntlora_plans", {**_plans(peft_model), adapter_name: plan})
     object.__setattr__(peft_model, "cntlora_report", report)
     return peft_model

@@ -104,11 +104,11 @@ def check_rewritable(root: nn.Module, modules: Mapping[str, nn.Module]) -> None:
     Raises:
         ValueError: naming the module, and offering ``preserve_output=False``.
     """
-    users: dict[int, list[str]] = {}
-    for path, module in root.named_modules():
+    users: dict[int, list[tuple[str, Tensor]]] = {}
+    for path, module in root.named_modules(remove_duplicate=False):
         for parameter in module._parameters.values():
-            if parameter is not None:
-                users.setdefault(id(parameter), []).append(path)
+            if parameter is not None and (place := _storage_of(parameter)):
+                users.setdefault(place, []).append((path, parameter))
     for name, module in modules.items():
         weight = getattr(module, "weight", None)
         why_not = quantised_as(module)
@@ -116,13 +116,52 @@ def check_rewritable(root: nn.Module, modules: Mapping[str, nn.Module]) -> None:
             why_not = f"it is {why_not}, and would be rounded anew"
         elif not isinstance(module._parameters.get("weight"), nn.Parameter):
             why_not = "it is computed from other parameters at each call"
-        elif len(users.get(id(weight), ())) > 1:
-            why_not = f"it is tied, {' and '.join(sorted(users[id(weight)]))} use it"
+        else:
+            assert isinstance(weight, nn.Parameter)
+            near = users.get(_storage_of(weight), ())
+            tied = sorted(path for path, other in near if _share_values(weight, other))
+            if len(tied) > 1:
+                why_not = f"it is tied, {' and '.join(tied)} use it"
         if why_not is not None:
             raise ValueError(
                 f"preserve_output=True rewrites the frozen weight of {name!r}, but {why_not}: use "
                 "preserve_output=False, which starts the model at W + dW and leaves W as it is"
             )
+
+
+def _storage_of(tensor: Tensor) -> int:
+    """Where a tensor's memory begins; 0 for one that has none of its own."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):  # of a wrapper, quantised for example
+        return 0
+
+
+def _share_values(one: Tensor, other: Tensor) -> bool:
+    """Whether a write to one tensor changes another that lies in the same storage."""
+    if one is other:
+        return True
+    (start, end), (other_start, other_end) = _bytes_of(one), _bytes_of(other)
+    if end <= other_start or other_end <= start:
+        return False  # neighbours in one buffer, as in a checkpoint that is mapped into memory
+    if one.dtype != other.dtype:
+        return True
+    # Between strides there may be room for another tensor: look at each value.
+    first = min(one.storage_offset(), other.storage_offset())
+    written = torch.zeros(
+        (max(end, other_end) - min(start, other_start)) // one.itemsize, dtype=torch.bool
+    )
+    written.as_strided(one.shape, one.stride(), one.storage_offset() - first).fill_(True)
+    return bool(
+        written.as_strided(other.shape, other.stride(), other.storage_offset() - first).any()
+    )
+
+
+def _bytes_of(tensor: Tensor) -> tuple[int, int]:
+    """From which byte of its storage to which a tensor reaches."""
+    reach = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.storage_offset() * tensor.itemsize
+    return start, start + (reach * tensor.itemsize if tensor.numel() else 0)
 
 
 @torch.no_grad()

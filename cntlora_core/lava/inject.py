@@ -12,6 +12,12 @@ from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_tar
 from torch import nn
 
 from cntlora_core.adapter import anchored
+from cntlora_core.initialization_record import (
+    InitializationRecord,
+    OnRewrittenBase,
+    fingerprints_of,
+    remember_rewriting,
+)
 from cntlora_core.lava.config import LavaConfig
 from cntlora_core.lava.factors import LavaFactors, LavaPlan
 from cntlora_core.lava.layer import LavaLayer, check_adaptable
@@ -42,8 +48,18 @@ def adaptable_modules(model: nn.Module, config: LavaConfig) -> dict[str, nn.Modu
     return found
 
 
+class LavaOnRewrittenBase(OnRewrittenBase, LavaConfig):
+    """The configuration of an adapter that fits a rewritten base only."""
+
+    initialization_field = "init_weights"
+
+
 def inject_lava(
-    model: nn.Module, config: LavaConfig, plan: LavaPlan, adapter_name: str = "default"
+    model: nn.Module,
+    config: LavaConfig,
+    plan: LavaPlan,
+    adapter_name: str = "default",
+    method: str = "",
 ) -> tuple[PeftModel, dict[str, float]]:
     """Wrap the planned modules of a base model, once, and copy their factors in.
 
@@ -71,25 +87,34 @@ def inject_lava(
     }
     wrapped = get_peft_model(model, config, adapter_name=adapter_name)
     assert isinstance(wrapped, PeftModel)
-    return wrapped, copy_lava_factors(wrapped, plan, adapter_name)
+    return wrapped, copy_lava_factors(wrapped, plan, adapter_name, method)
 
 
 @torch.no_grad()
 def copy_lava_factors(
-    model: nn.Module, plan: LavaPlan, adapter_name: str = "default"
+    model: PeftModel, plan: LavaPlan, adapter_name: str = "default", method: str = ""
 ) -> dict[str, float]:
     """Copy a plan's factors into the adapter of a wrapped model, rewriting the base if planned."""
     layers = lava_layers(model)
+    rewritten = {
+        name: layers[name].get_base_layer()
+        for name, factors in plan.factors.items()
+        if plan.rewrites_base and factors.v.any()
+    }
+    fingerprints = fingerprints_of(rewritten)
     rounding = {}
     for name, factors in plan.factors.items():
         layer = layers[name]
         for key, parameter in layer.factors(adapter_name).items():
             parameter.copy_(factors.named()[key])
         rounding[name] = 0.0
-        if plan.rewrites_base and factors.v.any():
+        if name in rewritten:
             rounding[name] = subtract_from_weight(
-                layer.get_base_layer(), factors.u, factors.down(), factors.scaling
+                rewritten[name], factors.u, factors.down(), factors.scaling
             )
+    if rewritten:
+        record = InitializationRecord(plan, method, fingerprints)
+        remember_rewriting(model, adapter_name, record, LavaOnRewrittenBase)
     return rounding
 
 

@@ -91,7 +91,7 @@ def get_lava_model(
     exact for matrices and an approximation for convolutions, whose error is reported. Modules that
     have no closed form (convolutions in groups or in one dimension, or wider than
     ``max_unfolded_width``) start plain. With ``preserve_output`` the frozen weights are rewritten:
-    save the trained adapter with :func:`cntlora_core.lava.conversion.save_converted`.
+    save the trained adapter with :func:`cntlora_core.save_converted`.
 
     Args:
         model: The base model; its targeted modules are wrapped in place.
@@ -148,7 +148,8 @@ def get_lava_model(
         start = dataclasses.replace(start, processes=processes.count)
     plan = task.carry(closed_form)
     wrapped, rounding = processes.run(
-        lambda: inject_lava(model, lava_config, plan), "wrapping the model"
+        lambda: inject_lava(model, lava_config, plan, method=config.constraint),
+        "wrapping the model",
     )
     if start is not None:
         start = dataclasses.replace(start, rounding=max(rounding.values(), default=0.0))

@@ -4,25 +4,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
 
-from cntlora_core.adapter import (
-    AdapterPlan,
-    adapter_layers,
-    adapter_weights,
-    check_lora_config,
-    inject_adapter,
-)
+from cntlora_core.adapter import AdapterPlan, check_lora_config, inject_adapter
 from cntlora_core.attachment import find_attachment_points
 from cntlora_core.config import CNTLoRAConfig
+from cntlora_core.conversion import save_converted
 from cntlora_core.initialize import ForwardFn, ProgressFn
 from cntlora_core.methods.base import Limits, Method, StartReport, StartRequest, WrappedModel
 from cntlora_core.methods.from_weights import seeded
@@ -66,12 +59,12 @@ class StartedAdapter:
     def save_pretrained(self, folder: str | Path) -> None:
         """Save what was trained in peft's layout, right on the stock base model.
 
-        Where the base weight was rewritten, the start is subtracted by peft itself, which doubles
-        the ranks.
+        As :func:`cntlora_core.save_converted`: where the base weight was rewritten, the initial
+        adapter is subtracted, which doubles the ranks.
 
         Raises:
-            ValueError: for a model that has no adapter to save, and where peft cannot subtract
-                (rank-stabilised scaling with ranks that differ).
+            ValueError: for full fine-tuning, which has no adapter, and for LoftQ, whose adapter
+                fits the quantised base only.
         """
         model = self.model
         if not isinstance(model, PeftModel):
@@ -87,33 +80,7 @@ class StartedAdapter:
         if self.plan is None or not self.plan.rewrites_base:
             model.save_pretrained(str(folder))
             return
-        trained = self._swap_in_start()
-        with tempfile.TemporaryDirectory() as temporary:
-            start = str(Path(temporary) / "start")
-            try:
-                model.save_pretrained(start)
-            finally:
-                self._restore(trained)
-            model.save_pretrained(str(folder), path_initial_model_for_weight_conversion=start)
-
-    @torch.no_grad()
-    def _swap_in_start(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        assert self.plan is not None
-        trained = {}
-        layers = adapter_layers(self.model)
-        for name, factors in self.plan.factors.items():
-            down, up = adapter_weights(layers[name])
-            trained[name] = (down.clone(), up.clone())
-            down.copy_(factors.down)
-            up.copy_(factors.up)
-        return trained
-
-    @torch.no_grad()
-    def _restore(self, trained: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
-        layers = adapter_layers(self.model)
-        for name, values in trained.items():
-            for parameter, value in zip(adapter_weights(layers[name]), values, strict=True):
-                parameter.copy_(value)
+        save_converted(model, folder)
 
 
 def start_adapter(
@@ -193,7 +160,9 @@ def _start(
         return method.wrap(model, lora_config, request)
     assert method.plan is not None
     planned = method.plan(request)
-    peft_model, rounding = inject_adapter(model, _without_start(lora_config), planned.plan)
+    peft_model, rounding = inject_adapter(
+        model, _without_start(lora_config), planned.plan, method=method.name
+    )
     report = dataclasses.replace(planned.report, rounding=max(rounding.values(), default=0.0))
     return WrappedModel(peft_model, report, planned.plan)
 

@@ -128,11 +128,14 @@ def test_where_the_base_was_left_alone_nothing_is_taken_out(tmp_path):
     torch.testing.assert_close(loaded(data()[0]), trained, rtol=1e-4, atol=1e-4)
 
 
-def test_a_model_that_keeps_no_start_is_refused(tmp_path):
+def test_a_plain_adapter_is_saved_as_it_is(tmp_path):
     model = get_peft_model(Net(), lora())
-    with pytest.raises(ValueError, match="keeps no start of adapter 'default'"):
-        save_converted(model, tmp_path / "x")
-    assert not (tmp_path / "x").exists()
+    trained = train(model)
+    report = save_converted(model, tmp_path)
+    assert report.ranks == report.trained_ranks == {"conv": 3, "a": 3, "b": 3}
+    assert torch.equal(PeftModel.from_pretrained(Net(), tmp_path)(data()[0]), trained)
+    with pytest.raises(ValueError, match=r"no adapter 'other'; there are \['default'\]"):
+        save_converted(model, tmp_path, adapter_name="other")
 
 
 FRESH = """

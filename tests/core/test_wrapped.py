@@ -165,6 +165,95 @@ def test_tied_weights_are_not_rewritten():
     assert model.cntlora_report.filled == {}
 
 
+class Shared(nn.Module):
+    """A layer whose weight's memory another layer uses, through a parameter of its own."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        memory = torch.randn(12, 12)
+        one, other = {
+            "rows": (memory[:6], memory[3:9]),
+            "transposed": (memory[:6], memory[:6].T),
+            "another type": (memory[:6], memory[:6].view(torch.int32)),
+            "columns": (memory[:, :6], memory[:, 6:]),
+            "neighbours": (memory[:6], memory[6:]),
+        }[how]
+        self.one = nn.Linear(one.shape[1], one.shape[0], bias=False)
+        self.one.weight = nn.Parameter(one)
+        self.other = nn.Module()
+        self.other.weight = nn.Parameter(other, requires_grad=False)
+
+    def forward(self, x):
+        return self.one(x)
+
+
+@pytest.mark.parametrize("how", ["rows", "transposed", "another type"])
+def test_a_weight_whose_memory_another_parameter_uses_is_not_rewritten(how):
+    base, x = Shared(how), torch.randn(5, 12)
+    before = base.other.weight.clone()
+    with pytest.raises(ValueError, match="'one', but it is tied, one and other use it"):
+        get_cntlora_model(base, LoraConfig(r=2, target_modules=["one"]), REWRITE, [x])
+    assert torch.equal(base.other.weight, before)
+
+
+@pytest.mark.parametrize("how", ["columns", "neighbours"])
+def test_a_weight_that_merely_lies_in_the_same_buffer_is_rewritten(how):
+    base = Shared(how)
+    x, before = torch.randn(5, base.one.in_features), base.other.weight.clone()
+    expected = base(x).detach()
+    model = get_cntlora_model(base, LoraConfig(r=2, target_modules=["one"]), REWRITE, [x])
+    assert torch.equal(model.get_base_model().other.weight, before)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(model(x), expected)
+
+
+def test_a_layer_that_has_two_names_is_not_rewritten():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = self.again = nn.Linear(6, 6)
+
+        def forward(self, x):
+            return self.again(torch.tanh(self.one(x)))
+
+    with pytest.raises(ValueError, match="again and one use it"):
+        get_cntlora_model(Twice(), lora(target_modules=["one"]), REWRITE, [torch.randn(5, 6)])
+
+
+class Reader(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.embed, self.a, self.b = nn.Embedding(9, 6), nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def forward(self, ids):
+        return self.b(torch.tanh(self.a(self.embed(ids))))
+
+
+@pytest.mark.parametrize("settings", [KEEP, REWRITE])
+def test_trained_tokens_start_as_the_base_s(settings):
+    ids = torch.arange(9)[None]
+    model = get_cntlora_model(
+        Reader(), lora(trainable_token_indices={"embed": [1, 4]}), settings, [ids]
+    )
+    assert not [n for n, p in model.named_parameters() if p.is_meta]
+    torch.testing.assert_close(
+        model.get_submodule("base_model.model.embed")(ids), Reader().embed(ids)
+    )
+    if settings is REWRITE:
+        torch.testing.assert_close(model(ids), Reader()(ids), rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_without_values_is_refused_before_anything_is_touched():
+    base = Net()
+    model = get_peft_model(base, lora(), low_cpu_mem_usage=True)
+    before = weights_of(model, "base_layer")
+    with pytest.raises(ValueError, match=r"on the meta device.*without low_cpu_mem_usage"):
+        initialize_lora_cntlora_weights(model, data(), REWRITE)
+    after = weights_of(model, "base_layer")
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+
+
 def test_a_weight_that_is_computed_is_not_rewritten():
     base, x = (
         nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))),

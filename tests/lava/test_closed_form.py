@@ -16,7 +16,7 @@ from cntlora_core.lava.conversion import brought_back, save_converted
 from cntlora_core.lava.factors import LavaFactors, difference
 from cntlora_core.lava.inject import lava_layers, snapshot
 
-from .conftest import config
+from .conftest import config, layers
 
 WITH_CLOSED_FORM = ["first", "short", "turned", "head"]
 
@@ -160,11 +160,14 @@ def test_difference_and_fewer_terms():
         difference(one, drawn(1.0))
 
 
-def test_a_model_without_a_start_says_so(net, tmp_path):
+def test_a_plain_adapter_is_saved_as_it_is(net, make_net, x, tmp_path):
     from peft import get_peft_model
 
-    with pytest.raises(ValueError, match="keeps no start of adapter 'default'"):
-        save_converted(get_peft_model(net, config()), tmp_path)
+    model = get_peft_model(net, config())
+    train(model, x)
+    report = save_converted(model, tmp_path)
+    assert report.ranks == report.trained_ranks == dict.fromkeys(layers(model), 3)
+    assert torch.equal(PeftModel.from_pretrained(make_net(), tmp_path)(x), model(x))
 
 
 def test_the_snapshot_is_a_copy(net):
