@@ -86,7 +86,7 @@ def inject_adapter(
         check_rewritable(model, {name: model.get_submodule(name) for name in plan.factors})
     lora_config = copy.deepcopy(lora_config)
     lora_config.init_lora_weights = False  # the factors are copied in below
-    lora_config.target_modules = set(plan.factors)
+    lora_config.target_modules = set(plan.factors)  # pyright: ignore[reportAttributeAccessIssue]
     lora_config.layers_to_transform = lora_config.layers_pattern = None
     matched = {n for n, _ in model.named_modules() if check_target_module_exists(lora_config, n)}
     if matched != set(plan.factors):  # peft takes names as suffixes

@@ -129,7 +129,7 @@ def fingerprint(weight: Tensor) -> str:
     """The data type, shape and SHA-256 of a weight's values; the same on every device."""
     kind = f"{str(weight.dtype).removeprefix('torch.')} {'x'.join(map(str, weight.shape))}"
     values = weight.detach().cpu().contiguous().view(-1).view(torch.uint8)
-    return f"{kind} {hashlib.sha256(memoryview(values.numpy())).hexdigest()}"
+    return f"{kind} {hashlib.sha256(values.numpy()).hexdigest()}"  # pyright: ignore[reportArgumentType]
 
 
 def fingerprints_of(modules: Mapping[str, nn.Module]) -> dict[str, str]:

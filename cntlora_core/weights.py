@@ -159,8 +159,10 @@ def _share_values(one: Tensor, other: Tensor) -> bool:
 
 def _bytes_of(tensor: Tensor) -> tuple[int, int]:
     """From which byte of its storage to which a tensor reaches."""
-    reach = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-    start = tensor.storage_offset() * tensor.itemsize
+    reach = 1 + sum(
+        (n - 1) * int(step) for n, step in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    start = int(tensor.storage_offset()) * tensor.itemsize
     return start, start + (reach * tensor.itemsize if tensor.numel() else 0)
 
 

@@ -300,8 +300,8 @@ def test_in_this_process_peft_does_all_it_did(tmp_path):
     model.load_adapter(tmp_path, "default", is_trainable=True)
     assert torch.equal(model(data()[0]), trained)
     assert all(torch.equal(get_peft_model_state_dict(model)[k], t) for k, t in state.items())
-    model.add_weighted_adapter(["default"], [0.5], "half", combination_type="linear")
-    model.delete_adapter("half")
+    model.add_weighted_adapter(["default"], [0.5], "mixed_in", combination_type="linear")
+    model.delete_adapter("mixed_in")
     assert close(model.merge_and_unload()(data()[0]), trained)
 
 
