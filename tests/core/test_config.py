@@ -26,6 +26,7 @@ def shifted(shift, **options):
         ({"rank_budget": "fixed", "rho": 3.0}, "rho=3.0 has no effect"),
         ({"split": "0.5"}, "split must be a number"),
         ({"damping": True}, "damping must be a number"),
+        ({"solver": "slow"}, "solver must be one of exact, fast; got 'slow'"),
         ({"unit": "median"}, "unit must be one of least-change, mean; got 'median'"),
         ({"min_rank": 1.5}, "min_rank must be a whole number"),
         ({"seed": "7"}, "seed must be a whole number"),

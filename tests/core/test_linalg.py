@@ -6,7 +6,10 @@ from functools import lru_cache
 
 import pytest
 import torch
+from peft import LoraConfig
+from torch import nn
 
+from cntlora_core import get_cntlora_model
 from cntlora_core.config import CNTLoRAConfig
 from cntlora_core.constraints import PointDelta
 from cntlora_core.linalg import (
@@ -148,3 +151,19 @@ def test_directions_of_a_tiny_gain_stay_orthonormal():
     assert spectrum.rank == 8
     gram = spectrum.left.T @ spectrum.left
     torch.testing.assert_close(gram, torch.eye(8), rtol=0, atol=1e-4)
+
+
+def test_the_report_says_which_solver_was_used_and_how_far_off_it_may_be():
+    rows = torch.randn(1500, 1024, generator=torch.Generator().manual_seed(5))
+    rows = rows * torch.arange(1, 1025).rsqrt()
+    reports = {}
+    for solver in ("fast", "exact"):
+        net = nn.Sequential(nn.Linear(1024, 8))
+        config = CNTLoRAConfig(rank_budget="fixed", solver=solver)
+        lora = LoraConfig(r=8, target_modules=["0"])
+        reports[solver] = get_cntlora_model(net, lora, config, [rows]).cntlora_report
+    assert 0 < reports["fast"].solver_error < 0.05
+    assert reports["exact"].solver_error == 0
+    assert "(solver fast, directions off by " in reports["fast"].summary()
+    assert "(solver exact)" in reports["exact"].summary()
+    assert reports["fast"].to_dict()["solver_error"] == reports["fast"].solver_error
