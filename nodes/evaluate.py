@@ -11,7 +11,7 @@ from cntlora_core.data.captions import fill_placeholders
 from cntlora_core.data.pictures import picture_from_array
 
 from .pictures import image_arrays, image_tensor, shown
-from .runtime import device_name, tell, working
+from .runtime import HostReporter, device_name, run_heavy, tell
 from .sockets import SubjectSocket
 from .widgets import ADVANCED, CATEGORY, encoder_names, encoder_source, lines
 
@@ -44,7 +44,7 @@ def judge(
     from cntlora_core.metrics.encoders import load_encoders
     from cntlora_core.metrics.fidelity import measure, measure_photos, subject_features
 
-    with working() as reporter:
+    def look(reporter: HostReporter) -> tuple[Fidelity, Fidelity | None]:
         reporter("loading the encoders", 0, 1, {})
         encoders = load_encoders(dino, clip, device=device_name(), local_files_only=True)
         photos = [photo.image for photo in subject.photos.photos]
@@ -52,6 +52,8 @@ def judge(
         token = subject.prompts.token
         found = measure(encoders, features, pictures, prompts, token=token, reporter=reporter)
         return found, measure_photos(features)
+
+    return run_heavy(look)
 
 
 class MeasurePictures(io.ComfyNode):

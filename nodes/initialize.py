@@ -10,7 +10,7 @@ from cntlora_core.config import CNTLoRAConfig, Factorization, RankBudget, Solver
 from cntlora_core.diffusion.settings import AdapterKind, AdapterSettings, Method, torch_dtype
 
 from .pictures import image_tensor, shown
-from .runtime import device_name, tell, working
+from .runtime import HostReporter, device_name, run_heavy, tell
 from .sockets import ModelChoice, ModelSocket, StartSocket, SubjectSocket, TrainingStart
 from .widgets import (
     ADVANCED,
@@ -33,13 +33,15 @@ def make_start(model: ModelChoice, subject: Subject, adapter: AdapterSettings, s
     from cntlora_core.diffusion.pipeline import load_stable_diffusion
     from cntlora_core.diffusion.stages import encode_subject, plan_start
 
-    with working() as reporter:
+    def plan(reporter: HostReporter) -> Start:
         reporter("loading the model", 0, 1, {})
         dtype = torch_dtype(model.precision)
         parts = load_stable_diffusion(model.path, dtype=dtype, device=device_name())
         cache = work_folder() / "cache"
         encoded = encode_subject(parts, subject, cache=cache, reporter=reporter)
         return plan_start(parts, encoded, adapter, seed=seed, reporter=reporter)
+
+    return run_heavy(plan)
 
 
 class Initialize(io.ComfyNode):
@@ -51,9 +53,8 @@ class Initialize(io.ComfyNode):
             node_id="CNTLoRAInitialize",
             display_name="Start the LoRA (initialise)",
             category=CATEGORY,
-            description="Decides where the LoRA starts. A start made from your photos learns the "
-            "subject in fewer steps than a random one. The picture shows how many ranks each part "
-            "of the model was given.",
+            description="Decides where the LoRA starts: at random, or from what the model does "
+            "with your photos. The picture shows how many ranks each part of the model was given.",
             inputs=[
                 ModelSocket.Input("model", tooltip="The model that is to learn."),
                 SubjectSocket.Input("subject", tooltip="What it is to learn."),
@@ -139,8 +140,8 @@ def _main_inputs() -> list[io.Input]:
             "method",
             options=method_names(),
             default=default_method(),
-            tooltip="cross, self and shift start from your photos (CNTLoRA); cross learns fastest. "
-            "lora is the ordinary random start; the others are known methods to compare with.",
+            tooltip="cross, self and shift are initialised from your photos (CNTLoRA). lora is the "
+            "ordinary random initialisation; the others are known methods to compare with.",
         ),
         io.Int.Input(
             "rank",

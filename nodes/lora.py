@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from comfy_api.latest import io  # pyright: ignore[reportMissingImports]
@@ -57,7 +57,7 @@ class SaveLoRA(io.ComfyNode):
         path = Path(folder) / f"{name}_{counter:05}_.safetensors"
         save_safetensors_atomic(lora, path, lora.metadata)
         tell(f"saved {path.name}")
-        return io.NodeOutput(path.relative_to(root).as_posix(), str(path))
+        return io.NodeOutput(listed_name(path, root), str(path))
 
 
 class ApplyLoRA(io.ComfyNode):
@@ -125,6 +125,11 @@ class ApplyLoRA(io.ComfyNode):
                 "needed, and the small model's LoRAs work with Draw Pictures only"
             )
         return io.NodeOutput(*patched)
+
+
+def listed_name(path: PurePath, root: PurePath) -> str:
+    """A file as ComfyUI's lists name it: below its folder, with the system's own separators."""
+    return str(path.relative_to(root))
 
 
 def patch_count(model: Any) -> int:

@@ -6,9 +6,8 @@ import gc
 import logging
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -17,6 +16,8 @@ from cntlora_core.memory import give_back_freed_memory
 from cntlora_core.sheets import loss_thumbnail
 
 from .host import ProgressBar, model_management
+
+Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
 
@@ -120,18 +121,21 @@ def device_name() -> str:
     return str(model_management.get_torch_device())
 
 
-@contextmanager
-def working(steps: int = 0) -> Iterator[HostReporter]:
+def run_heavy(work: Callable[[HostReporter], Result], steps: int = 0) -> Result:
     """For heavy work: ComfyUI's models make room first, and all that was used is given back.
 
     ComfyUI runs nodes in torch's inference mode, whose tensors no training can use: it is left
-    within the block.
+    during the work.
+
+    Args:
+        work: Loads its models into variables of its own: these have gone when caches are emptied.
+        steps: Of the training that will be reported.
     """
     model_management.unload_all_models()
     model_management.soft_empty_cache()
     try:
         with torch.inference_mode(False), torch.enable_grad():
-            yield HostReporter(steps)
+            return work(HostReporter(steps))
     except BaseException as error:
         # The frames of the work hold the models; ComfyUI keeps the error for its report.
         traceback.clear_frames(error.__traceback__)

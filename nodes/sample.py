@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Any
 from comfy_api.latest import io  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
+from cntlora_core.data.captions import fill_placeholders
+
 from .pictures import image_tensor, shown
-from .runtime import HostReporter, device_name, working
+from .runtime import HostReporter, device_name, run_heavy
 from .sockets import LoRAModel, LoRASocket, ModelChoice, ModelSocket
 from .widgets import ADVANCED, CATEGORY, LARGEST_SEED, lines, numbers
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
+    from PIL import Image
 
     from cntlora_core.diffusion.sampler import LoRAUse
     from cntlora_core.diffusion.settings import SamplingSettings
@@ -28,6 +31,27 @@ def lora_use(lora: dict[str, Tensor], strength: float = 1.0) -> LoRAUse:
     from cntlora_core.diffusion.sampler import LoRAUse
 
     return LoRAUse(Path(LoRAModel.of(lora).label), strength, lora)
+
+
+def prompt_lines(text: str, loras: list[dict[str, Tensor]]) -> tuple[str, ...]:
+    """One prompt for each line, with {token} and {class} as the LoRAs were taught them.
+
+    Raises:
+        ValueError: there is no prompt, or the LoRAs do not say what {token} and {class} are.
+    """
+    if "{token}" in text or "{class}" in text:
+        taught = {LoRAModel.of(lora).subject() for lora in loras}
+        subject = taught.pop() if len(taught) == 1 else None
+        if subject is None:
+            raise ValueError(
+                "{token} and {class} are filled in from the LoRA, and here there is none that "
+                "names them, or several that differ: write the words themselves into prompts"
+            )
+        text = fill_placeholders(text, subject)
+    prompts = lines(text)
+    if not prompts:
+        raise ValueError("there is no prompt: write at least one line into prompts")
+    return prompts
 
 
 def sampling_settings(
@@ -76,7 +100,8 @@ class DrawPictures(io.ComfyNode):
                     "prompts",
                     default="a photo of sks dog in the snow",
                     multiline=True,
-                    tooltip="One picture for each line.",
+                    tooltip="One picture for each line. {token} and {class} are filled in from the "
+                    "LoRA.",
                 ),
                 io.Float.Input(
                     "strength",
@@ -125,15 +150,17 @@ class DrawPictures(io.ComfyNode):
     ) -> io.NodeOutput:
         from cntlora_core.diffusion.sampler import draw
 
-        asked = [prompt for prompt in lines(prompts) for _ in range(per_prompt)]
-        if not asked:
-            raise ValueError("there is no prompt: write at least one line into prompts")
+        given = [] if lora is None else [lora]
+        asked = [prompt for prompt in prompt_lines(prompts, given) for _ in range(per_prompt)]
         settings = sampling_settings(steps, guidance, negative_prompt, resolution, scheduler)
-        loras = [] if lora is None else [lora_use(lora, strength)]
-        with working() as reporter:
+        loras = [lora_use(lora, strength) for lora in given]
+        seeds = list(range(seed, seed + len(asked)))
+
+        def sample(reporter: HostReporter) -> list[Image.Image]:
             pipeline = load_pipeline(model, loras, settings.scheduler, reporter)
-            seeds = list(range(seed, seed + len(asked)))
-            pictures = draw(pipeline, asked, settings, seeds=seeds, reporter=reporter)
+            return draw(pipeline, asked, settings, seeds=seeds, reporter=reporter)
+
+        pictures = run_heavy(sample)
         return io.NodeOutput(image_tensor(pictures), "\n".join(asked), ui=shown(pictures))
 
 
@@ -163,7 +190,8 @@ class CompareLoRAs(io.ComfyNode):
                     "prompts",
                     default="a photo of sks dog\na photo of sks dog in the snow",
                     multiline=True,
-                    tooltip="One column for each line.",
+                    tooltip="One column for each line. {token} and {class} are filled in from the "
+                    "LoRAs.",
                 ),
                 io.String.Input(
                     "strengths",
@@ -207,18 +235,21 @@ class CompareLoRAs(io.ComfyNode):
     ) -> io.NodeOutput:
         from cntlora_core.diffusion.compare import Comparison, compare
 
+        given = [x for x in (lora_1, lora_2, lora_3, lora_4, lora_5, lora_6) if x is not None]
         comparison = Comparison(
-            lines(prompts),
+            prompt_lines(prompts, given),
             numbers(strengths, float, "strengths"),
             numbers(seeds, int, "seeds"),
             with_base,
             sampling_settings(steps, guidance, negative_prompt, resolution, scheduler),
         )
-        given = [x for x in (lora_1, lora_2, lora_3, lora_4, lora_5, lora_6) if x is not None]
         rows = [(LoRAModel.of(lora).label, lora_use(lora)) for lora in given]
-        with working() as reporter:
+
+        def sample(reporter: HostReporter) -> Image.Image:
             pipeline = load_pipeline(model, [], comparison.sampling.scheduler, reporter)
-            grid = compare(pipeline, rows, comparison, reporter)
+            return compare(pipeline, rows, comparison, reporter)
+
+        grid = run_heavy(sample)
         return io.NodeOutput(image_tensor([grid]), ui=shown([grid]))
 
 

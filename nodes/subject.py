@@ -16,7 +16,7 @@ from cntlora_core.diffusion.settings import PriorSettings, SubjectSettings, torc
 from cntlora_core.sheets import contact_sheet
 
 from .pictures import image_arrays, image_tensor, shown
-from .runtime import device_name, tell, working
+from .runtime import HostReporter, device_name, run_heavy, tell
 from .sockets import ClassImages, ClassImagesSocket, ModelChoice, ModelSocket, SubjectSocket
 from .widgets import (
     ADVANCED,
@@ -310,12 +310,15 @@ class ClassPictures(io.ComfyNode):
                 class_seed=images_seed,
                 cache=str(work_folder() / "cache"),
             )
-            with working() as reporter:
+
+            def sample(reporter: HostReporter) -> PhotoSet:
                 reporter("loading the model", 0, 1, {})
                 dtype = torch_dtype(model.precision)
                 parts = load_stable_diffusion(model.path, dtype=dtype, device=device_name())
                 side = training_resolution(parts, subject.settings)
-                photos = class_images(parts, prompt, settings, resolution=side, reporter=reporter)
+                return class_images(parts, prompt, settings, resolution=side, reporter=reporter)
+
+            photos = run_heavy(sample)
         tell(f"{len(photos.photos)} pictures of “{prompt}”")
         sheet = contact_sheet([p.image for p in photos.photos[:SHOWN_CLASS_IMAGES]])
         return io.NodeOutput(ClassImages(photos, prompt), image_tensor([sheet]), ui=shown([sheet]))

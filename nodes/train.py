@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from comfy_api.latest import io  # pyright: ignore[reportMissingImports]
 from PIL import Image
@@ -21,7 +22,7 @@ from cntlora_core.diffusion.settings import (
 from cntlora_core.files import safe_name
 
 from .pictures import image_tensor, shown
-from .runtime import device_name, tell, working
+from .runtime import HostReporter, device_name, run_heavy, tell
 from .sockets import (
     ClassImages,
     ClassImagesSocket,
@@ -33,6 +34,9 @@ from .sockets import (
 )
 from .widgets import ADVANCED, CATEGORY, LARGEST_SEED, default_of, lines, work_folder
 
+if TYPE_CHECKING:
+    from cntlora_core.diffusion.job import JobResult
+
 USE_IT, TRAIN_ANEW = "use what is there", "train anew"
 
 
@@ -43,12 +47,14 @@ class Trained:
     lora: Path
     history: list[dict[str, float]]
 
-    def pictures(self) -> list[Image.Image]:
-        """The course of the loss, and the pictures that were drawn last."""
+    def pictures(self, prompts: Sequence[str]) -> list[Image.Image]:
+        """The course of the loss, and what was drawn of these prompts after the last step."""
+        from cntlora_core.diffusion.job import sample_names
         from cntlora_core.plots import loss_picture
 
-        samples = sorted((self.lora.parent / "samples").glob("*.png"))
-        last = [Image.open(p) for p in samples if p.name[:6] == samples[-1].name[:6]]
+        folder = self.lora.parent / "samples"
+        samples = [folder / name for name in sample_names(len(self.history), prompts)]
+        last = [Image.open(path) for path in samples if path.is_file()]
         return [loss_picture(self.history, self.lora.stem), *last]
 
 
@@ -96,8 +102,9 @@ def train(
         tell(f"trained before, taken from {folder}")
         return Trained(found.lora, found.history)
     output = dataclasses.replace(job.output, output=str(folder))
-    with working(job.training.steps) as reporter:
-        result = personalise(
+
+    def teach(reporter: HostReporter) -> JobResult:
+        return personalise(
             dataclasses.replace(job, output=output),
             subject=subject,
             class_photos=photos,
@@ -106,8 +113,10 @@ def train(
             overwrite=True,
             reporter=reporter,
         )
-        tell("\n".join((f"{len(result.history)} steps, {result.lora}", *result.notes)))
-        return Trained(result.lora, result.history)
+
+    result = run_heavy(teach, job.training.steps)
+    tell("\n".join((f"{len(result.history)} steps, {result.lora}", *result.notes)))
+    return Trained(result.lora, result.history)
 
 
 class TrainSubject(io.ComfyNode):
@@ -188,7 +197,7 @@ class TrainSubject(io.ComfyNode):
         )
         job = job_settings(start, class_images, training, prior_weight, name, compress)
         trained = train(job, start, class_images, trained_before == TRAIN_ANEW)
-        pictures = trained.pictures()
+        pictures = trained.pictures(training.sample_prompts)
         losses = [record["loss"] for record in trained.history]
         return io.NodeOutput(
             LoRAModel.read(trained.lora),
@@ -206,8 +215,7 @@ def _main_inputs() -> list[io.Input]:
             default=default_of(TrainingSettings, "steps"),
             min=1,
             max=1_000_000,
-            tooltip="Training steps. 1000 suit 4 to 6 photos; a few hundred already show the "
-            "subject with a start made from the photos.",
+            tooltip="Training steps; 1000 are the paper's, for 4 to 6 photos.",
         ),
         io.Float.Input(
             "learning_rate",
@@ -293,7 +301,7 @@ def _advanced_inputs() -> list[io.Input]:
             step=0.001,
             round=1e-6,
             extra_dict=ADVANCED,
-            tooltip="Pulls the LoRA's weights towards zero.",
+            tooltip="Pulls the LoRA's weights back to where they started.",
         ),
         io.Float.Input(
             "max_grad_norm",

@@ -283,13 +283,17 @@ def sd15() -> Graph:
     applied = graph.add(
         "CNTLoRAApply", (1180, 620), model=loaded.out(), clip=loaded.out(1), lora=lora.out()
     )
-    _draw(graph, (1560, 40), applied, loaded, "a photo of sks backpack in the snow")
+    prompt = graph.add(
+        "StringConcatenate", (1180, 830), string_a=subject.out(2), string_b="in the snow",
+        delimiter=" ", title="Your subject ...",
+    )  # fmt: skip
+    _draw(graph, (1560, 40), applied, loaded, prompt.out())
     graph.note(
         (40, 740),
         "**Teach Stable Diffusion 1.5 your subject.**\n\n1. Put 4 to 6 photos into a folder in "
         "ComfyUI's `input` and choose it under *folder* (or connect images).\n2. Say what it is "
-        "under *class_name*.\n3. Run. Cancel whenever you like: the next run goes on.\n\nYour "
-        "subject is called `sks backpack` in prompts, with your own class name.",
+        "under *class_name*.\n3. Run. Cancel whenever you like: the next run goes on.\n\nThe "
+        "picture is of your subject *in the snow*: write something else below *Your subject ...*.",
         tall=260,
     )
     return graph
@@ -348,7 +352,7 @@ def use_saved() -> Graph:
     return graph
 
 
-def _draw(graph: Graph, at: tuple[int, int], lora: Node, loaded: Node, prompt: str) -> None:
+def _draw(graph: Graph, at: tuple[int, int], lora: Node, loaded: Node, prompt: str | Link) -> None:
     x, y = at
     wanted = graph.add("CLIPTextEncode", (x, y), clip=lora.out(1), text=prompt, title="Prompt")
     unwanted = graph.add(

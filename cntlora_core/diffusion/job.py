@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -325,8 +325,9 @@ def _previewer(
         for module, mode in zip(modules, modes, strict=True):
             module.train(mode)
         samples = folder_within(folder, SAMPLES_NAME)
-        for name, picture in zip(distinct_names(training.sample_prompts), pictures, strict=True):
-            save_image(picture, samples / f"{step:06d}-{name}.png")
+        names = sample_names(step, training.sample_prompts)
+        for name, picture in zip(names, pictures, strict=True):
+            save_image(picture, samples / name)
 
     return after_step
 
@@ -356,6 +357,11 @@ def _lora_path(folder: Path, settings: JobSettings, subject: Subject) -> Path:
     elif target.is_dir():
         raise ValueError(f"{target} is a folder: choose another --name for the LoRA file")
     return target
+
+
+def sample_names(step: int, prompts: Sequence[str]) -> list[str]:
+    """Names of the files of the pictures that are drawn after a step, one for each prompt."""
+    return [f"{step:06d}-{name}.png" for name in distinct_names(prompts)]
 
 
 def _check_folder(folder: Path, resume: bool, overwrite: bool) -> None:

@@ -111,6 +111,22 @@ class Encoders:
         """Where both came from, for records."""
         return {"dino": self.dino.source, "clip": self.clip.source}
 
+    def notes(self, pictures: Sequence[Image.Image]) -> tuple[str, ...]:
+        """What a person should know who has these pictures measured by these encoders."""
+        seen = {
+            "DINO": (self.dino.source, self.dino.model.config.image_size),
+            "CLIP": (self.clip.source, self.clip.model.config.vision_config.image_size),
+        }
+        side = max(min(picture.size) for picture in pictures)
+        small = [name for name, (src, limit) in seen.items() if src == SMALL and side > limit]
+        if not small:
+            return ()
+        return (
+            f"the small {' and '.join(small)} encoder reads pictures of 64 px and was made for "
+            f"those of the small model; these are of {side} px, so choose others for scores that "
+            "mean something",
+        )
+
 
 def load_encoders(
     dino: str | Path = DINO,

@@ -150,10 +150,11 @@ def measure(
     clip = encoders.clip.encode_images(pictures, reporter)
     whole_dino = mean_pairwise_cosine(dino, subject.dino)
     whole_clip = mean_pairwise_cosine(clip, subject.clip)
+    notes = encoders.notes(pictures)
     if prompts is None:
-        return Fidelity(label, len(pictures), whole_dino, whole_clip, clip_t=None)
+        return Fidelity(label, len(pictures), whole_dino, whole_clip, None, notes=notes)
     different = list(dict.fromkeys(prompts))
-    texts, notes = encoders.clip.encode_prompts([without_token(p, token) for p in different])
+    texts, cut = encoders.clip.encode_prompts([without_token(p, token) for p in different])
     rows = torch.tensor([different.index(prompt) for prompt in prompts])
     by_prompt = tuple(
         PromptFidelity(
@@ -167,7 +168,7 @@ def measure(
         for chosen in [rows == i]
     )
     clip_t = mean_paired_cosine(clip, texts[rows])
-    return Fidelity(label, len(pictures), whole_dino, whole_clip, clip_t, by_prompt, notes)
+    return Fidelity(label, len(pictures), whole_dino, whole_clip, clip_t, by_prompt, (*notes, *cut))
 
 
 def measure_photos(

@@ -4,9 +4,9 @@
 
 Runs in ComfyUI's environment, for aiohttp. The job names ``browser`` (a program), ``address`` (of
 the server), ``pack``, ``workflows`` (names of its templates), ``pictures`` (a folder for a JPEG of
-each graph, as the template browser shows it), ``run`` (press Run first, and wait) and ``report``
-(JSON to write: for each workflow its nodes, the prompt that the front end makes of it, and messages
-in the console).
+each graph, as the template browser shows it), ``runs`` (workflows for which Run is pressed first,
+with values of widgets by kind of node) and ``report`` (JSON to write: for each workflow its nodes,
+the prompt that the front end makes of it, and messages in the console).
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ NODES = """(() => window.app.graph._nodes.map((node) => ({
   red: !!node.has_errors,
   widgets: (node.widgets ?? []).length,
   inputs: (node.inputs ?? []).map((input) => input.name),
+  shown: (node.imgs ?? []).map((img) => img.src),
 })))()"""
 PROMPT = "window.app.graphToPrompt().then((prompt) => prompt.output)"
 IDLE = "fetch('/prompt').then((r) => r.json()).then((r) => r.exec_info.queue_remaining === 0)"
@@ -49,6 +50,14 @@ BOX = """(() => {
   const left = Math.min(...boxes.map((b) => b[0])), top = Math.min(...boxes.map((b) => b[1]));
   const right = Math.max(...boxes.map((b) => b[0] + b[2]));
   return [left, top, right - left, Math.max(...boxes.map((b) => b[1] + b[3])) - top];
+})()"""
+SET_WIDGETS = """(() => {
+  const changes = %s;
+  for (const node of window.app.graph._nodes) {
+    for (const [name, value] of Object.entries(changes[node.type] ?? {})) {
+      node.widgets.find((widget) => widget.name === name).value = value;
+    }
+  }
 })()"""
 PLACE = """(() => {
   const canvas = window.app.canvas;
@@ -101,8 +110,8 @@ class Page:
             await asyncio.sleep(0.5)
 
 
-async def photograph(page: Page, path: Path) -> None:
-    """The whole graph at its own size, without the front end's bars."""
+async def fit(page: Page) -> tuple[float, float]:
+    """Make the window as large as the whole graph at its own size; the graph's width and height."""
     left, top, width, height = await page.evaluate(BOX)
     await page.call(
         "Emulation.setDeviceMetricsOverride",
@@ -113,6 +122,12 @@ async def photograph(page: Page, path: Path) -> None:
     )
     await asyncio.sleep(1)
     await page.evaluate(PLACE % (LEFT + 10 - left, TOP + 10 - top))
+    return width, height
+
+
+async def photograph(page: Page, path: Path) -> None:
+    """The whole graph at its own size, without the front end's bars."""
+    width, height = await fit(page)
     await asyncio.sleep(3)
     clip = {"x": LEFT, "y": TOP - 10, "width": width + 20, "height": height + 30}
     picture = await page.call(
@@ -132,7 +147,9 @@ async def look(page: Page, job: dict[str, Any], name: str) -> dict[str, Any]:
     await page.call("Page.navigate", url=f"{job['address']}/?{query}")
     await page.until(READY)
     await asyncio.sleep(1)
-    if job.get("run"):
+    if name in job["runs"]:
+        await fit(page)  # nodes out of sight load no pictures
+        await page.evaluate(SET_WIDGETS % json.dumps(job["runs"][name]))
         await page.evaluate("window.app.queuePrompt(0)")
         await asyncio.sleep(5)
         await page.until(IDLE, SECONDS_OF_A_RUN)

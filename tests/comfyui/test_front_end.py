@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,26 +32,35 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What the browser saw of each workflow; the pictures are beside the report."""
-    folder = tmp_path_factory.mktemp("front end")
-    server = Server(folder / "base")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("front end") / "base")
+    yield server
+    server.stop()
+
+
+def browse(server: Server, workflows: list[str], runs: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What the browser sees of each workflow; the pictures are beside the report."""
+    folder = server.base.parent
     job = {
         "browser": BROWSER,
         "address": server.address,
         "pack": server.pack_name,
-        "workflows": WORKFLOWS,
+        "workflows": workflows,
+        "runs": runs,
         "pictures": str(folder),
         "report": str(folder / "report.json"),
     }
     (folder / "job.json").write_text(json.dumps(job))
     script = Path(__file__).with_name("open_in_browser.py")
-    try:
-        subprocess.run([COMFYUI_PYTHON, str(script), str(folder / "job.json")], check=True)
-    finally:
-        server.stop()
+    subprocess.run([COMFYUI_PYTHON, str(script), str(folder / "job.json")], check=True)
     report = json.loads((folder / "report.json").read_text("utf-8"))
     return {name: {**found, "picture": folder / f"{name}.jpg"} for name, found in report.items()}
+
+
+@pytest.fixture(scope="module")
+def seen(server: Server) -> dict[str, dict[str, Any]]:
+    """All workflows as they are opened."""
+    return browse(server, WORKFLOWS, {})
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)
@@ -82,3 +92,23 @@ def test_run_would_post_what_the_api_file_holds(seen: dict[str, dict[str, Any]],
 def test_the_template_browser_has_a_picture_of_it(name: str) -> None:
     with Image.open(ROOT / "workflows" / f"{name}.jpg") as picture:
         assert picture.width == 1200
+
+
+def test_after_a_run_each_node_shows_its_result_and_no_live_preview(server: Server) -> None:
+    name = "personalise_small_model"
+    few = {
+        "CNTLoRAClassImages": {"count": 3, "steps": 2},
+        "CNTLoRAInitialize": {"passes": 1},
+        "CNTLoRATrain": {"steps": 4, "preview_every": 2, "preview_steps": 2},
+        "CNTLoRACompare": {"steps": 2},
+    }
+    found = browse(server, [name], {name: few})[name]
+    shown = {node["type"]: node["shown"] for node in found["nodes"]}
+    outputs = list(server.get("/history").values())[-1]["outputs"]
+    for node in found["nodes"]:
+        if node["type"] in ("CNTLoRAClassImages", "CNTLoRATrain", "CNTLoRACompare"):
+            names = [image["filename"] for image in outputs[str(node["id"])]["images"]]
+            sources = shown[node["type"]]
+            assert len(sources) == len(names), node["type"]
+            for source, file in zip(sources, names, strict=True):
+                assert f"filename={file}" in source, node["type"]

@@ -7,7 +7,7 @@ import gc
 import json
 import shutil
 import warnings
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from types import SimpleNamespace
 from typing import Any
 
@@ -257,6 +257,56 @@ def test_pictures_are_measured_against_the_photos(
         )
 
 
+def test_token_and_class_in_prompts_are_the_lora_s_own(pack: Pack, run: SimpleNamespace) -> None:
+    lora, model = run.trained.args[0], run.model
+    few = {"model": model, "steps": 1}
+    template, words = "a photo of {token} {class}", "a photo of sks dog"
+    drawn = pack.run("CNTLoRASample", lora=lora, prompts=template, **few)
+    assert drawn.args[1] == words
+    grids = [
+        pack.run("CNTLoRACompare", lora_1=lora, lora_2=lora, prompts=text, seeds="0", **few).args[0]
+        for text in (template, words)
+    ]
+    assert torch.equal(*grids)
+    with pytest.raises(ValueError, match="write the words themselves"):
+        pack.run("CNTLoRASample", prompts=template, **few)
+    with pytest.raises(ValueError, match="write the words themselves"):
+        pack.run("CNTLoRACompare", lora_1=lora, lora_2=dict(lora), prompts=template, **few)
+
+
+def test_large_pictures_before_the_small_encoders_are_remarked_upon(
+    pack: Pack, run: SimpleNamespace, tiny_encoders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cntlora_core.metrics import encoders
+
+    monkeypatch.setattr(encoders.mini, "encoder_path", lambda kind: tiny_encoders / kind)
+
+    def report(side: int) -> str:
+        given = {"images": pictures(1, side), "subject": run.subject.args[0], "prompts": "a dog"}
+        return pack.run("CNTLoRAEvaluate", **given).args[4]
+
+    assert "small DINO and CLIP encoder" in report(512)
+    assert "these are of 512 px" in report(512)
+    assert "encoder" not in report(8)
+
+
+def test_previews_of_an_earlier_prompt_are_not_shown(pack: Pack, run: SimpleNamespace) -> None:
+    asked = {"name": "other prompts", "validation_prompt": "a red dog"}
+    first = train(pack, run.start.args[0], run.others.args[0], **asked)
+    assert len(first.ui["images"]) == 2
+    again = train(
+        pack, run.start.args[0], run.others.args[0], **{**asked, "validation_prompt": "a cat"}
+    )
+    assert again.args[2] == first.args[2]
+    assert len(again.ui["images"]) == 1  # the loss
+
+
+def test_a_saved_lora_is_named_as_the_list_of_its_system_names_it(pack: Pack) -> None:
+    name = pack.module("lora").listed_name
+    windows = PureWindowsPath(r"C:\ComfyUI\output\loras")
+    assert name(windows / "dogs" / "rex.safetensors", windows) == r"dogs\rex.safetensors"
+
+
 def test_a_lora_of_another_model_is_refused_in_few_words(pack: Pack, run: SimpleNamespace) -> None:
     other = {name: torch.zeros(t.shape[0], 7) if "lora_down" in name else t
              for name, t in run.trained.args[0].items()}  # fmt: skip
@@ -388,17 +438,45 @@ def test_memory_is_asked_for_and_given_back_also_after_an_error(
     for name in ("unload_all_models", "soft_empty_cache"):
         monkeypatch.setattr(runtime.model_management, name, lambda name=name: said.append(name))
 
-    def fail() -> None:
-        with runtime.working():
-            assert not torch.is_inference_mode_enabled()
-            assert torch.is_grad_enabled()
-            hold_and_fail()
+    def fail(reporter: Any) -> None:
+        assert not torch.is_inference_mode_enabled()
+        assert torch.is_grad_enabled()
+        hold_and_fail()
 
     def hold_and_fail() -> None:
         large = torch.zeros(3)
         raise ValueError(f"holding {large}")
 
     with torch.inference_mode(), pytest.raises(ValueError, match="holding") as caught:
-        fail()
+        runtime.run_heavy(fail)
     assert "large" not in caught.traceback[-1].frame.f_locals
     assert said == ["unload_all_models", "soft_empty_cache", "soft_empty_cache"]
+
+
+def test_caches_are_emptied_when_the_models_have_gone(
+    pack: Pack, run: SimpleNamespace, tiny_encoders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch import nn
+
+    from cntlora_core.metrics import encoders
+
+    monkeypatch.setattr(encoders.mini, "encoder_path", lambda kind: tiny_encoders / kind)
+    management = pack.module("runtime").model_management
+    models: list[int] = []
+
+    def count_models(force: bool = False) -> None:
+        alive = [found for found in gc.get_objects() if isinstance(found, nn.Module)]
+        models.append(len(alive))
+
+    monkeypatch.setattr(management, "soft_empty_cache", count_models)
+    subject = subject_of(pack, images=[pictures(2, 52)]).args[0]
+    model, lora = run.model, run.trained.args[0]
+    few = {"model": model, "prompts": "a dog", "steps": 1}
+    others = pack.run("CNTLoRAClassImages", model=model, subject=subject, count=1, steps=1)
+    start = pack.run("CNTLoRAInitialize", model=model, subject=subject, rank=4, passes=1)
+    train(pack, start.args[0], others.args[0], name="counted")
+    pack.run("CNTLoRASample", lora=lora, **few)
+    pack.run("CNTLoRACompare", lora_1=lora, seeds="0", **few)
+    pack.run("CNTLoRAEvaluate", images=pictures(1, 16), subject=subject, prompts="a dog")
+    assert len(models) == 2 * 6  # before and after each
+    assert set(models) == {models[0]}
