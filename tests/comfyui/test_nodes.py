@@ -478,5 +478,5 @@ def test_caches_are_emptied_when_the_models_have_gone(
     pack.run("CNTLoRASample", lora=lora, **few)
     pack.run("CNTLoRACompare", lora_1=lora, seeds="0", **few)
     pack.run("CNTLoRAEvaluate", images=pictures(1, 16), subject=subject, prompts="a dog")
-    assert len(models) == 2 * 6  # before and after each
+    assert len(models) >= 2 * 6  # before and after each
     assert set(models) == {models[0]}

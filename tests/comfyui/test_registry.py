@@ -70,7 +70,8 @@ def imports(path: Path) -> set[str]:
 def test_it_is_whole(published: Path) -> None:
     for name in (
         "__init__.py", "nodes/entry.py", "requirements.txt", "README.md", "LICENSE",
-        "web/advanced.js", "web/docs/CNTLoRATrain.md", "cntlora_core/mini/__init__.py",
+        "web/advanced.js", "web/results.js", "web/docs/CNTLoRATrain.md",
+        "cntlora_core/mini/__init__.py",
         "cntlora_core/mini/model/unet/diffusion_pytorch_model.safetensors",
         "cntlora_core/diffusion/sd15/tokenizer/merges.txt", "workflows/personalise_sd15.json",
         "workflows/personalise_sd15.jpg", "docs/comfyui.md",
