@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from cntlora_core.diffusion.checkpoint import folder_weights, read_header, read_json
 from cntlora_core.diffusion.original_layout import original_key
 from cntlora_core.lora_algebra import LoRALayer
 from cntlora_core.lora_names import TEXT_ENCODER, TEXT_MODEL, UNET
+from cntlora_core.reading import reading, require_file
 
 _KOHYA_PREFIXES = ("lora_unet_", "lora_te1_", "lora_te2_", "lora_te3_", "lora_te_", "lora_")
 _WEIGHT = ".weight"
@@ -30,7 +32,7 @@ def base_weight_norms(
     Raises:
         ValueError: it is no checkpoint, or none of the layers belongs to it.
     """
-    if not model.exists():
+    if not os.path.exists(model):
         raise ValueError(f"there is no base model at {model}: give a file or folder on the disk")
     index = _Index(model)
     norms: dict[str, float] = {}
@@ -40,11 +42,8 @@ def base_weight_norms(
         if place is None:
             missing.append(name)
             continue
-        try:
-            with safe_open(place[0], framework="pt") as file:
-                weight = file.get_tensor(place[1])
-        except SafetensorError as error:
-            raise ValueError(f"{place[0]} is damaged: {error}") from error
+        with reading(place[0], "a model"), safe_open(place[0], framework="pt") as file:
+            weight = file.get_tensor(place[1])
         wanted = layer.up.shape[0] * layer.down[0].numel()
         if layer.mid is not None:
             wanted *= math.prod(layer.mid.shape[2:])
@@ -67,6 +66,8 @@ class _Index:
     """Where the weights of a checkpoint are."""
 
     def __init__(self, model: Path) -> None:
+        if not model.is_dir():
+            require_file(model, "a base model's .safetensors file")
         self._single = model.is_file()
         self._groups: dict[str, dict[str, tuple[Path, str]]] = {}
         if self._single:
@@ -77,7 +78,7 @@ class _Index:
         else:
             files = sorted(model.glob("*.safetensors"))
             if not files:
-                raise ValueError(f"{model} holds no .safetensors file with a model's weights")
+                raise ValueError(f"{model} holds no .safetensors file: give the base model's")
             self._groups[""] = self._read(files)
         self._flat = {
             group: {key.replace(".", "_"): place for key, place in places.items()}

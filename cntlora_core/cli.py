@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import sys
+import tempfile
+import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +20,7 @@ from rich.console import Console
 
 from cntlora_core.benchmark.init_settings import InitBenchmark
 from cntlora_core.benchmark.lava.settings import LavaBenchmark
-from cntlora_core.console import Cancelled, ConsoleReporter
+from cntlora_core.console import Cancelled, ConsoleReporter, message_console, say
 from cntlora_core.diffusion.settings import (
     AdapterSettings,
     JobSettings,
@@ -27,8 +32,11 @@ from cntlora_core.diffusion.settings import (
     SubjectSettings,
     TrainingSettings,
 )
+from cntlora_core.flags import UserPath
 from cntlora_core.metrics.command import Evaluate
+from cntlora_core.reading import printable, reason
 
+MOST_PER_PROMPT = 100_000
 EXPECTED_ERRORS = (ValueError, OSError, FloatingPointError, ImportError)
 
 
@@ -91,7 +99,7 @@ class Sample:
 
     model: str
     prompt: tuple[str, ...]
-    output: Path
+    output: UserPath
     lora: tuple[str, ...] = ()
     per_prompt: int = 1
     drawing: Annotated[SamplingSettings, tyro.conf.arg(name="")] = field(
@@ -105,14 +113,19 @@ class Sample:
 
     def run(self, reporter: ConsoleReporter) -> None:
         from cntlora_core.diffusion.sampler import LoRAUse, draw, load_for_sampling
+        from cntlora_core.diffusion.settings import require_unicode
         from cntlora_core.files import require_writable_folder, safe_name
         from cntlora_core.metrics.pictures import write_prompts
         from cntlora_core.sheets import save_image
 
         if not self.prompt:
             raise ValueError("give at least one --prompt")
-        if self.per_prompt < 1:
-            raise ValueError(f"per_prompt must be at least 1, got {self.per_prompt}")
+        if not 1 <= self.per_prompt <= MOST_PER_PROMPT:
+            raise ValueError(
+                f"per_prompt must be at least 1 and at most {MOST_PER_PROMPT}, got "
+                f"{self.per_prompt}"
+            )
+        require_unicode("prompt", *self.prompt)
         folder = require_writable_folder(self.output)
         reporter("loading the model", 0, 1, {})
         pipeline = load_for_sampling(
@@ -121,6 +134,7 @@ class Sample:
             precision=self.precision,
             device=self.device,
             scheduler=self.drawing.scheduler,
+            reporter=reporter,
         )
         reporter("loading the model", 1, 1, {})
         prompts = [prompt for prompt in self.prompt for _ in range(self.per_prompt)]
@@ -157,7 +171,7 @@ class Demo:
         steps: Training steps.
     """
 
-    output: Path = Path("demo_output")
+    output: UserPath = Path("demo_output")
     subject: str | None = None
     method: Method = "cross"
     steps: int = 1000
@@ -192,9 +206,9 @@ class Inspect:
         pictures: Draw the rank allocation and the spectra.
     """
 
-    file: tyro.conf.Positional[Path]
-    model: Path | None = None
-    output: Path | None = None
+    file: tyro.conf.Positional[UserPath]
+    model: UserPath | None = None
+    output: UserPath | None = None
     json: bool = False
     pictures: bool = True
 
@@ -299,8 +313,7 @@ class Methods:
         if self.json:
             print(methods_json())
             return
-        console = Console()
-        console.print(methods_table())
+        Console(emoji=False).print(methods_table())
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {
@@ -319,11 +332,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns the exit status: 0, 1 for an error in words, 130 after Ctrl-C, 143 after SIGTERM.
     """
-    console = Console(stderr=True)
+    console = message_console()
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        command = tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="cntlora", args=arguments)
-    except ValueError as error:  # a value that its settings refuse
-        console.print(f"error: {error}", style="red", markup=False, highlight=False)
+        with _plain_errors():
+            command = tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="cntlora", args=arguments)
+    except (ValueError, TypeError) as error:  # a value that its settings refuse
+        say(console, f"error: {error}", "red")
         return 2
     _quieten_libraries()
     reporter = ConsoleReporter(console)
@@ -331,17 +346,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with reporter.running():
             command.run(reporter)
     except Cancelled as cancelled:
-        console.print(f"stopped{command.after_cancel()}")
+        say(console, f"stopped{command.after_cancel()}")
         return 128 + cancelled.signal
     except KeyboardInterrupt:
-        console.print("interrupted")
+        say(console, "interrupted")
         return 130
-    except EXPECTED_ERRORS as error:
+    except Exception as error:
         if os.environ.get("CNTLORA_TRACEBACK"):
             raise
-        console.print(f"error: {error}", style="red", markup=False, highlight=False)
+        if isinstance(error, EXPECTED_ERRORS):
+            say(console, f"error: {error}", "red")
+        else:
+            say(console, unexpected(error), "red")
         return 1
     return 0
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """What tyro says on standard error: without its internal names, controls as escapes."""
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            yield
+    finally:
+        text = re.sub(r"__tyro[-_]dummy[-_]inner__\.?", "", said.getvalue())
+        sys.stderr.write(printable(text))
+
+
+def unexpected(error: Exception) -> str:
+    """What to say of an error that nobody has put into words; its traceback goes into a file."""
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return (
+            f"error: there is not enough memory ({reason(error)}): lower --resolution, "
+            "--batch-size or --rank"
+        )
+    descriptor, name = tempfile.mkstemp(prefix="cntlora-error-", suffix=".txt")
+    with open(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
+        file.write("".join(traceback.format_exception(error)))
+    return (
+        f"unexpected error: {reason(error)}. This is a defect of cntlora, or of a library that it "
+        f"uses: please report it with the traceback, which was written to {name}"
+    )
 
 
 def _quieten_libraries() -> None:

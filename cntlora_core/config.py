@@ -108,8 +108,8 @@ class CNTLoRAConfig:
         _check_shift(self.shift)
         if self.damping < 0:
             raise ValueError(f"damping must be a finite number of at least 0, got {self.damping}")
-        if self.rho < 1:
-            raise ValueError(f"rho must be at least 1, got {self.rho}")
+        if not 1 <= self.rho <= 1e6:
+            raise ValueError(f"rho must be at least 1 and at most 1e6, got {self.rho}")
         for name in ("min_rank", "rho"):
             if self.rank_budget == "fixed" and getattr(self, name) != getattr(type(self), name):
                 raise ValueError(
@@ -216,8 +216,10 @@ def _check_shift(shift: Any) -> None:
             raise ValueError(f"{expected}, finite and not all zero; its largest entry is {largest}")
     elif isinstance(shift, bool) or not isinstance(shift, numbers.Real):
         raise TypeError(f"{expected}, got a {type(shift).__name__}")
-    elif not (math.isfinite(shift) and shift != 0):
-        raise ValueError(f"shift must be a finite number other than 0, got {shift}")
+    elif not 1e-6 <= abs(shift) <= 1e6:  # NaN too; beyond, float32 loses what it is added to
+        raise ValueError(
+            f"shift must be a finite number other than 0, of size 1e-6 to 1e6, got {shift}"
+        )
 
 
 def _is_array(value: object) -> bool:

@@ -19,6 +19,9 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
+
+from cntlora_core.reading import printable
 
 SECONDS_BETWEEN_LINES = 10.0
 """How often a log that is no terminal gets a line of progress."""
@@ -29,8 +32,21 @@ COLUMNS_OF_A_LOG = 180
 
 def result_console() -> Console:
     """Where a command prints its tables: standard output, wide enough where it is no terminal."""
-    console = Console()
-    return console if console.is_terminal else Console(width=COLUMNS_OF_A_LOG)
+    console = Console(emoji=False)
+    return console if console.is_terminal else Console(width=COLUMNS_OF_A_LOG, emoji=False)
+
+
+def message_console() -> Console:
+    """Where a command says what it does and what went wrong: standard error."""
+    return Console(stderr=True, emoji=False, markup=False, highlight=False)
+
+
+def say(console: Console, text: str, style: str | None = None) -> None:
+    """Prints a message as it is: no markup, no emoji for ``:b:``, no line breaks of its own.
+
+    A path or a command in it can be copied. Control characters appear as escapes.
+    """
+    console.print(Text(printable(text), style=style or ""), soft_wrap=True)
 
 
 class Cancelled(KeyboardInterrupt):
@@ -53,9 +69,9 @@ class ConsoleReporter:
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True)
+        self.console = console or message_console()
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=28),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -75,11 +91,11 @@ class ConsoleReporter:
         if self._cancelled is not None:
             raise Cancelled(self._cancelled)
         if "note" in values:
-            self.console.print(f"• {values['note']}", markup=False, highlight=False, soft_wrap=True)
+            say(self.console, f"• {values['note']}")
         if total <= 0:
             return
         if stage not in self._tasks:
-            self._tasks[stage] = self._progress.add_task(stage, total=total, info="")
+            self._tasks[stage] = self._progress.add_task(printable(stage), total=total, info="")
             self._started[stage] = time.monotonic()
         info = self._info(values)
         self._progress.update(self._tasks[stage], completed=done, total=total, info=info)
@@ -93,12 +109,8 @@ class ConsoleReporter:
         self._last_line = now
         elapsed = now - self._started[stage]
         left = f", {elapsed / done * (total - done):.0f} s left" if 0 < done < total else ""
-        self.console.print(
-            f"{stage}: {done} of {total}, {elapsed:.0f} s{left}{', ' if info else ''}{info}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+        comma = ", " if info else ""
+        say(self.console, f"{stage}: {done} of {total}, {elapsed:.0f} s{left}{comma}{info}")
 
     def _info(self, values: dict[str, Any]) -> str:
         if "loss" not in values:
@@ -110,7 +122,7 @@ class ConsoleReporter:
         if self._cancelled is not None:
             raise KeyboardInterrupt
         self._cancelled = number
-        self.console.print("stopping after this step (Ctrl-C again: at once) …")
+        say(self.console, "stopping after this step (Ctrl-C again: at once) …")
 
     @contextmanager
     def running(self) -> Iterator[ConsoleReporter]:

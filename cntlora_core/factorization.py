@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cntlora_core.config import CNTLoRAConfig
 from cntlora_core.linalg import Spectrum
+from cntlora_core.seeds import torch_seed
 
 
 @dataclass(frozen=True)
@@ -89,4 +90,4 @@ def plain_factors(
 
 def seeded_generator(seed: int, stream: int = 0) -> torch.Generator:
     """A generator of its own for each ``stream`` of a seed of any size, on the CPU."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + stream) % 2**63)
+    return torch.Generator().manual_seed(torch_seed(seed * 1_000_003 + stream))

@@ -20,6 +20,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cntlora_core.reading import user_path
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -157,7 +159,7 @@ def require_writable_folder(path: str | Path, needed_bytes: int = 0) -> Path:
     """
     if not str(path).strip():
         raise ValueError("the folder's name is empty: give the folder to write to")
-    folder = Path(path).expanduser()
+    folder = user_path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):  # without a name where the system can do that
@@ -260,10 +262,15 @@ def user_cache() -> Path:
     """The user's folder for what can be made again.
 
     Raises:
-        RuntimeError: the user has no home folder.
+        ValueError: the user has no home folder.
     """
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "cntlora"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cntlora"
+    except RuntimeError as error:
+        raise ValueError(
+            "there is no home folder to keep class images and encoded photos in: name a folder "
+            "with --cache"
+        ) from error
 
 
 def format_bytes(count: float) -> str:
@@ -278,7 +285,7 @@ def format_bytes(count: float) -> str:
 def _checked_target(path: str | Path) -> Path:
     if not str(path).strip():
         raise ValueError("the file's name is empty: give the file to write")
-    given = Path(path).expanduser()
+    given = user_path(path)
     target = Path(os.path.realpath(given.parent)) / given.name
     if target.is_symlink():
         return target  # replaced, wherever it points

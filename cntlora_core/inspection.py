@@ -8,8 +8,8 @@ matrix (out, in * kh * kw).
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ from cntlora_core.lora_algebra import LoRALayer, singular_values
 from cntlora_core.lora_contents import LoRAContents, read_contents
 from cntlora_core.lora_names import TEXT_ENCODER, UNET
 from cntlora_core.parallel import map_in_threads
+from cntlora_core.reading import json_object, read_json_object, user_path
 
 RUN_RECORD, RUN_STATE = "run.json", "state.safetensors"
 TOP_VALUES = 8
@@ -177,12 +178,12 @@ def inspect_lora(
         ValueError: it is no LoRA, in words: a pickle, a cut-off file, a full checkpoint, LoHa or
             LoKr, an unfinished run; or the base model is of another make.
     """
-    found, run = _locate(Path(path))
+    found, run = _locate(user_path(path))
     contents = read_contents(found)
     notes = list(contents.notes)
     norms: Mapping[str, float] = {}
     if model is not None:
-        norms, said = base_weight_norms(Path(model), contents.layers)
+        norms, said = base_weight_norms(user_path(model), contents.layers)
         notes += said
     names = sorted(contents.layers, key=_natural)
     layers = tuple(
@@ -302,9 +303,12 @@ def _parameters(layer: LayerInspection) -> int:
 
 def _locate(path: Path) -> tuple[Path, dict[str, Any] | None]:
     """The LoRA, and what the record of its run says."""
-    if not path.exists():
-        raise FileNotFoundError(f"there is no LoRA and no run at {path}")
-    if not path.is_dir():
+    if not os.path.exists(path):
+        raise FileNotFoundError(
+            f"there is no LoRA and no run at {path}: give a .safetensors file, or a folder of "
+            "peft's or of a run"
+        )
+    if not os.path.isdir(path):
         record = _record(path.parent)
         own = record is not None and record["export"]["file"] == path.name
         return path, _run_facts(record) if own and record is not None else None
@@ -326,21 +330,27 @@ def _record(folder: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        record = json.loads(file.read_text("utf-8"))
-        return record if isinstance(record["export"]["file"], str) else None
-    except (ValueError, KeyError, TypeError):
+        record = read_json_object(file)
+        name = record["export"]["file"]
+        if Path(name).name != name:
+            return None  # it would lead out of the folder
+        _run_facts(record)
+        return record
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None  # another program's
 
 
 def _run_facts(record: dict[str, Any]) -> dict[str, Any]:
-    history = record.get("history", [])
+    """What a run's record says; raises KeyError, TypeError and such where it is none."""
+    export, seconds = record["export"], record.get("seconds") or {}
+    ranks, error = export.get("trained_ranks") or {}, export.get("relative_error")
     return {
         "model": record.get("model", {}).get("source"),
         "prompts": record.get("prompts"),
-        "steps": len(history),
-        "seconds": record.get("seconds"),
-        "trained_ranks": record["export"].get("trained_ranks", {}),
-        "relative_error": record["export"].get("relative_error"),
+        "steps": len(record.get("history", [])),
+        "seconds": {str(stage): float(value) for stage, value in seconds.items()},
+        "trained_ranks": {str(name): int(rank) for name, rank in ranks.items()},
+        "relative_error": None if error is None else float(error),
         "notes": record.get("notes", []),
     }
 
@@ -354,7 +364,7 @@ def _base_model(contents: LoRAContents) -> str | None:
     ]
     for config in contents.configs.values():
         if text := config.get("base_model_name_or_path"):
-            named.append(text)
+            named.append(str(text))
     if named:
         return ", ".join(dict.fromkeys(named))
     for name, layer in contents.layers.items():
@@ -372,7 +382,8 @@ def _method(contents: LoRAContents) -> str | None:
     for config in contents.configs.values():
         if "init_lora_weights" in config:
             start = config["init_lora_weights"]
-            name = {True: "plain LoRA (kaiming)", False: "start given"}.get(start, start)
+            plain = {"True": "plain LoRA (kaiming)", "False": "start given"}
+            name = plain.get(str(start), start)
             more = [k for k in ("use_dora", "use_rslora") if config.get(k)]
             return ", ".join([f"peft: {name}", *more])
     return metadata.get("ss_network_module")
@@ -391,7 +402,6 @@ def _settings(contents: LoRAContents) -> dict[str, Any]:
             if config.get(key):
                 settings[prefix + key] = config[key]
     try:
-        own = json.loads(metadata.get("cntlora.settings", "{}"))
+        return settings | json_object(metadata.get("cntlora.settings", "{}"))
     except ValueError:
-        own = {}
-    return settings | (own if isinstance(own, dict) else {})
+        return settings

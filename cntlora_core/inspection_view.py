@@ -14,6 +14,7 @@ from cntlora_core.files import require_writable_folder
 from cntlora_core.inspection import LayerInspection, LoRAInspection, PartInspection
 from cntlora_core.lora_names import TEXT_ENCODER, UNET
 from cntlora_core.plots import plot_ranks, plot_spectra
+from cntlora_core.reading import printable
 
 _NUMBERS = ("rank", "alpha", "norm", "rel. norm", "stable rank", "E 1/4", "E 1/2", "largest S")
 
@@ -25,7 +26,7 @@ def show(inspection: LoRAInspection, console: Console | None = None) -> None:
 
 def tables(inspection: LoRAInspection) -> RenderableType:
     """Facts, notes, layers and parts, as rich draws them."""
-    notes = [Text(f"• {note}", style="yellow") for note in inspection.notes]
+    notes = [_text(f"• {note}", "yellow") for note in inspection.notes]
     return Group(
         _facts(inspection), *notes, _layer_table(inspection), _part_table(inspection), Text(_LEGEND)
     )
@@ -44,7 +45,7 @@ def _facts(inspection: LoRAInspection) -> Table:
     table.add_column(overflow="fold")
 
     def row(key: str, value: object) -> None:
-        table.add_row(key, Text(str(value)))
+        table.add_row(key, _text(value))
 
     row("file", inspection.path)
     row("layout", inspection.layout)
@@ -67,6 +68,11 @@ def _facts(inspection: LoRAInspection) -> Table:
     return table
 
 
+def _text(value: object, style: str = "") -> Text:
+    """What a file says, for a terminal: as it is, and its control characters as escapes."""
+    return Text(printable(str(value)), style=style)
+
+
 def _flat(settings: dict[str, Any], prefix: str = "") -> list[str]:
     lines = []
     for key, value in settings.items():
@@ -87,12 +93,12 @@ def _layer_table(inspection: LoRAInspection) -> Table:
     for layer in inspection.layers:
         if layer.part != part:
             table.add_section()
-            table.add_row(Text(layer.part, style="bold"))
+            table.add_row(_text(layer.part, "bold"))
         part = layer.part
         shape = f"{layer.in_features} -> {layer.out_features}"
         shape += "" if layer.kind == "linear" else f", {layer.kind.removeprefix('conv ')}"
         name = layer.name.removeprefix(f"{UNET}.").removeprefix(f"{TEXT_ENCODER}.")
-        table.add_row(Text(name), shape, *_layer_numbers(layer))
+        table.add_row(_text(name), shape, *_layer_numbers(layer))
     return table
 
 
@@ -120,7 +126,7 @@ def _part_table(inspection: LoRAInspection) -> Table:
     ):
         table.add_column(heading, justify="right")
     for part in inspection.parts:
-        table.add_row(Text(part.part), *_part_numbers(part))
+        table.add_row(_text(part.part), *_part_numbers(part))
     return table
 
 
@@ -163,7 +169,7 @@ def draw_pictures(inspection: LoRAInspection, folder: str | Path | None = None) 
         name = path.resolve().parent.name
     ranks_picture = target / f"{name}.inspect-ranks.png"
     spectra_picture = target / f"{name}.inspect-spectra.png"
-    title = f"{name}: {inspection.method}" if inspection.method else name
+    title = printable(f"{name}: {inspection.method}" if inspection.method else name)
     plot_ranks(inspection.ranks, ranks_picture, title)
     plot_spectra(
         {layer.name: layer.singular_values for layer in inspection.layers},

@@ -6,7 +6,6 @@ plain LoRA is read, whatever model it is for, and what else the file holds is na
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,10 +28,11 @@ from cntlora_core.lora_reading import (
     DIFFUSERS_METADATA_KEY,
     FOREIGN,
     PEFT_CONFIG,
-    config_alpha,
     header_configs,
+    layer_of,
     load_tensors,
     parts_of_folder,
+    read_peft_config,
 )
 
 # peft's adapters of embeddings: the delta is that of a linear layer, transposed.
@@ -90,7 +90,7 @@ def read_contents(path: Path) -> LoRAContents:
                 layers[name] = layer
         notes += _said_of(others)
     if not layers:
-        raise ValueError(f"{path} holds no whole LoRA layer: {'; '.join(notes)}")
+        raise ValueError(f"{path} holds no whole LoRA layer: {'; '.join(notes[:3])}")
     return LoRAContents(layers, layout, metadata, configs, tuple(notes))
 
 
@@ -141,14 +141,7 @@ def _configs(
             "alpha is taken to be the rank"
         )
         return {}
-    try:
-        config = json.loads(beside.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{beside} is damaged: {error}") from error
-    kind = config.get("peft_type", "LORA")
-    if kind != "LORA":
-        raise ValueError(f"{file} is not a LoRA but a peft adapter of type {kind}")
-    return {component or "": config}
+    return {component or "": read_peft_config(beside, file)}
 
 
 def _name(module: str, component: str | None) -> str:
@@ -169,18 +162,10 @@ def _layer(
     if "down" not in roles or "up" not in roles:
         notes.append(f"{module} has no {'down' if 'up' in roles else 'up'} factor: left out")
         return None
-    rank = roles["down"].shape[0]
-    if "alpha" in roles:
-        alpha = float(roles["alpha"])
-    elif "" in configs:  # one configuration, whatever the name begins with
-        alpha = config_alpha({"": configs[""]}, module, f".{name}", rank)
-    else:
-        alpha = config_alpha(configs, module, name, rank)
-    mid = roles.get("mid")
+    # One configuration holds whatever the name begins with.
+    given, place = ({"": configs[""]}, f".{name}") if "" in configs else (configs, name)
     try:
-        return LoRALayer(
-            roles["down"].float(), roles["up"].float(), alpha, None if mid is None else mid.float()
-        )
+        return layer_of(roles, given, module, place)
     except ValueError as error:
         notes.append(f"{module}: {error}: left out")
         return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import warnings
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from cntlora_core.lora_algebra import LoRALayer, LoRALayers
@@ -24,6 +23,19 @@ from cntlora_core.lora_names import (
     kohya_table,
     layout_of,
     split_key,
+)
+from cntlora_core.reading import (
+    FLOATS,
+    HEADER_LIMIT,
+    FileSizeError,
+    TensorEntry,
+    is_finite,
+    json_object,
+    parse_header,
+    read_json_object,
+    reading,
+    reason,
+    require_file,
 )
 
 DIFFUSERS_METADATA_KEY = "lora_adapter_metadata"
@@ -39,6 +51,10 @@ FOREIGN = {
     "a full difference of weights": (".diff", ".diff_b"),
 }
 """Endings of the tensors that other methods than plain LoRA keep in a file, by the method."""
+
+
+_LONGEST_PATTERN = 1000
+_REGEX_SIGNS = frozenset("*+?|()[]{}^$\\")
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,11 +122,50 @@ def load_lora_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, st
         ValueError: it is something else, in words.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no LoRA file {path}")
     tensors, header = load_tensors(path)
     _require_lora(path, tensors)
     return {key: tensor.clone() for key, tensor in tensors.items()}, header
+
+
+def check_drawable(path: Path, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Refuses what diffusers would load without a word, or draw black pictures with.
+
+    Args:
+        path: What messages name.
+        tensors: The content of a LoRA file.
+
+    Returns:
+        What diffusers leaves out of the file, in words.
+
+    Raises:
+        ValueError: it is no LoRA for such a model, or a value is not finite.
+    """
+    _require_lora(path, tensors, tolerate=("DoRA", "SDXL"))
+    require_finite(path, tensors)
+    notes = []
+    second = [key for key in tensors if key.startswith(("lora_te2_", "text_encoder_2."))]
+    if second:
+        notes.append(
+            f"{path.name}: {len(second)} keys of a second text encoder, as {second[0]}, are left "
+            "out: this model has one"
+        )
+    scales = [key for key in tensors if key.endswith(FOREIGN["DoRA"])]
+    if scales:
+        notes.append(
+            f"{path.name} is a DoRA: {len(scales)} magnitudes, as {scales[0]}, are left out, and "
+            "only its low-rank part acts"
+        )
+    return tuple(notes)
+
+
+def require_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError where a value is not finite, naming the tensor."""
+    for key, tensor in tensors.items():
+        if not is_finite(tensor):
+            raise ValueError(
+                f"{path}: {key} has values that are not finite; the file is damaged, or its "
+                "training blew up. Use another one."
+            )
 
 
 def read_lora_tensors(
@@ -159,7 +214,8 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     Raises ValueError, in words, where it is a pickle, cut off or something else.
     """
-    with path.open("rb") as file:
+    require_file(path, "a LoRA's .safetensors file")
+    with reading(path, "a LoRA"), path.open("rb") as file:
         start = file.read(16)
     # A safetensors file begins with the length of its JSON header.
     if (
@@ -170,26 +226,51 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             f"{path} is a pickle (.ckpt, .pt, .bin), which can run code when it is read; "
             "a .safetensors file is needed"
         )
+    length = int.from_bytes(start[:8], "little")
+    if len(start) < 16 or not 2 <= length <= HEADER_LIMIT or start[8:9] != b"{":
+        raise ValueError(
+            f"{path} is no safetensors file: it begins with {start[:16]!r}. Download or copy it "
+            "again."
+        )
     try:
+        with path.open("rb") as file:
+            file.seek(8)
+            size = path.stat().st_size
+            if 8 + length > size:
+                raise FileSizeError(8 + length, size)
+            entries, metadata = parse_header(file.read(length), size)
+        _require_numbers(entries)
         with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            return tensors, file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        cut = len(start) == 16 and start[8:9] == b"{"
-        what = "is cut off or damaged" if cut else "is no safetensors file"
-        raise ValueError(f"{path} {what}: {error}") from error
+            return {key: file.get_tensor(key) for key in entries}, metadata
+    except Exception as error:
+        raise ValueError(
+            f"{path} is cut off or damaged: {reason(error)}. Download or copy it again."
+        ) from error
 
 
-def _require_lora(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def _require_numbers(entries: Mapping[str, TensorEntry]) -> None:
+    """A LoRA's factors are floating-point numbers; an alpha may be a whole number."""
+    for key, entry in entries.items():
+        split = split_key(key)
+        whole = split is not None and split.role == "alpha" and entry.dtype.startswith(("I", "U"))
+        if split is not None and entry.dtype not in FLOATS and not whole:
+            raise ValueError(f"{key} holds {entry.dtype}, and a LoRA floating-point numbers")
+
+
+def _require_lora(
+    path: Path, tensors: Mapping[str, Tensor], tolerate: tuple[str, ...] = ()
+) -> None:
     if any(key.startswith(("model.diffusion_model.", "first_stage_model.")) for key in tensors):
         raise ValueError(f"{path} is a full Stable Diffusion checkpoint, not a LoRA")
     for kind, endings in FOREIGN.items():
         for key in tensors:
-            if key.endswith(endings):
+            if key.endswith(endings) and kind not in tolerate:
                 raise ValueError(
                     f"{path} is not a plain LoRA but {kind} ({key}), which is not supported"
                 )
-    if any(key.startswith(("lora_te2_", "text_encoder_2.")) for key in tensors):
+    if "SDXL" not in tolerate and any(
+        key.startswith(("lora_te2_", "text_encoder_2.")) for key in tensors
+    ):
         raise ValueError(f"{path} has a second text encoder: it is a LoRA for SDXL, not for SD 1.5")
     if any(
         key.startswith(("lora_unet_input_blocks_", "lora_unet_output_blocks_")) for key in tensors
@@ -232,23 +313,37 @@ def _layers_of(
             raise ValueError(f"{path}: {module} has no {missing} factor; the file is not complete")
         if name in layers:
             raise ValueError(f"{path} has two LoRA layers for {name}")
-        rank = roles["down"].shape[0]
-        alpha = (
-            float(roles["alpha"])
-            if "alpha" in roles
-            else config_alpha(configs, spelled, name, rank)
-        )
-        mid = roles.get("mid")
+        require_finite(path, {f"{module} ({role})": tensor for role, tensor in roles.items()})
         try:
-            layers[name] = LoRALayer(
-                roles["down"].float(),
-                roles["up"].float(),
-                alpha,
-                None if mid is None else mid.float(),
-            )
+            layers[name] = layer_of(roles, configs, spelled, name)
         except ValueError as error:
             raise ValueError(f"{path}: {module}: {error}") from None
     return layers, layout, unknown
+
+
+def layer_of(
+    roles: Mapping[str, Tensor], configs: Mapping[str, Any], spelled: str, name: str
+) -> LoRALayer:
+    """A layer from its tensors, in float32.
+
+    Args:
+        roles: ``down`` and ``up``, and ``mid`` and ``alpha`` where the file has them.
+        configs: peft configurations by component, which give an alpha where the file has none.
+        spelled: The layer as the file spells it.
+        name: Its canonical name.
+
+    Raises:
+        ValueError: shapes do not belong together, or the alpha is no number.
+    """
+    down, mid = roles["down"], roles.get("mid")
+    rank = down.shape[0] if down.ndim else 0
+    if "alpha" not in roles:
+        alpha = config_alpha(configs, spelled, name, rank)
+    elif roles["alpha"].numel() != 1:
+        raise ValueError(f"alpha is one number, got shape {tuple(roles['alpha'].shape)}")
+    else:
+        alpha = float(roles["alpha"])
+    return LoRALayer(down.float(), roles["up"].float(), alpha, None if mid is None else mid.float())
 
 
 def _peft_configs(path: Path) -> dict[str, Any]:
@@ -259,17 +354,34 @@ def _peft_configs(path: Path) -> dict[str, Any]:
             f"{path} is a peft adapter, whose scale stands in {PEFT_CONFIG}; "
             "put that file beside it"
         )
-    config = json.loads(file.read_text("utf-8"))
-    if config.get("peft_type", "LORA") != "LORA":
-        raise ValueError(f"{path} is a peft adapter of type {config['peft_type']}, not a LoRA")
+    config = read_peft_config(file, path)
     if config.get("use_dora"):
         raise ValueError(f"{path} is not a plain LoRA but DoRA, which is not supported")
     return dict.fromkeys((UNET, TEXT_ENCODER), config)
 
 
+def read_peft_config(file: Path, weights: Path) -> dict[str, Any]:
+    """The configuration of an adapter of peft's.
+
+    Args:
+        file: Its ``adapter_config.json``.
+        weights: The file beside it, which messages name.
+
+    Raises:
+        ValueError: it is damaged, or of another method than LoRA.
+    """
+    config = read_json_object(file, "the configuration of an adapter")
+    if config.get("peft_type", "LORA") != "LORA":
+        raise ValueError(f"{weights} is a peft adapter of type {config['peft_type']}, not a LoRA")
+    return config
+
+
 def header_configs(header: Mapping[str, str]) -> dict[str, Any]:
-    """The configurations by component that diffusers keeps in a file's header; often none."""
-    fields: dict[str, Any] = json.loads(header.get(DIFFUSERS_METADATA_KEY, "{}"))
+    """The configurations by component that diffusers keeps in a file's header; often none.
+
+    Raises ValueError where they are no JSON object.
+    """
+    fields = json_object(header.get(DIFFUSERS_METADATA_KEY, "{}"))
     configs: dict[str, Any] = {}
     for key, value in fields.items():
         component, _, field = key.partition(".")
@@ -285,6 +397,9 @@ def config_alpha(configs: Mapping[str, Any], module: str, name: str, rank: int) 
         module: The layer as the file spells it.
         name: Its canonical name.
         rank: Its rank.
+
+    Raises:
+        ValueError: the configuration's alpha is no finite number, or a pattern of it is no name.
     """
     component, _, canonical = name.partition(".")
     config = configs.get(component)
@@ -292,9 +407,45 @@ def config_alpha(configs: Mapping[str, Any], module: str, name: str, rank: int) 
         return float(rank)
     alpha = config.get("lora_alpha", rank)
     spelled = module.removeprefix(f"{component}.").removeprefix(PEFT_PREFIX)
-    for pattern, value in config.get("alpha_pattern", {}).items():
-        if any(re.match(rf"(.*\.)?({pattern})$", key) for key in (spelled, canonical)):
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise ValueError(f"alpha_pattern must map names to numbers, got {patterns!r}")
+    for pattern, value in patterns.items():
+        if any(matches_pattern(pattern, key) for key in (spelled, canonical)):
             alpha = value
             break
+    if type(alpha) not in (int, float) or not math.isfinite(alpha):
+        raise ValueError(f"alpha must be a finite number, got {alpha!r}")
     # rsLoRA scales by alpha / sqrt(r); a layer's alpha is its scaling times its rank.
     return float(alpha) * math.sqrt(rank) if config.get("use_rslora") else float(alpha)
+
+
+def matches_pattern(pattern: str, name: str) -> bool:
+    """Whether a pattern of peft's names this module, or the end of its path.
+
+    peft takes such patterns as regular expressions. A file is no program: here a pattern is a name,
+    in which a backslash keeps the next character as it is, a dot stands for any character and
+    ``.*`` for any number of them, and which ``^`` ties to the beginning. peft, diffusers and this
+    package write nothing else, and matching takes no longer than pattern times name.
+
+    Raises:
+        ValueError: the pattern has another regular expression's sign in it.
+    """
+    if len(pattern) > _LONGEST_PATTERN:
+        raise ValueError(
+            f"a pattern of {len(pattern):,} characters is no module's name: {pattern[:40]!r}..."
+        )
+    whole = pattern.startswith("^")
+    parts = re.findall(r"\\.|\.\*|.", pattern.removeprefix("^").removesuffix("$"), re.DOTALL)
+    if odd := next((part for part in parts if part in _REGEX_SIGNS), None):
+        raise ValueError(
+            f"the pattern {pattern!r} has a {odd!r}; a module's name in peft's spelling is needed"
+        )
+    reached = {0} if whole else {0, *(i + 1 for i, c in enumerate(name) if c == ".")}
+    for part in parts:
+        if part == ".*":
+            reached = set(range(min(reached), len(name) + 1)) if reached else reached
+        else:
+            character = None if part == "." else part[-1]
+            reached = {i + 1 for i in reached if i < len(name) and character in (None, name[i])}
+    return len(name) in reached

@@ -17,6 +17,7 @@ from cntlora_core.files import format_bytes
 from cntlora_core.linalg import PrincipalSubspace, principal_subspace
 from cntlora_core.parallel import map_in_threads
 from cntlora_core.ranks import RankOffer, allocate_ranks
+from cntlora_core.seeds import torch_seed
 from cntlora_core.weights import check_readable
 
 
@@ -181,7 +182,7 @@ def plan_plain_lora(
     points: Sequence[AttachmentPoint], *, rank: int, scaling: float, seed: int = 0
 ) -> AdapterPlan:
     """Plain LoRA: Kaiming-uniform down, zero up, one rank for all (arXiv 2106.09685)."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(torch_seed(seed))
     factors = {}
     for point in points:
         down, up = plain_factors(rank, point.in_features, point.out_features, generator)

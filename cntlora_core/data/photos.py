@@ -25,6 +25,7 @@ from cntlora_core.data.pictures import (
     upright_rgb,
     why_unreadable,
 )
+from cntlora_core.reading import user_path
 
 __all__ = [
     "Photo",
@@ -203,10 +204,10 @@ def natural_key(path: Path) -> tuple[list[tuple[int, int, str]], str]:
 def _checked_folder(given: str | Path) -> Path:
     if not str(given).strip():
         raise ValueError("the photos' folder is empty: give the folder with 4 to 6 photos")
-    folder = Path(given).expanduser()
-    if folder.is_file():
+    folder = user_path(given)
+    if os.path.isfile(folder):
         raise NotADirectoryError(f"{folder} is a file: give the folder it is in, {folder.parent}")
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise FileNotFoundError(f"there is no folder {folder}: give the folder with the photos")
     return folder
 

@@ -6,21 +6,27 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    pass
+from cntlora_core.reading import (
+    HEADER_LIMIT,
+    FileSizeError,
+    TensorEntry,
+    UnreadableFileError,
+    parse_header,
+    read_json_object,
+    reason,
+    require_file,
+)
 
 NEEDED = (
     "Needed: a Stable Diffusion 1.5 model, as a .safetensors file with UNet, VAE and text encoder, "
     "as a diffusers folder, or as a hub id (owner/name)."
 )
-_HEADER_LIMIT = 100_000_000  # bytes, the limit of the safetensors format
 _CONVERT_FILE = (
     'python -c "import torch; from safetensors.torch import save_file; '
     "d = torch.load('IN.ckpt', map_location='cpu', weights_only=True); d = d.get('state_dict', d); "
@@ -62,56 +68,33 @@ class CheckpointKind(Enum):
     UNKNOWN = "a kind of model that is not known here"
 
 
-@dataclass(frozen=True)
-class TensorEntry:
-    """Where a tensor lies in a safetensors file: bytes ``start`` to ``end`` of the file."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
-
-
 def read_header(path: Path) -> dict[str, TensorEntry]:
     """The tensors of a safetensors file, by name, from its header alone.
 
     Raises:
-        CheckpointError: the file is not a whole safetensors file.
+        CheckpointError: the file is not a whole safetensors file, or its header contradicts itself.
     """
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        first = stream.read(64)
-        length = int.from_bytes(first[:8], "little")
-        if len(first) < 8 or not 2 <= length <= _HEADER_LIMIT or first[8:9] != b"{":
-            raise CheckpointError(path, _describe_bytes(first))
-        if 8 + length > size:
-            raise CheckpointError(path, _truncated(8 + length, size))
-        stream.seek(8)
-        raw = stream.read(length)
     try:
-        content = json.loads(raw)
-        content.pop("__metadata__", None)
-        entries = {
-            name: TensorEntry(
-                entry["dtype"],
-                tuple(entry["shape"]),
-                *(8 + length + offset for offset in entry["data_offsets"]),
-            )
-            for name, entry in content.items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(path, "its safetensors header is damaged.") from None
-    end = max((entry.end for entry in entries.values()), default=8 + length)
-    if end > size:
-        raise CheckpointError(path, _truncated(end, size))
-    return entries
-
-
-def _truncated(expected: int, size: int) -> str:
-    return (
-        f"the file is truncated: it should have {expected:,} bytes and has {size:,}. "
-        "Download or copy it again."
-    )
+        require_file(path, "a .safetensors file")
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            first = stream.read(64)
+            length = int.from_bytes(first[:8], "little")
+            if len(first) < 8 or not 2 <= length <= HEADER_LIMIT or first[8:9] != b"{":
+                raise CheckpointError(path, _describe_bytes(first))
+            if 8 + length > size:
+                raise FileSizeError(8 + length, size)
+            stream.seek(8)
+            return parse_header(stream.read(length), size)[0]
+    except FileSizeError as error:
+        raise CheckpointError(path, f"{error}. Download or copy it again.") from None
+    except UnicodeDecodeError:
+        raise CheckpointError(path, "its safetensors header is damaged: it is not UTF-8.") from None
+    except ValueError as error:
+        if isinstance(error, (CheckpointError, UnreadableFileError)):
+            raise
+        found = f"its safetensors header is damaged: {reason(error)}. Download or copy it again."
+        raise CheckpointError(path, found) from None
 
 
 def _describe_bytes(first: bytes) -> str:
@@ -143,9 +126,9 @@ def identify(path: str | Path) -> CheckpointKind:
             holds no model.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         return _identify_folder(path)
-    if not path.exists():
+    if not os.path.exists(path):
         raise CheckpointError(path, "there is no such file or folder.")
     return _identify_tensors(read_header(path))
 
@@ -261,14 +244,11 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: the file is missing or is not a JSON object.
     """
     try:
-        content = json.loads(path.read_text("utf-8"))
+        return read_json_object(path)
     except FileNotFoundError:
         raise CheckpointError(path, "this file is missing.") from None
-    except ValueError as error:
-        raise CheckpointError(path, f"this is not a JSON file ({error}).") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(path, "this JSON file does not hold an object.")
-    return content
+    except UnreadableFileError as error:
+        raise CheckpointError(path, reason(error.__cause__ or error) + ".") from None
 
 
 def folder_weights(folder: Path, part: str) -> list[Path]:
@@ -287,8 +267,10 @@ def folder_weights(folder: Path, part: str) -> list[Path]:
             return [whole]
         index = inside / f"{base}.safetensors.index{variant}.json"
         if index.is_file():
-            shards = sorted({inside / name for name in read_json(index)["weight_map"].values()})
-            return _all_present(folder, shards)
+            names = read_json(index).get("weight_map")
+            if not isinstance(names, dict) or not all(isinstance(x, str) for x in names.values()):
+                raise CheckpointError(index, "its weight_map does not name a file for each weight.")
+            return _all_present(folder, sorted({inside / name for name in names.values()}))
     if any(inside.glob("*.bin")):
         raise CheckpointError(
             folder,

@@ -25,6 +25,7 @@ from cntlora_core.methods import Limits, StartReport, StartRequest, get_method
 from cntlora_core.plan import check_points
 from cntlora_core.processes import Processes, plan_from_first
 from cntlora_core.progress import Reporter, silent, stage_progress
+from cntlora_core.seeds import torch_seed
 
 if TYPE_CHECKING:
     from cntlora_core.diffusion.adapters import Plan
@@ -98,7 +99,7 @@ class NoisedPhotos:
         return self._passes * len(self._tokens)
 
     def __iter__(self) -> Iterator[NoisedBatch]:
-        generator = torch.Generator().manual_seed(self._seed)
+        generator = torch.Generator().manual_seed(torch_seed(self._seed))
         count = len(self)
         strata = (
             torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)

@@ -151,7 +151,9 @@ def save_single_file(
         ValueError: a part is built differently from SD1.5's.
         OSError: the file cannot be written.
     """
-    with atomic_write(path) as unfinished:
+    tensors = to_original_layout(parts)
+    needed = sum(tensor.nbytes for tensor in tensors.values())
+    with atomic_write(path, needed_bytes=needed) as unfinished:
         mode = unfinished.stat().st_mode  # safetensors 0.8 leaves 0600 whatever the umask is
-        save_file(to_original_layout(parts), unfinished, {"format": "pt", **(metadata or {})})
+        save_file(tensors, unfinished, {"format": "pt", **(metadata or {})})
         unfinished.chmod(mode)

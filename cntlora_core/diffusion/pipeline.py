@@ -8,6 +8,9 @@ weights change with the file when somebody overwrites it.)
 from __future__ import annotations
 
 import copy
+import functools
+import math
+import os
 import re
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -34,6 +37,7 @@ from cntlora_core.diffusion.fingerprint import fingerprint_model
 from cntlora_core.diffusion.original_layout import original_key
 from cntlora_core.hub import why_not_fetched
 from cntlora_core.progress import Reporter, silent
+from cntlora_core.reading import FLOATS, is_finite, reading, user_path
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -72,6 +76,10 @@ _OLD_VAE_ATTENTION = {
     ".to_v.": ".value.",
     ".to_out.0.": ".proj_attn.",
 }
+_PREDICTIONS = ("epsilon", "v_prediction", "sample")
+_NAMES = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder of CLIP's make"}
+_OTHER_MODEL = "Download the folder again, or give another model."
+_LARGEST_SAMPLE = 4096
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _FILE_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".bin")
 
@@ -201,13 +209,46 @@ def load_parts(
     models = {}
     for part in PARTS:
         files = folder_weights(path, part) if path.is_dir() else [path]
-        with init_empty_weights():
+        described = configs / part / "config.json"
+        what = f"the configuration of a {_NAMES[part]}"
+        with reading(described, what, _OTHER_MODEL), init_empty_weights():
             models[part] = build_model(part, configs)
         names = _names_in(path, part, models[part].config)
         _fill(models[part], files, names, torch.float32 if part == "vae" else dtype, device)
+        if configs != SD15_CONFIGS:
+            with reading(described, what, _OTHER_MODEL):
+                _require_working(part, models[part].eval())
     return assemble(
         **models, configs=configs, source=source, fingerprint=fingerprint_model(path, reporter)
     )
+
+
+def _require_working(part: str, model: Any) -> None:
+    """Runs a part on the smallest input that it takes: do its layers fit together?
+
+    Raises:
+        Exception: what the layers raise; and a ValueError for settings that are read later.
+    """
+    weight = next(model.parameters())
+    new = functools.partial(torch.zeros, device=weight.device, dtype=weight.dtype)
+    with torch.no_grad():
+        if part == "text_encoder":
+            length = model.config.max_position_embeddings
+            model(torch.zeros(1, length, dtype=torch.long, device=weight.device))
+            return
+        side = model.config["sample_size"]
+        if part == "vae":
+            scale = model.config["scaling_factor"]
+            if not (math.isfinite(scale) and scale > 0):
+                raise ValueError(f"scaling_factor must be a positive number, got {scale!r}")
+            side = 2 ** len(model.config["block_out_channels"])
+            model(new(1, 3, side, side))
+            return
+        if type(side) is not int or not 1 <= side <= _LARGEST_SAMPLE:
+            raise ValueError(f"sample_size must be a whole number of latent pixels, got {side!r}")
+        width, channels = model.config["cross_attention_dim"], model.config["in_channels"]
+        side = 2 ** len(model.config["block_out_channels"])
+        model(new(1, channels, side, side), new(1), new(1, 1, width))
 
 
 def assemble(
@@ -241,24 +282,77 @@ def assemble(
         raise CheckpointError(
             configs, "tokenizer/ has neither vocab.json and merges.txt nor tokenizer.json."
         )
-    scheduler_config = read_json(configs / "scheduler" / "scheduler_config.json")
+    schedule = configs / "scheduler" / "scheduler_config.json"
+    scheduler_config = read_json(schedule)
+    with reading(schedule, "the settings of a scheduler", _OTHER_MODEL):
+        noise_scheduler = _noise_scheduler(scheduler_config)
+    with reading(words, "a tokenizer of CLIP's make", _OTHER_MODEL):
+        tokenizer = _tokenizer(words, text_encoder.config)
     for model in (unet, vae, text_encoder):
         model.requires_grad_(False).eval()
     return StableDiffusionParts(
         unet=unet,
         vae=vae,
         text_encoder=text_encoder,
-        tokenizer=CLIPTokenizer.from_pretrained(str(words), local_files_only=True),
-        noise_scheduler=_scheduler("DDPMScheduler", scheduler_config, {}),
+        tokenizer=tokenizer,
+        noise_scheduler=noise_scheduler,
         scheduler_config=scheduler_config,
         source=source,
         fingerprint=fingerprint,
     )
 
 
+def _noise_scheduler(config: dict[str, Any]) -> DDPMScheduler:
+    """The schedule for training; the model's own sampler is made too, to see that it can be.
+
+    Raises:
+        Exception: what diffusers raises over a setting, and a ValueError for one of no use.
+    """
+    name = config.get("_class_name")
+    if not isinstance(name, str) or not name.endswith("Scheduler") or not hasattr(diffusers, name):
+        raise ValueError(f"_class_name must be one of diffusers' schedulers, got {name!r}")
+    noise = _scheduler("DDPMScheduler", config, {})
+    _scheduler(name, config, {}).set_timesteps(1)
+    kept = noise.alphas_cumprod
+    if not bool(((kept >= 0) & (kept <= 1)).all()):
+        raise ValueError("its betas are not all between 0 and 1")
+    if (kind := noise.config["prediction_type"]) not in _PREDICTIONS:
+        raise ValueError(f"prediction_type must be one of {', '.join(_PREDICTIONS)}, got {kind!r}")
+    return noise
+
+
+def _tokenizer(folder: Path, config: CLIPTextConfig) -> CLIPTokenizer:
+    """Raises what transformers raises, and a ValueError if the text encoder has too few rows."""
+    if not (folder / "tokenizer.json").is_file():
+        ids = read_json(folder / "vocab.json").values()
+        if not ids or not all(type(n) is int and n >= 0 for n in ids):
+            raise ValueError("vocab.json does not map words to numbers")
+    if (folder / "tokenizer_config.json").is_file():
+        read_json(folder / "tokenizer_config.json")
+    tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if not 0 <= largest < config.vocab_size:
+        raise ValueError(
+            f"its largest token is {largest}, and the text encoder knows {config.vocab_size}"
+        )
+    tokenizer("a photo", truncation=True, max_length=config.max_position_embeddings)
+    return tokenizer
+
+
 def build_model(part: str, configs: Path) -> Any:
     """The model that ``configs/<part>/config.json`` describes, freshly initialised."""
     config = read_json(configs / part / "config.json")
+    for key, value in config.items():
+        least, most = (1, 1000) if "layers" in key else (-(2**31), 2**31)
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int) and not least <= number <= most:
+                raise CheckpointError(
+                    configs / part / "config.json",
+                    f"{key} is {number}; it must be between {least} and {most}.",
+                )
+    types, widths = config.get("down_block_types"), config.get("block_out_channels")
+    if part == "vae" and types is not None and widths is not None and len(types) != len(widths):
+        raise ValueError("down_block_types and block_out_channels must have the same length")
     if part == "text_encoder":
         return CLIPTextModel(CLIPTextConfig.from_dict(config))
     kind = UNet2DConditionModel if part == "unet" else AutoencoderKL
@@ -274,7 +368,7 @@ def _locate(model: str | Path, local_files_only: bool | None) -> Path:
     """The file or folder that was meant; a hub id is downloaded, without safety checker."""
     text = str(model).strip().strip("\"'")
     for candidate in (text, text.replace("\\", "/")):
-        if text and (path := Path(candidate).expanduser()).exists():
+        if text and os.path.exists(path := user_path(candidate)):
             return path
     if not _HUB_ID.fullmatch(text) or Path(text).suffix in _FILE_SUFFIXES:
         raise CheckpointError(text or "''", "there is no such file or folder.")
@@ -334,7 +428,14 @@ def _fill(
             elif found is None:
                 missing.append(names(name)[0])
             else:
-                tensor = _read(*places[found])
+                stream, entry = places[found]
+                if entry.dtype not in FLOATS:
+                    raise CheckpointError(
+                        files[0],
+                        f"{found} holds {entry.dtype}, and weights are floating-point numbers: "
+                        "this is a quantised or damaged model.",
+                    )
+                tensor = _read(stream, entry)
                 # 1x1 convolutions are stored as matrices by some tools, and the other way round.
                 if [n for n in tensor.shape if n > 1] != [n for n in empty.shape if n > 1]:
                     raise CheckpointError(
@@ -342,7 +443,14 @@ def _fill(
                         f"{found} has shape {tuple(tensor.shape)}, expected {tuple(empty.shape)}: "
                         "the model is built differently.",
                     )
-                state[name] = tensor.reshape(empty.shape).to(device, dtype)
+                tensor = tensor.reshape(empty.shape).to(device, dtype)
+                if not is_finite(tensor):
+                    raise CheckpointError(
+                        files[0],
+                        f"{found} has values that are not finite in {dtype}: the file is damaged, "
+                        "or a wider data type is needed.",
+                    )
+                state[name] = tensor
     if missing:
         raise CheckpointError(
             files[0],
@@ -356,4 +464,4 @@ def _read(stream: BinaryIO, entry: TensorEntry) -> torch.Tensor:
     raw = torch.empty(entry.end - entry.start, dtype=torch.uint8)
     stream.seek(entry.start)
     stream.readinto(raw.numpy().data)  # pyright: ignore[reportAttributeAccessIssue]
-    return raw.view(_DTYPES.get(entry.dtype, torch.uint8)).reshape(entry.shape)
+    return raw.view(_DTYPES[entry.dtype]).reshape(entry.shape)

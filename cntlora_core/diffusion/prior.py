@@ -15,12 +15,13 @@ from cntlora_core.diffusion.sampler import draw
 from cntlora_core.diffusion.settings import PriorSettings, SamplingSettings
 from cntlora_core.files import folder_within, safe_name, user_cache, write_json_atomic
 from cntlora_core.progress import Reporter, silent
+from cntlora_core.reading import user_path
 from cntlora_core.sheets import save_image
 
 
 def cache_folder(settings: PriorSettings) -> Path:
     """The folder for what can be made again: the given one, or the user's cache."""
-    return user_cache() if settings.cache is None else Path(settings.cache).expanduser()
+    return user_cache() if settings.cache is None else user_path(settings.cache)
 
 
 def class_images(

@@ -16,10 +16,18 @@ from cntlora_core.data.captions import encode_prompts
 from cntlora_core.diffusion.pipeline import StableDiffusionParts, load_stable_diffusion
 from cntlora_core.diffusion.settings import Precision, SamplingSettings, torch_dtype
 from cntlora_core.lora_file import diffusers_tensors
-from cntlora_core.lora_reading import load_lora_tensors, read_lora_tensors
+from cntlora_core.lora_reading import (
+    check_drawable,
+    load_lora_tensors,
+    load_tensors,
+    read_lora_tensors,
+)
 from cntlora_core.progress import Reporter, silent
+from cntlora_core.reading import reason, require_file, user_path
+from cntlora_core.seeds import torch_seed
 
 MID = ".lora_mid."
+LARGEST_STRENGTH = 1000.0
 
 
 @dataclass(frozen=True)
@@ -36,22 +44,48 @@ class LoRAUse:
     strength: float = 1.0
     tensors: Mapping[str, torch.Tensor] | None = field(default=None, compare=False, repr=False)
 
+    def __post_init__(self) -> None:
+        if not abs(self.strength) <= LARGEST_STRENGTH:
+            raise ValueError(
+                f"the strength of {self.path} must be a number between -{LARGEST_STRENGTH:g} and "
+                f"{LARGEST_STRENGTH:g}, got {self.strength}"
+            )
+
+    def check(self) -> tuple[str, ...]:
+        """Reads the file, and refuses what is no LoRA to draw with, before a model is loaded.
+
+        Returns:
+            What will be left out of it, in words.
+
+        Raises:
+            FileNotFoundError: nothing is there.
+            ValueError: it is damaged, something else, or holds values that are not finite.
+        """
+        tensors = self.tensors
+        if tensors is None:
+            require_file(self.path, "a LoRA's .safetensors file")
+            tensors, _ = load_tensors(self.path)
+        return check_drawable(self.path, tensors)
+
     @classmethod
     def parse(cls, text: str) -> LoRAUse:
         """``file.safetensors`` or ``file.safetensors:0.8``.
 
         Raises:
-            ValueError: if what follows the colon is no number.
+            ValueError: if what follows the colon is no number, or no strength to draw with.
         """
+        if not text.strip():
+            raise ValueError("the name of a LoRA is empty: give a .safetensors file after --lora")
         head, colon, tail = text.rpartition(":")
         if colon and head.endswith(".safetensors"):
             try:
-                return cls(Path(head).expanduser(), float(tail))
+                strength = float(tail)
             except ValueError:
                 raise ValueError(
                     f"{text!r}: the strength after the colon must be a number, got {tail!r}"
                 ) from None
-        return cls(Path(text).expanduser())
+            return cls(user_path(head), strength)
+        return cls(user_path(text))
 
 
 def default_device() -> torch.device:
@@ -65,14 +99,14 @@ def checked_device(name: str | torch.device | None) -> torch.device:
     """A device that works here; the default one for None.
 
     Raises:
-        ValueError: for one that does not, with those that do.
+        ValueError: for one that does not, or computes nothing (meta), with those that do.
     """
     if name is None:
         return default_device()
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        torch.zeros(1, device=device).tolist()  # meta has no values to give
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise ValueError(
             f"device {str(name)!r} cannot be used here; cpu and {default_device()} can"
         ) from error
@@ -86,28 +120,35 @@ def load_for_sampling(
     precision: Precision = "float32",
     device: str | torch.device | None = None,
     scheduler: str | None = None,
+    reporter: Reporter = silent,
 ) -> StableDiffusionPipeline:
     """A stock diffusers pipeline with LoRA files loaded and weighted.
+
+    Notes to ``reporter`` say what of a LoRA is left out.
 
     Raises:
         FileNotFoundError: for a LoRA file that is not there.
         ValueError: for one that does not fit the model, with the keys that did not.
     """
+    place = checked_device(device)
     for lora in loras:
-        if lora.tensors is None and not lora.path.is_file():
-            raise FileNotFoundError(f"there is no LoRA file {lora.path}")
-    parts = load_stable_diffusion(
-        model, dtype=torch_dtype(precision), device=checked_device(device)
-    )
+        for note in lora.check():
+            reporter("loading the model", 0, 0, {"note": note})
+    parts = load_stable_diffusion(model, dtype=torch_dtype(precision), device=place)
     pipeline = parts.pipeline(scheduler)  # pyright: ignore[reportArgumentType]
     apply_lora_files(pipeline, loras)
     return pipeline
 
 
 def apply_lora_files(pipeline: StableDiffusionPipeline, loras: Sequence[LoRAUse]) -> None:
-    """Load LoRA files into a pipeline side by side, each with its strength."""
+    """Load LoRA files into a pipeline side by side, each with its strength.
+
+    Raises:
+        ValueError: one does not fit the model, or holds values that are not finite.
+    """
     names = [f"lora_{i}" for i in range(len(loras))]
     for name, lora in zip(names, loras, strict=True):
+        lora.check()
         try:
             tensors = _without_mids(lora)
             if tensors is None:
@@ -118,10 +159,12 @@ def apply_lora_files(pipeline: StableDiffusionPipeline, loras: Sequence[LoRAUse]
                 # Copies, since those of inference mode could not become parameters outside of it.
                 copies = {key: tensor.clone() for key, tensor in tensors.items()}
                 pipeline.load_lora_weights(copies, adapter_name=name)
-        except (RuntimeError, KeyError) as error:
+        except (RuntimeError, KeyError, ValueError, TypeError, IndexError) as error:
+            if str(lora.path) in str(error):
+                raise
             raise ValueError(
                 f"{lora.path} does not fit this model: a LoRA of just such a model (SD1.5 or the "
-                f"small one) is needed. {_shortened(str(error))}"
+                f"small one) is needed. {reason(error)}"
             ) from error
     if loras:
         pipeline.set_adapters(names, [lora.strength for lora in loras])
@@ -138,11 +181,6 @@ def _without_mids(lora: LoRAUse) -> Mapping[str, torch.Tensor] | None:
     if not any(MID in key for key in tensors):
         return tensors
     return diffusers_tensors(read_lora_tensors(tensors, header, str(lora.path)).layers)
-
-
-def _shortened(text: str, length: int = 300) -> str:
-    """The first of what torch may say of each of hundreds of layers."""
-    return text if len(text) <= length else f"{text[:length]} ..."
 
 
 def draw(
@@ -166,6 +204,10 @@ def draw(
         reporter: Told the number of pictures done; notes say what was cut off a long prompt.
     """
     settings = settings or SamplingSettings()
+    if settings.steps > (most := len(pipeline.scheduler.alphas_cumprod)):
+        raise ValueError(
+            f"steps={settings.steps} are more than the {most} timesteps of the model: lower steps"
+        )
     seeds = list(range(settings.seed, settings.seed + len(prompts))) if seeds is None else seeds
     for message in encode_prompts(prompts, pipeline.tokenizer).messages:
         reporter(stage, 0, len(prompts), {"note": message})
@@ -195,7 +237,7 @@ def draw(
             guidance_scale=settings.guidance,
             height=settings.resolution,
             width=settings.resolution,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds[chosen]],
+            generator=[torch.Generator().manual_seed(torch_seed(seed)) for seed in seeds[chosen]],
             callback_on_step_end=on_step,  # pyright: ignore[reportArgumentType]
         ).images  # pyright: ignore[reportAttributeAccessIssue]
         reporter(stage, len(pictures), total, {"image": pictures[-1]})

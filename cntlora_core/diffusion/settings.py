@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,6 +23,16 @@ Precision = Literal["float32", "bfloat16", "float16"]
 Layout = Literal["kohya", "diffusers", "peft"]
 AdapterKind = Literal["lora", "lava"]
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine"]
+
+
+MOST_PIXELS = 4096
+"""The largest side of a picture: beyond, attention over its latents outgrows any memory."""
+MOST_RANKS = 10_000
+"""Above the width of every layer of Stable Diffusion 1.5."""
+MOST_SAMPLING_STEPS = 1000
+"""Timesteps of Stable Diffusion 1.5's noise schedule."""
+LARGEST_NUMBER = 1e9
+"""Of weights, rates and scales: what float32 can still multiply weights by."""
 
 
 def torch_dtype(precision: str) -> torch.dtype:
@@ -59,8 +68,9 @@ class SubjectSettings:
 
     def __post_init__(self) -> None:
         _as_text(self, "images")
-        if self.resolution is not None:
-            _at_least("resolution", self.resolution, 8)
+        _resolution(self.resolution)
+        for name in ("token", "class_name", "instance_prompt", "class_prompt"):
+            require_unicode(name, getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -88,8 +98,8 @@ class PriorSettings:
 
     def __post_init__(self) -> None:
         _as_text(self, "class_images", "cache")
-        _at_least("num_class_images", self.num_class_images, 1)
-        _at_least("class_steps", self.class_steps, 1)
+        _between("num_class_images", self.num_class_images, 1, 100_000)
+        _between("class_steps", self.class_steps, 1, MOST_SAMPLING_STEPS)
         _finite("prior_weight", self.prior_weight, 0)
         _finite("class_guidance", self.class_guidance, 0)
 
@@ -130,12 +140,12 @@ class AdapterSettings:
     def __post_init__(self) -> None:
         method = get_method(self.method)
         method.require_image_file()
-        _at_least("rank", self.rank, 1)
-        _at_least("init_passes", self.init_passes, 1)
+        _between("rank", self.rank, 1, MOST_RANKS)
+        _between("init_passes", self.init_passes, 1, 10_000)
         for name in ("alpha", "init_minutes"):
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} must be a positive number, got {value}")
+            if value is not None and not 0 < value <= 1e9:
+                raise ValueError(f"{name} must be a positive number up to 1e9, got {value}")
         if method.family == "cntlora":
             constraint = cast(Constraint, self.method)
             object.__setattr__(self, "cntlora", settings_for(constraint, self.cntlora))
@@ -212,8 +222,12 @@ class TrainingSettings:
     sample_steps: int = 30
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "gradient_accumulation", "save_every", "sample_steps"):
-            _at_least(name, getattr(self, name), 1)
+        for name in ("steps", "batch_size", "gradient_accumulation", "save_every"):
+            _between(name, getattr(self, name), 1, 10**9)
+        _between("sample_steps", self.sample_steps, 1, MOST_SAMPLING_STEPS)
+        require_unicode("sample_prompts", *self.sample_prompts)
+        if not all(prompt.strip() for prompt in self.sample_prompts):
+            raise ValueError("sample_prompts has an empty prompt: write it out or leave it away")
         for name in ("lr_warmup", "sample_every"):
             _at_least(name, getattr(self, name), 0)
         for name in ("learning_rate", "weight_decay", "max_grad_norm"):
@@ -263,9 +277,11 @@ class SamplingSettings:
     batch_size: int = 4
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        _between("steps", self.steps, 1, MOST_SAMPLING_STEPS)
+        _between("batch_size", self.batch_size, 1, 10_000)
+        _finite("guidance", self.guidance, 0)
+        _resolution(self.resolution)
+        require_unicode("negative_prompt", self.negative_prompt)
 
 
 @dataclass(frozen=True)
@@ -289,6 +305,11 @@ class OutputSettings:
 
     def __post_init__(self) -> None:
         _as_text(self, "output")
+        if not self.output.strip():
+            raise ValueError("output is empty: give the folder to write to")
+        if self.name is not None and not self.name.strip():
+            raise ValueError("name is empty: give a file name without ending, or leave it out")
+        require_unicode("name", self.name)
         _choice("layout", self.layout, Layout)
         _choice("file_precision", self.file_precision, Precision)
 
@@ -390,6 +411,36 @@ def _at_least(name: str, value: int, least: int) -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
+def _between(name: str, value: float, least: float, most: float) -> None:
+    if not least <= value <= most:
+        raise ValueError(f"{name} must be at least {least} and at most {most}, got {value}")
+
+
+def _resolution(value: int | None) -> None:
+    """Refuses what is no side of a picture; larger ones would ask for terabytes."""
+    if value is not None and not (8 <= value <= MOST_PIXELS and value % 8 == 0):
+        raise ValueError(
+            f"resolution must be a multiple of 8 between 8 and {MOST_PIXELS} pixels, got {value}"
+        )
+
+
+def require_unicode(name: str, *texts: str | None) -> None:
+    """Refuses texts that no tokenizer and no file can hold, before any work.
+
+    Raises:
+        ValueError: a text has half of a surrogate pair, as bytes that are not UTF-8 leave behind.
+    """
+    for text in texts:
+        if text is not None and any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(
+                f"{name} must be valid Unicode, got {text!a}: type it in a terminal or a file "
+                "with the encoding UTF-8"
+            )
+
+
 def _finite(name: str, value: float, least: float) -> None:
-    if not (math.isfinite(value) and value >= least):
-        raise ValueError(f"{name} must be a finite number of at least {least}, got {value}")
+    if not least <= value <= LARGEST_NUMBER:
+        raise ValueError(
+            f"{name} must be a finite number of at least {least} and at most {LARGEST_NUMBER:g}, "
+            f"got {value}"
+        )

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from cntlora_core.adapter import AdapterPlan
 from cntlora_core.factorization import Factors
 from cntlora_core.files import save_safetensors_atomic
+from cntlora_core.reading import is_finite, json_object, reading
 
 if TYPE_CHECKING:
     from cntlora_core.diffusion.adapters import Plan
@@ -75,28 +76,54 @@ class TrainingState:
             raise FileNotFoundError(
                 f"there is nothing to resume: {path} does not exist; start without --resume"
             )
-        try:
+        with reading(path, "a training state", "Start anew with --overwrite."):
             with safe_open(str(path), framework="pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != FORMAT:
                     raise ValueError(
-                        f"{path} is no training state of this version "
-                        f"(its format is {metadata.get('format')!r}, not {FORMAT!r})"
+                        f"{path} is no training state of this version (its format is "
+                        f"{metadata.get('format')!r}, not {FORMAT!r}); start anew with --overwrite"
                     )
                 tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{path} cannot be read as a training state: {error}") from error
-        header = json.loads(metadata["header"])
-        plan = _plan_of(header, tensors)
-        return cls(
-            step=header["step"],
-            plan=plan,
-            parameters=_under(tensors, "parameter."),
-            moments=_under(tensors, "moment."),
-            history=header["history"],
-            settings=header["settings"],
-            extra=header["extra"],
-        )
+            header = json_object(metadata["header"])
+            state = cls(
+                step=header["step"],
+                plan=_plan_of(header, tensors),
+                parameters=_under(tensors, "parameter."),
+                moments=_under(tensors, "moment."),
+                history=header["history"],
+                settings=header["settings"],
+                extra=header["extra"],
+            )
+            state._require_whole()
+            return state
+
+    def _require_whole(self) -> None:
+        """Raises ValueError where the parts of a state that was read do not belong together."""
+        if type(self.step) is not int or self.step < 0:
+            raise ValueError(f"its step is {self.step!r}")
+        if type(self.plan.rewrites_base) is not bool:
+            raise ValueError(f"rewrites_base is {self.plan.rewrites_base!r}")
+        for name, kind in (("history", list), ("settings", dict), ("extra", dict)):
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(f"its {name} is no {kind.__name__}")
+        initial = {
+            f"{name}.{key}": tensor
+            for name, factors in self.plan.factors.items()
+            for key, tensor in factors.named().items()
+        }
+        if not initial or initial.keys() != self.parameters.keys():
+            raise ValueError("its parameters are not those of its start")
+        wanted = {f"{kind}.{name}" for kind in ("exp_avg", "exp_avg_sq") for name in initial}
+        if not self.moments.keys() <= wanted:
+            raise ValueError("its optimizer's moments are not those of its parameters")
+        for found in (self.parameters, self.moments):
+            for name, tensor in found.items():
+                start = initial[name.removeprefix("exp_avg_sq.").removeprefix("exp_avg.")]
+                if tensor.shape != start.shape or not tensor.is_floating_point():
+                    raise ValueError(f"{name} has another shape or type than its start")
+                if not is_finite(tensor):
+                    raise ValueError(f"{name} has values that are not finite")
 
 
 def _plan_of(header: dict[str, Any], tensors: dict[str, Tensor]) -> Plan:

@@ -24,6 +24,7 @@ from cntlora_core.diffusion.objective import dreambooth_loss, min_snr_weights, t
 from cntlora_core.diffusion.settings import AdapterSettings, TrainingSettings
 from cntlora_core.diffusion.state import TrainingState, all_finite
 from cntlora_core.progress import Reporter, silent
+from cntlora_core.seeds import torch_seed
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -378,7 +379,9 @@ def _draw(count: int, start: int, size: int, seed: int, stream: int) -> Sequence
 def _generator(*numbers: int) -> torch.Generator:
     """A generator that is a function of the numbers (splitmix-like mixing into 63 bits)."""
     value = 0
-    for number in numbers:
+    words = [torch_seed(number) for number in numbers]
+    words = [half for word in words for half in ([word] if word < 2**32 else [word, word >> 32])]
+    for number in words:
         value = (value ^ (number & 0xFFFFFFFF)) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
         value ^= value >> 29
     return torch.Generator().manual_seed(value >> 1)

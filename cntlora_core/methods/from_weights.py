@@ -25,6 +25,7 @@ from cntlora_core.adapter import AdapterPlan, adapter_weights, plan_plain_lora
 from cntlora_core.attachment import AttachmentPoint
 from cntlora_core.factorization import Factors
 from cntlora_core.methods.base import PlannedStart, StartReport, StartRequest
+from cntlora_core.seeds import torch_seed
 
 TOLERANCE = 1e-3
 """Relative to its norm: how far peft's rewritten weight may be from ``W - scaling * B @ A``."""
@@ -137,7 +138,7 @@ def _check_base(
 def seeded(seed: int) -> Iterator[None]:
     """Draw from ``seed`` within the block (peft draws from the global generator), then undo it."""
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(torch_seed(seed))
         yield
 
 

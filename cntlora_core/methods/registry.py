@@ -14,25 +14,25 @@ from cntlora_core.methods.peft_native import PEFT_METHODS, pissa_with_iterations
 METHODS: Mapping[str, Method] = MappingProxyType(
     {method.name: method for method in (*CNTLORA_METHODS, *PEFT_METHODS)}
 )
-"""All methods, in the order in which they are shown. ``pissa_niter_N`` stands for any N."""
+"""All methods, in the order in which they are shown. ``pissa_niter_N`` stands for N of 1 to 999."""
 
 
 def get_method(name: str) -> Method:
-    """The method of that name; ``pissa_niter_N`` for any whole number N of iterations.
+    """The method of that name; ``pissa_niter_N`` for N iterations, 1 to 999.
 
     Raises:
         ValueError: listing the names that there are.
     """
     if name in METHODS:
         return METHODS[name]
-    iterations = re.fullmatch(r"pissa_niter_([1-9]\d*)", name)
+    iterations = re.fullmatch(r"pissa_niter_([1-9][0-9]{0,2})", name)
     if iterations:
         return pissa_with_iterations(int(iterations[1]))
     close = difflib.get_close_matches(name.replace("-", "_").lower(), METHODS, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     raise ValueError(
         f"there is no method {name!r}.{hint} The methods are {', '.join(METHODS)}; "
-        "pissa_niter_N takes any number of iterations"
+        "pissa_niter_N takes 1 to 999 iterations"
     )
 
 

@@ -10,6 +10,7 @@ import tyro
 
 from cntlora_core import mini
 from cntlora_core.diffusion.settings import Precision, SamplingSettings
+from cntlora_core.flags import UserPath
 from cntlora_core.progress import Reporter
 
 if TYPE_CHECKING:
@@ -50,9 +51,9 @@ class Evaluate:
         device: Where to draw and to look; default: CUDA, then MPS, then the CPU.
     """
 
-    subject: Path
-    output: Path
-    generated: tuple[Path, ...] = ()
+    subject: UserPath
+    output: UserPath
+    generated: tuple[UserPath, ...] = ()
     model: str | None = None
     lora: tuple[str, ...] = ()
     base: bool = True
@@ -91,6 +92,8 @@ class Evaluate:
             ValueError, OSError: for input that cannot be used, in words.
         """
         from cntlora_core.data.photos import load_photos
+        from cntlora_core.diffusion.sampler import checked_device
+        from cntlora_core.diffusion.settings import require_unicode
         from cntlora_core.files import require_writable_folder, write_json_atomic
         from cntlora_core.metrics.fidelity import measure, measure_photos, subject_features
         from cntlora_core.metrics.view import fidelity_sheet
@@ -100,7 +103,14 @@ class Evaluate:
             raise ValueError("nothing to measure: give --generated folders, or --model and --lora")
         if self.lora and self.model is None:
             raise ValueError("LoRA files need a --model to draw with")
-        self._loras()  # what is missing is said before anything is loaded
+        prompts = self._prompts() if self.prompt else ()  # as all else, before anything is loaded
+        require_unicode("prompt", *prompts, self.token, self.class_name)
+        if self.per_prompt < 1:
+            raise ValueError(f"per_prompt must be at least 1, got {self.per_prompt}")
+        for lora in self._loras():
+            for note in lora.check():
+                reporter("loading the model", 0, 0, {"note": note})
+        checked_device(self.device)
         require_writable_folder(self.output)
         encoders = self._encoders(reporter)
         photos = [p.image for p in load_photos(self.subject, read_captions=False).photos]
@@ -176,11 +186,7 @@ class Evaluate:
     def _loras(self) -> list[LoRAUse]:
         from cntlora_core.diffusion.sampler import LoRAUse
 
-        loras = [LoRAUse.parse(text) for text in self.lora]
-        for lora in loras:
-            if not lora.path.is_file():
-                raise FileNotFoundError(f"there is no LoRA file {lora.path}")
-        return loras
+        return [LoRAUse.parse(text) for text in self.lora]
 
     def _drawn(self, reporter: Reporter) -> Any:
         from cntlora_core.diffusion.sampler import load_for_sampling

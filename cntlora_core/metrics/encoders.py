@@ -6,7 +6,7 @@ cut to their middle square first, so that no image processor squeezes them.
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,16 @@ from cntlora_core import mini
 from cntlora_core.data.captions import encode_prompts
 from cntlora_core.hub import why_not_fetched
 from cntlora_core.progress import Reporter, silent
+from cntlora_core.reading import (
+    FLOATS,
+    HEADER_LIMIT,
+    is_finite,
+    parse_header,
+    read_json_object,
+    reading,
+    require_file,
+    user_path,
+)
 
 DINO = "facebook/dino-vits16"
 """The encoder of the subject in DreamBooth's protocol."""
@@ -32,6 +42,9 @@ SMALL = "small"
 """Stands for the encoders that come with this package, made for pictures of 64 pixels."""
 
 BATCH_SIZE = 16
+_OTHER_ENCODER = (
+    "Download the folder again, or give another, or 'small' for the encoders that come along."
+)
 _FILES = ("*.json", "*.txt", "*.safetensors")
 
 
@@ -168,10 +181,13 @@ def load_image_encoder(
         raise ValueError(f"{source} is a CLIP model; the subject is judged by one such as {DINO}")
     # ViT's pooling layer is not part of DINO's files, and would be random.
     options = {"add_pooling_layer": False} if kind == "vit" else {}
-    model = _load(AutoModel, folder, **options)
-    if not hasattr(model.config, "image_size"):
-        raise ValueError(f"{source} is a model of the kind {kind!r}, which encodes no pictures")
-    return ImageEncoder(model.to(device), _processor(folder), str(source))
+    with reading(folder, "an encoder of pictures", _OTHER_ENCODER):
+        model = _load(AutoModel, folder, **options)
+        if not hasattr(model.config, "image_size"):
+            raise ValueError(f"a model of the kind {kind!r} encodes no pictures")
+        encoder = ImageEncoder(model.to(device), _processor(folder), str(source))
+        encoder.encode_images([Image.new("RGB", (8, 8))])  # do model and processor fit?
+    return encoder
 
 
 def load_clip(
@@ -186,10 +202,14 @@ def load_clip(
     folder = find_encoder(source, "clip", local_files_only)
     if (kind := _model_type(folder)) != "clip":
         raise ValueError(f"{source} is a model of the kind {kind!r}; one such as {CLIP} is needed")
-    tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
-    return ClipEncoder(
-        _load(CLIPModel, folder).to(device), _processor(folder), tokenizer, str(source)
-    )
+    with reading(folder, "a CLIP model", _OTHER_ENCODER):
+        tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+        encoder = ClipEncoder(
+            _load(CLIPModel, folder).to(device), _processor(folder), tokenizer, str(source)
+        )
+        encoder.encode_images([Image.new("RGB", (8, 8))])  # do models and processors fit?
+        encoder.encode_prompts(["a photo"])
+    return encoder
 
 
 def find_encoder(source: str | Path, kind: str, local_files_only: bool = False) -> Path:
@@ -206,8 +226,8 @@ def find_encoder(source: str | Path, kind: str, local_files_only: bool = False) 
     text = str(source)
     if text == SMALL:
         return mini.encoder_path(kind)
-    folder = Path(text).expanduser()
-    if not folder.is_dir():
+    folder = user_path(text)
+    if not os.path.isdir(folder):
         from huggingface_hub import snapshot_download
 
         try:
@@ -231,16 +251,38 @@ def find_encoder(source: str | Path, kind: str, local_files_only: bool = False) 
 
 
 def _model_type(folder: Path) -> str:
-    try:
-        return str(json.loads((folder / "config.json").read_text("utf-8"))["model_type"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / 'config.json'} is no configuration of a model") from error
+    kind = read_json_object(folder / "config.json", "a model's configuration").get("model_type")
+    if not isinstance(kind, str):
+        raise ValueError(
+            f"{folder / 'config.json'} is no configuration of a model: its model_type is {kind!r}. "
+            f"{_OTHER_ENCODER}"
+        )
+    return kind
 
 
 def _load(kind: Any, folder: Path, **options: Any) -> Any:
-    model = kind.from_pretrained(
-        str(folder), use_safetensors=True, local_files_only=True, **options
+    for file in folder.glob("*.safetensors"):
+        require_file(file, "a .safetensors file")
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if not 2 <= length <= min(HEADER_LIMIT, file.stat().st_size):
+                raise ValueError(f"{file.name} is no safetensors file")
+            entries, _ = parse_header(stream.read(length), file.stat().st_size)
+        for name, entry in entries.items():
+            if entry.dtype not in FLOATS and not name.endswith("position_ids"):
+                raise ValueError(f"{file.name}: {name} holds {entry.dtype}, not weights")
+    model, loading = kind.from_pretrained(
+        str(folder),
+        use_safetensors=True,
+        local_files_only=True,
+        output_loading_info=True,
+        **options,
     )
+    if lacking := [str(name) for name in loading["missing_keys"]]:
+        raise ValueError(f"{len(lacking)} weights are missing, as {sorted(lacking)[0]}")
+    for name, tensor in model.named_parameters():
+        if not is_finite(tensor):
+            raise ValueError(f"{name} has values that are not finite")
     return model.float().eval().requires_grad_(False)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from PIL import Image
 from cntlora_core.data.captions import SubjectPrompts, fill_placeholders
 from cntlora_core.data.photos import load_photos
 from cntlora_core.files import write_json_atomic
+from cntlora_core.reading import read_json_object, reading, require_file, user_path
 
 PROMPTS_NAME = "prompts.json"
 """In a folder of pictures: an object with the prompt of each file."""
@@ -74,11 +74,8 @@ def _listed(folder: Path) -> dict[str, str]:
     path = folder / PROMPTS_NAME
     if not path.is_file():
         return {}
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
-    if not isinstance(content, dict) or not all(isinstance(x, str) for x in content.values()):
+    content = read_json_object(path)
+    if not all(isinstance(x, str) for x in content.values()):
         raise ValueError(f'{path} should hold an object such as {{"dog-0.png": "a dog"}}')
     return content
 
@@ -96,12 +93,17 @@ def read_prompts(texts: Sequence[str], subject: SubjectPrompts | None) -> tuple[
     """
     prompts: list[str] = []
     for text in texts:
-        path = Path(text).expanduser()
-        lines = path.read_text("utf-8-sig").splitlines() if text.endswith(".txt") else [text]
+        lines = _lines(user_path(text)) if text.endswith(".txt") else [text]
         prompts += [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise ValueError("there are no prompts: give some, or a text file with one in each line")
     return tuple(_filled(prompt, subject) for prompt in prompts)
+
+
+def _lines(path: Path) -> list[str]:
+    require_file(path, "a text file with a prompt in each line")
+    with reading(path, "a text file", "Save it as UTF-8."):
+        return path.read_text("utf-8-sig").splitlines()
 
 
 def _filled(prompt: str, subject: SubjectPrompts | None) -> str:

@@ -284,7 +284,7 @@ def test_a_peft_folder_is_a_lora(tmp_path: Path) -> None:
 def test_damaged_folders(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "m")
     (folder / "unet" / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match="not a JSON file"):
+    with pytest.raises(CheckpointError, match="not JSON"):
         identify(folder)
     (folder / "unet" / "config.json").write_text("[]")
     with pytest.raises(CheckpointError, match="does not hold an object"):

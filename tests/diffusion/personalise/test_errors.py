@@ -22,7 +22,7 @@ from .conftest import StopAt, change, command
         (lambda s, p: change(s, "subject", images=str(p / "none")), "none"),
         (lambda s, p: change(s, "subject", token="dog"), "share the word"),
         (lambda s, p: change(s, "subject", class_name=None), "class name"),
-        (lambda s, p: change(s, "subject", resolution=33), "multiple of 2"),
+        (lambda s, p: change(s, "subject", resolution=33), "multiple of 8"),
         (lambda s, p: change(s, "adapter", rank=64), "more than their widths hold"),
         (lambda s, p: dataclasses.replace(s, model=str(p / "model.ckpt")), "model.ckpt"),
     ],
