@@ -322,7 +322,7 @@ def _layers_of(
 
 
 def layer_of(
-    roles: Mapping[str, Tensor], configs: Mapping[str, Any], spelled: str, name: str
+    roles: Mapping[Any, Tensor], configs: Mapping[str, Any], spelled: str, name: str
 ) -> LoRALayer:
     """A layer from its tensors, in float32.
 
