@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ from cntlora_core.methods import get_method
 from cntlora_core.plots import plot_loss, plot_ranks
 from cntlora_core.progress import Reporter, silent, stage_progress
 from cntlora_core.sheets import save_image
+from cntlora_core.threads import threads, threads_for
 
 STATE_NAME = "state.safetensors"
 RECORD_NAME = "run.json"
@@ -78,9 +79,10 @@ class JobResult:
 
 @dataclass
 class _Run:
-    """Notes and timings of a run under way."""
+    """Notes and timings of a run under way, and what its end undoes."""
 
     reporter: Reporter
+    end: ExitStack = field(default_factory=ExitStack)
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -131,7 +133,7 @@ def personalise(
     device = checked_device(settings.training.device)
     run = _Run(reporter)
     folder = require_writable_folder(settings.output.output)
-    with only_run_in(folder), torch.inference_mode(False):
+    with only_run_in(folder), torch.inference_mode(False), run.end:
         _check_folder(folder, resume, overwrite)
         state = TrainingState.load(folder / STATE_NAME) if resume else None
         if state is not None:
@@ -161,6 +163,9 @@ def _personalise(
             settings.model, dtype=training.dtype, device=device, reporter=reporter
         )
         reporter("loading the model", 1, 1, {})
+    before = None if state is None else state.settings.get("threads")  # sums are rounded by them
+    count = before or threads_for(parts.unet)
+    run.end.enter_context(threads(count))
     if start is not None:
         start.require_model(parts)
     with run.timed("encoding"):
@@ -212,6 +217,7 @@ def _personalise(
             "job": settings.to_dict(),
             "identity": identity,
             "initialization": initialization,
+            "threads": count,
         },
     )
     if trainer.largest_rounding > ROUNDING_TO_MENTION:

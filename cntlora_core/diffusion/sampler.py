@@ -25,6 +25,7 @@ from cntlora_core.lora_reading import (
 from cntlora_core.progress import Reporter, silent
 from cntlora_core.reading import reason, require_file, user_path
 from cntlora_core.seeds import torch_seed
+from cntlora_core.threads import threads, threads_for
 
 MID = ".lora_mid."
 LARGEST_STRENGTH = 1000.0
@@ -230,16 +231,18 @@ def draw(
             reporter(stage, done, total, {"sampling_step": step + 1, "within": within})
             return values
 
-        pictures += pipeline(
-            prompt=list(prompts[chosen]),
-            negative_prompt=[settings.negative_prompt] * len(prompts[chosen]),
-            num_inference_steps=settings.steps,
-            guidance_scale=settings.guidance,
-            height=settings.resolution,
-            width=settings.resolution,
-            generator=[torch.Generator().manual_seed(torch_seed(seed)) for seed in seeds[chosen]],
-            callback_on_step_end=on_step,  # pyright: ignore[reportArgumentType]
-        ).images  # pyright: ignore[reportAttributeAccessIssue]
+        generators = [torch.Generator().manual_seed(torch_seed(seed)) for seed in seeds[chosen]]
+        with threads(threads_for(pipeline.unet)):
+            pictures += pipeline(
+                prompt=list(prompts[chosen]),
+                negative_prompt=[settings.negative_prompt] * len(prompts[chosen]),
+                num_inference_steps=settings.steps,
+                guidance_scale=settings.guidance,
+                height=settings.resolution,
+                width=settings.resolution,
+                generator=generators,
+                callback_on_step_end=on_step,  # pyright: ignore[reportArgumentType]
+            ).images  # pyright: ignore[reportAttributeAccessIssue]
         reporter(stage, len(pictures), total, {"image": pictures[-1]})
     return pictures
 

@@ -31,6 +31,7 @@ from cntlora_core.initialize import InitReport
 from cntlora_core.memory import freed_memory_kept
 from cntlora_core.methods import StartReport
 from cntlora_core.progress import Reporter, silent, stage_progress
+from cntlora_core.threads import threads, threads_for
 
 if TYPE_CHECKING:
     from cntlora_core.diffusion.adapters import Plan
@@ -120,15 +121,16 @@ def encode_subject(
     resolution = training_resolution(parts, subject.settings)
     tokens = encode_prompts(subject.training_prompts.prompts, parts.tokenizer)
     odd_token = token_note(token, parts.tokenizer) if token else None
-    latents = encode_latents(
-        photos,
-        parts.vae,
-        resolution=resolution,
-        flip=subject.settings.flip,
-        cache_dir=folder_within(cache, "latents"),
-        vae_fingerprint=parts.fingerprint,
-        progress=stage_progress(reporter, "encoding photos"),
-    )
+    with threads(threads_for(parts.unet)):
+        latents = encode_latents(
+            photos,
+            parts.vae,
+            resolution=resolution,
+            flip=subject.settings.flip,
+            cache_dir=folder_within(cache, "latents"),
+            vae_fingerprint=parts.fingerprint,
+            progress=stage_progress(reporter, "encoding photos"),
+        )
     notes = (
         *([odd_token] if odd_token else []),
         *tokens.messages,
@@ -147,14 +149,15 @@ def encode_class_images(
 ) -> EncodedSubject:
     """Class images to latents, and the class prompt, (1, length), to tokens."""
     tokens = encode_prompts([subject.prompts.class_prompt], parts.tokenizer)
-    latents = encode_latents(
-        photos.photos,
-        parts.vae,
-        resolution=training_resolution(parts, subject.settings),
-        cache_dir=folder_within(cache, "latents"),
-        vae_fingerprint=parts.fingerprint,
-        progress=stage_progress(reporter, "encoding class images"),
-    )
+    with threads(threads_for(parts.unet)):
+        latents = encode_latents(
+            photos.photos,
+            parts.vae,
+            resolution=training_resolution(parts, subject.settings),
+            cache_dir=folder_within(cache, "latents"),
+            vae_fingerprint=parts.fingerprint,
+            progress=stage_progress(reporter, "encoding class images"),
+        )
     skipped = (f"skipped {s.path.name}: {s.reason}" for s in photos.skipped)
     notes = (*skipped, *tokens.messages)
     return EncodedSubject(latents, tokens.input_ids, (subject.prompts.class_prompt,), notes)
@@ -211,7 +214,8 @@ def plan_start(
         ValueError: for a rank that the model's layers cannot hold, and the like, in words.
     """
     on_cpu = parts.unet.device.type == "cpu"
-    with torch.inference_mode(False), freed_memory_kept(on_cpu):
+    count = threads_for(parts.unet)
+    with torch.inference_mode(False), freed_memory_kept(on_cpu), threads(count):
         plan, report = initialize_adapter(
             parts.unet,
             parts.text_encoder,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from cntlora_core.diffusion.job import STATE_NAME, personalise
 from cntlora_core.diffusion.running import HOLDER_NAME
 from cntlora_core.diffusion.trainer import NonFiniteLossError, SubjectTrainer
+from cntlora_core.threads import threads
 
 from .conftest import StopAt, change, command, losses
 
@@ -179,3 +181,28 @@ def test_ctrl_c_sigterm_and_kill_leave_a_state_that_resumes_to_the_same_result(s
     a, b = load_file(whole.lora), load_file(done.stdout.strip().splitlines()[-1])
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert [p.name for p in state.parent.iterdir() if p.name.endswith(".tmp")] == []
+
+
+def test_a_small_model_is_trained_on_one_thread_and_the_process_keeps_its_own_number(settings):
+    numbers = []
+
+    def note(stage, _done, _total, _values):
+        if stage != "notes":
+            numbers.append((stage, torch.get_num_threads()))
+
+    with threads(2):
+        result = personalise(settings, reporter=note)
+        assert torch.get_num_threads() == 2
+    within = dict(numbers)  # the last report of each stage
+    assert within["training"] == 1
+    assert within["encoding photos"] == 1
+    assert len(result.history) == 6
+
+
+def test_a_run_is_resumed_with_the_threads_it_had(settings, monkeypatch):
+    with pytest.raises(KeyboardInterrupt):
+        personalise(settings, reporter=StopAt(3))
+    monkeypatch.setattr("cntlora_core.diffusion.job.threads_for", lambda unet: 2)
+    result = personalise(settings, resume=True)
+    record = json.loads((result.folder / "run.json").read_text("utf-8"))
+    assert record["machine"]["threads"] == 1
