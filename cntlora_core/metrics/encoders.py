@@ -31,6 +31,7 @@ from cntlora_core.reading import (
     require_file,
     user_path,
 )
+from cntlora_core.threads import threads, threads_for_encoder
 
 DINO = "facebook/dino-vits16"
 """The encoder of the subject in DreamBooth's protocol."""
@@ -69,6 +70,7 @@ class ImageEncoder:
             self.processor,
             lambda pixels: self.model(pixel_values=pixels).last_hidden_state[:, 0],
             self.model.device,
+            self.model.config,
             reporter,
             "looking at pictures (DINO)",
         )
@@ -97,6 +99,7 @@ class ClipEncoder:
             self.processor,
             lambda pixels: _rows(self.model.get_image_features(pixel_values=pixels)),
             self.model.device,
+            self.model.config.vision_config,
             reporter,
             "looking at pictures (CLIP)",
         )
@@ -108,7 +111,8 @@ class ClipEncoder:
         rows = []
         for start in range(0, len(prompts), BATCH_SIZE):
             tokens = encoded.input_ids[start : start + BATCH_SIZE].to(self.model.device)
-            rows.append(_rows(self.model.get_text_features(input_ids=tokens)).float().cpu())
+            with threads(threads_for_encoder(self.model.config.vision_config)):
+                rows.append(_rows(self.model.get_text_features(input_ids=tokens)).float().cpu())
         return functional.normalize(torch.cat(rows), dim=-1), encoded.messages
 
 
@@ -302,6 +306,7 @@ def _encode_images(
     processor: Any,
     encode: Any,
     device: torch.device,
+    config: Any,
     reporter: Reporter,
     stage: str,
 ) -> Tensor:
@@ -310,7 +315,8 @@ def _encode_images(
     for start in range(0, len(pictures), BATCH_SIZE):
         squares = [_square(picture) for picture in pictures[start : start + BATCH_SIZE]]
         pixels = processor(images=squares, return_tensors="pt")["pixel_values"]
-        rows.append(encode(pixels.to(device)).float().cpu())
+        with threads(threads_for_encoder(config)):
+            rows.append(encode(pixels.to(device)).float().cpu())
         reporter(stage, start + len(squares), len(pictures), {})
     return functional.normalize(torch.cat(rows), dim=-1)
 
