@@ -143,8 +143,9 @@ class StableDiffusionParts:
             raise ValueError(
                 f"scheduler {scheduler!r} is not one of {', '.join(get_args(SchedulerName))}"
             )
-        dtype = self.unet.dtype
-        vae = self.vae if self.vae.dtype == dtype else copy.deepcopy(self.vae).to(dtype=dtype)
+        vae: Any = self.vae
+        if vae.dtype != self.unet.dtype:
+            vae = torch.nn.Module.to(copy.deepcopy(vae), self.unet.dtype)
         pipeline = StableDiffusionPipeline(
             vae=vae,
             text_encoder=self.text_encoder,
