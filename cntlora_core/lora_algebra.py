@@ -149,9 +149,19 @@ def balance(layer: LoRALayer) -> LoRALayer:
     """The same change of weight with factors that half precision rounds least.
 
     The factors of `subtract_initial` are large and nearly cancel; rounding acts on their size. Here
-    up and down carry the square root of the difference's own spectrum each.
+    up and down carry the square root of the difference's own spectrum each, in descending order.
     """
     return _refactored(layer, layer.rank)[0]
+
+
+def truncate(balanced: LoRALayer, rank: int) -> LoRALayer:
+    """What `compress` gives, of a layer that `balance` has made."""
+    kept = min(rank, balanced.rank)
+    return LoRALayer(
+        down=balanced.down[:kept].contiguous(),
+        up=balanced.up[:, :kept].contiguous(),
+        alpha=alpha_for(balanced.scaling, kept),
+    )
 
 
 def _refactored(layer: LoRALayer, rank: int) -> tuple[LoRALayer, float]:

@@ -192,9 +192,10 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 def train(tiny_model: Path, photo_folder: Path, tmp_path: Path, monkeypatch):
     """Train with given settings; returns the job's result, and what was kept of the training.
 
-    Kept are the ``trainer``, and the ``prediction`` of its models before they were unwrapped.
+    Kept are the ``trainer``, the ``exact`` layers that its file stands for, and the ``prediction``
+    of its models before they were unwrapped.
     """
-    from cntlora_core.diffusion import job, settings
+    from cntlora_core.diffusion import export, job, settings
 
     kept = {}
     finish = job._finish
@@ -202,6 +203,7 @@ def train(tiny_model: Path, photo_folder: Path, tmp_path: Path, monkeypatch):
     def keep(trainer, *rest):
         kept["prediction"] = prediction(trainer.unet, trainer.text_encoder)
         kept["trainer"] = trainer
+        kept["exact"] = export.trained_layers(trainer.unet, trainer.text_encoder, trainer.plan)[0]
         return finish(trainer, *rest)
 
     monkeypatch.setattr(job, "_finish", keep)
@@ -209,12 +211,15 @@ def train(tiny_model: Path, photo_folder: Path, tmp_path: Path, monkeypatch):
     def run(
         adapter: settings.AdapterSettings, steps: int = 3, reporter=None, resume=False, **output
     ):
+        exact_file = {"file_precision": "float32", "compress": False}
         asked = settings.JobSettings(
             model=str(tiny_model),
             subject=settings.SubjectSettings(
                 images=str(photo_folder), token="sks", class_name="dog"
             ),
-            output=settings.OutputSettings(**{"output": str(tmp_path / "out"), **output}),
+            output=settings.OutputSettings(
+                **{"output": str(tmp_path / "out"), **exact_file, **output}
+            ),
             prior=settings.PriorSettings(prior_weight=0.0, cache=str(tmp_path / "cache")),
             adapter=adapter,
             training=settings.TrainingSettings(steps=steps, learning_rate=3e-3, device="cpu"),

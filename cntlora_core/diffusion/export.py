@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-import torch
 from torch import nn
 
 from cntlora_core.adapter import AdapterPlan
@@ -16,8 +15,8 @@ from cntlora_core.diffusion.settings import OutputSettings, torch_dtype
 from cntlora_core.lora_algebra import (
     alpha_for,
     balance,
-    compress,
     total_relative_error,
+    truncate,
     without_mid,
 )
 from cntlora_core.lora_file import (
@@ -35,6 +34,10 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 
+TRUNCATION_BOUND = 0.01
+"""A file is truncated to the trained ranks where that loses at most this much of the adapter's
+whole change of weight; docs/lora_file.md has what a loss does to images."""
+
 
 @dataclass(frozen=True)
 class ExportReport:
@@ -45,13 +48,33 @@ class ExportReport:
         ranks: Rank of each layer in the file, by canonical name.
         trained_ranks: Rank of each layer while it was trained.
         relative_error: Frobenius error of the whole adapter, from truncation and from rounding to
-            the precision of the file; 0 for an exact file.
+            the precision of the file.
+        truncation_error: What truncating to the trained ranks loses of it, done or not; 0 where
+            the file's ranks are the trained ones anyway, None where it was not asked for.
     """
 
     path: Path
     ranks: dict[str, int]
     trained_ranks: dict[str, int]
     relative_error: float
+    truncation_error: float | None = None
+
+    @property
+    def truncated(self) -> bool:
+        return bool(self.truncation_error) and self.truncation_error <= TRUNCATION_BOUND
+
+    def summary(self) -> str:
+        """A sentence on ranks and errors, for the command's output and the file's metadata."""
+        if self.truncated:
+            ranks = f"truncated to the trained ranks, which loses {self.truncation_error:.2%}"
+        elif self.truncation_error:
+            ranks = (
+                f"exact at up to twice the trained ranks: truncation would lose "
+                f"{self.truncation_error:.2%}, over the bound of {TRUNCATION_BOUND:.0%}"
+            )
+        else:
+            ranks = "exact in its ranks"
+        return f"the LoRA file is {ranks}; relative error with rounding {self.relative_error:.2e}"
 
 
 def trained_layers(
@@ -85,50 +108,51 @@ def export_lora(
 ) -> ExportReport:
     """Write the trained adapter in the layout and precision that were asked for.
 
-    For a file in half precision, factors that nearly cancel are factored anew first. LAVA's
-    convolutions go into a kohya file as ``lora_down``, ``lora_mid`` and ``lora_up``; in the other
-    layouts, which know no mid, it is contracted into the down kernel, at the same rank and exactly.
-    So it is where factors that nearly cancel are rounded: without ``compress``, after a start that
-    is subtracted.
+    What is left of a subtracted start is factored anew, whatever the precision: its factors are
+    large and nearly cancel, and tools cast them to half precision. With ``compress`` it is then
+    truncated to the trained ranks, where this loses less than `TRUNCATION_BOUND` of the file.
+
+    LAVA's convolutions go into a kohya file as ``lora_down``, ``lora_mid`` and ``lora_up``; in the
+    other layouts, which know no mid, it is contracted into the down kernel, at the same rank and
+    exactly. So it is where a start was subtracted, if the file is not truncated.
     """
     exact, trained_ranks = trained_layers(unet, text_encoder, plan)
-    layers = exact
+    doubled = [name for name, layer in exact.items() if layer.rank > trained_ranks[name]]
+    balanced = map_in_threads(lambda name: balance(exact[name]), doubled, progress)
+    layers = exact | dict(zip(doubled, balanced, strict=True))
+    lost = None
+    if settings.compress:
+        if isinstance(plan, AdapterPlan):
+            small = {name: truncate(layer, trained_ranks[name]) for name, layer in layers.items()}
+        else:
+            small = _lava_compressed(unet, text_encoder, plan, trained_ranks, progress)
+        lost = total_relative_error(small, exact) if doubled else 0.0
+        if lost <= TRUNCATION_BOUND:
+            layers = small
     dtype = torch_dtype(settings.file_precision)
-    names = list(layers)
-    if not isinstance(plan, AdapterPlan):
-        if settings.compress:
-            layers = _lava_compressed(unet, text_encoder, plan, trained_ranks, progress)
-        elif dtype != torch.float32:
-            cancelling = [n for n in names if exact[n].rank > trained_ranks[n]]
-            balanced = map_in_threads(lambda n: balance(exact[n]), cancelling, progress)
-            layers = exact | dict(zip(cancelling, balanced, strict=True))
-    elif plan.rewrites_base and (settings.compress or dtype != torch.float32):
-
-        def refactored(name: str) -> LoRALayer:
-            layer = balance(exact[name])
-            return compress(layer, trained_ranks[name])[0] if settings.compress else layer
-
-        layers = dict(zip(names, map_in_threads(refactored, names, progress), strict=True))
-    error = 0.0
-    if dtype != torch.float32 or settings.compress:
-        stored = {
-            name: dataclasses.replace(
-                layer,
-                down=layer.down.to(dtype).float(),
-                up=layer.up.to(dtype).float(),
-                mid=None if layer.mid is None else layer.mid.to(dtype).float(),
-            )
-            for name, layer in (
-                layers.items()
-                if settings.layout == "kohya"
-                else ((name, without_mid(layer)) for name, layer in layers.items())
-            )
-        }
-        error = total_relative_error(stored, exact)
-    written = write_lora_file(path, layers, layout=settings.layout, metadata=metadata, dtype=dtype)
-    return ExportReport(
-        written, {name: layer.rank for name, layer in layers.items()}, trained_ranks, error
+    stored = {
+        name: dataclasses.replace(
+            layer,
+            down=layer.down.to(dtype).float(),
+            up=layer.up.to(dtype).float(),
+            mid=None if layer.mid is None else layer.mid.to(dtype).float(),
+        )
+        for name, layer in (
+            layers.items()
+            if settings.layout == "kohya"
+            else ((name, without_mid(layer)) for name, layer in layers.items())
+        )
+    }
+    report = ExportReport(
+        path,
+        {name: layer.rank for name, layer in layers.items()},
+        trained_ranks,
+        total_relative_error(stored, exact),
+        lost,
     )
+    metadata = {**metadata, "cntlora.export": report.summary()}
+    write_lora_file(path, layers, layout=settings.layout, metadata=metadata, dtype=dtype)
+    return report
 
 
 def _lava_factors(unet: nn.Module, text_encoder: nn.Module, plan: LavaPlan):

@@ -277,12 +277,7 @@ def _finish(
             stage_progress(run.reporter, "factoring for the file"),
         )
     run.reporter("writing the LoRA file", 1, 1, {})
-    if export.relative_error:
-        what = "truncated to the trained rank" if settings.output.compress else "rounded"
-        run.note(
-            f"the LoRA was {what} for a {settings.output.file_precision} file: relative error "
-            f"{export.relative_error:.2e}"
-        )
+    run.note(export.summary())
     plot_loss(trainer.history, folder / LOSS_NAME, f"{settings.adapter.method}: {stem}")
     plot_ranks(trainer.plan.ranks, folder / RANKS_NAME, f"{settings.adapter.method}: ranks")
     result = JobResult(

@@ -106,6 +106,7 @@ def run_record(
             "ranks": result.export.ranks,
             "trained_ranks": result.export.trained_ranks,
             "relative_error": result.export.relative_error,
+            "truncation_error": result.export.truncation_error,
         },
         "notes": list(result.notes),
         "versions": {

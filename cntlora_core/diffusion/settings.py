@@ -293,15 +293,15 @@ class OutputSettings:
         name: File name of the LoRA, without ending; default: made from token and class.
         layout: Key layout of the file: kohya (ComfyUI, WebUIs), diffusers or peft.
         file_precision: Data type of the tensors in the file.
-        compress: Truncate the exported LoRA to the trained rank. Where the base weight was
-            rewritten an exact file has twice that rank; the error is reported.
+        compress: Truncate the file to the trained rank where this loses at most 1 % of what was
+            learnt. Where the base weight was rewritten an exact file has twice that rank.
     """
 
     output: str
     name: str | None = None
     layout: Layout = "kohya"
-    file_precision: Precision = "float32"
-    compress: bool = False
+    file_precision: Precision = "float16"
+    compress: bool = True
 
     def __post_init__(self) -> None:
         _as_text(self, "output")

@@ -5,16 +5,20 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 from diffusers import StableDiffusionPipeline
+from peft import PeftModel
 
 from cntlora_core.config import CNTLoRAConfig
+from cntlora_core.diffusion import export
 from cntlora_core.diffusion.pipeline import load_stable_diffusion
 from cntlora_core.diffusion.sampler import LoRAUse, sample
 from cntlora_core.diffusion.settings import (
     AdapterSettings,
+    OutputSettings,
     SamplingSettings,
 )
-from cntlora_core.lora_file import read_lora_file, total_relative_error
+from cntlora_core.lora_file import collect_adapter, read_lora_file, total_relative_error
 
 from ..conftest import prediction, relative
 
@@ -45,36 +49,67 @@ def test_a_stock_pipeline_with_the_file_equals_the_trained_model(train, tiny_mod
     assert points == ({"unet"} if name == "unet-only" else {"unet", "text_encoder"})
 
 
-def test_truncating_the_file_reports_its_error_and_halves_the_rank(train, tiny_model):
+def test_a_file_is_truncated_where_that_loses_little(train, tiny_model, monkeypatch):
     exact, kept = train(ADAPTERS["cross"])
     exact_layers = read_lora_file(exact.lora).layers
     (exact.folder / "run.json").unlink()
+    monkeypatch.setattr(export, "TRUNCATION_BOUND", 1.0)
     short, _ = train(ADAPTERS["cross"], compress=True)
-    short_layers = read_lora_file(short.lora).layers
+    file = read_lora_file(short.lora)
     assert short.export.ranks == short.export.trained_ranks
-    lost = sum(
-        (exact_layers[n].delta() - short_layers[n].delta()).norm() ** 2 for n in short_layers
-    )
-    size = sum(layer.delta().norm() ** 2 for layer in exact_layers.values())
-    assert short.export.relative_error == pytest.approx(float(lost / size) ** 0.5, rel=1e-3)
-    assert 0 < short.export.relative_error < 1
-    assert any("relative error" in note for note in short.notes)
+    assert {n: layer.rank for n, layer in file.layers.items()} == short.export.ranks
+    error = total_relative_error(file.layers, exact_layers)
+    assert short.export.relative_error == pytest.approx(error, rel=1e-3)
+    assert short.export.truncation_error == pytest.approx(error, rel=1e-3)
+    assert 0 < error < 1
+    assert file.metadata["cntlora.export"] == short.export.summary() in short.notes
+    assert "truncated to the trained ranks" in short.export.summary()
     pipeline = StableDiffusionPipeline.from_pretrained(str(tiny_model), safety_checker=None)
     before = prediction(pipeline.unet, pipeline.text_encoder)
     pipeline.load_lora_weights(str(short.lora))
     after = prediction(pipeline.unet, pipeline.text_encoder)
     assert relative(after, kept["prediction"]) < relative(before, kept["prediction"])
 
+    monkeypatch.setattr(export, "TRUNCATION_BOUND", 0.9 * error)
+    (short.folder / "run.json").unlink()
+    whole, _ = train(ADAPTERS["cross"], compress=True)
+    assert whole.export.ranks == exact.export.ranks != short.export.ranks
+    assert whole.export.relative_error < 1e-6
+    assert whole.export.truncation_error == pytest.approx(error, rel=1e-3)
+    assert "truncation would lose" in read_lora_file(whole.lora).metadata["cntlora.export"]
 
-@pytest.mark.parametrize(("precision", "limit"), [("float16", 2e-3), ("bfloat16", 2e-2)])
-def test_half_precision_files_keep_what_was_learned(train, precision, limit):
-    exact, _ = train(ADAPTERS["cross"])
-    exact_layers = read_lora_file(exact.lora).layers
-    (exact.folder / "run.json").unlink()
-    half, _ = train(ADAPTERS["cross"], file_precision=precision)
-    error = total_relative_error(read_lora_file(half.lora).layers, exact_layers)
-    assert 0 < error < limit
-    assert half.export.relative_error == pytest.approx(error, rel=0.05)
+
+@pytest.mark.parametrize("layout", ["kohya", "diffusers", "peft"])
+@pytest.mark.parametrize("name", ["cross", "lora"])
+def test_half_precision_pipelines_hold_what_was_learned(
+    train, tiny_model, monkeypatch, name, layout
+):
+    monkeypatch.setattr(export, "TRUNCATION_BOUND", 0.0)
+    defaults = OutputSettings("")
+    result, kept = train(
+        ADAPTERS[name],
+        layout=layout,
+        file_precision=defaults.file_precision,
+        compress=defaults.compress,
+    )
+    exact = kept["exact"]
+    assert result.export.relative_error < 1e-3
+    for dtype, limit in ((torch.float16, 1e-3), (torch.bfloat16, 5e-3)):
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            str(tiny_model), safety_checker=None, torch_dtype=dtype
+        )
+        unet, text_encoder = pipeline.unet, pipeline.text_encoder
+        adapter = "default"
+        if layout == "peft":
+            unet = PeftModel.from_pretrained(unet, result.lora / "unet").to(dtype)
+            text_encoder = PeftModel.from_pretrained(text_encoder, result.lora / "text_encoder")
+            text_encoder = text_encoder.to(dtype)
+        else:
+            adapter = "default_0"
+            pipeline.load_lora_weights(str(result.lora))
+        loaded = collect_adapter(unet, adapter)
+        loaded |= collect_adapter(text_encoder, adapter, prefix="text_encoder")
+        assert 0 < total_relative_error(loaded, exact) < limit
 
 
 def test_parts_that_were_sampled_from_keep_no_lora(train, tiny_model):

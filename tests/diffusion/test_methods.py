@@ -52,7 +52,7 @@ def test_a_file_on_the_stock_model_equals_the_trained_model(
     settings = JobSettings(
         model=str(tiny_model),
         subject=SubjectSettings(images=str(photo_folder), token="sks", class_name="dog"),
-        output=OutputSettings(output=str(tmp_path / "out")),
+        output=OutputSettings(str(tmp_path / "out"), file_precision="float32", compress=False),
         prior=PriorSettings(prior_weight=0.0, cache=str(tmp_path / "cache")),
         adapter=AdapterSettings(method=name, rank=RANK, alpha=8, init_passes=1),
         training=TrainingSettings(steps=2, learning_rate=1e-2, device="cpu"),
