@@ -34,7 +34,7 @@ from cntlora_core.diffusion.settings import (
 )
 from cntlora_core.flags import UserPath
 from cntlora_core.metrics.command import Evaluate
-from cntlora_core.reading import printable, reason
+from cntlora_core.reading import lacks_memory, printable, reason
 
 MOST_PER_PROMPT = 100_000
 EXPECTED_ERRORS = (ValueError, OSError, FloatingPointError, ImportError)
@@ -376,10 +376,10 @@ def _plain_errors() -> Iterator[None]:
 
 def unexpected(error: Exception) -> str:
     """What to say of an error that nobody has put into words; its traceback goes into a file."""
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+    if lacks_memory(error):
         return (
             f"error: there is not enough memory ({reason(error)}): lower --resolution, "
-            "--batch-size or --rank"
+            "--batch-size or --rank, or train with --gradient-checkpointing or --precision bfloat16"
         )
     descriptor, name = tempfile.mkstemp(prefix="cntlora-error-", suffix=".txt")
     with open(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:

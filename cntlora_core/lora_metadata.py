@@ -38,6 +38,7 @@ def modelspec_metadata(
     license: str | None = None,
     tags: str | None = None,
     clip_skip: int | None = None,
+    prediction_type: str = "epsilon",
     date: datetime.datetime | None = None,
 ) -> dict[str, str]:
     """The header of a LoRA for SD 1.5; `write_lora_file` adds what depends on its tensors.
@@ -55,6 +56,8 @@ def modelspec_metadata(
         tag_frequency: folder -> caption or tag -> number of images; web UIs show it as the
             trained words.
         trigger_phrase: the words that call up the subject.
+        prediction_type: what the denoiser was trained to predict, in diffusers' words: epsilon,
+            v_prediction or sample.
         date: when it was made; now, if not given.
 
     Raises:
@@ -69,7 +72,7 @@ def modelspec_metadata(
         "title": title,
         "resolution": f"{width}x{height}",
         "date": date.isoformat(timespec="seconds"),
-        "prediction_type": "epsilon",
+        "prediction_type": "v" if prediction_type == "v_prediction" else prediction_type,
         "description": description,
         "author": author,
         "license": license,

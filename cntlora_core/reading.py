@@ -77,7 +77,7 @@ def reason(error: BaseException) -> str:
     """
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+    if lacks_memory(error):
         return "it asks for more memory than there is"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
@@ -86,6 +86,13 @@ def reason(error: BaseException) -> str:
         text = f"{type(error).__name__}: {text}"
     text = text if len(text) <= _REASON_LENGTH else f"{text[:_REASON_LENGTH]} ..."
     return text.rstrip(".")
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether memory ran out: Python's, or what torch raises for a CPU and for a GPU."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return any(words in str(error) for words in ("can't allocate memory", "not enough memory"))
 
 
 def user_path(text: str | Path) -> Path:

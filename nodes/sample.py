@@ -65,7 +65,7 @@ def sampling_settings(
         guidance=guidance,
         negative_prompt=negative_prompt,
         resolution=resolution or None,
-        scheduler=None if scheduler == SCHEDULERS[0] else scheduler,
+        scheduler=None if scheduler == SCHEDULERS[0] else scheduler,  # pyright: ignore[reportArgumentType]
     )
 
 

@@ -367,8 +367,8 @@ def _advanced_inputs() -> list[io.Input]:
             label_on="yes",
             label_off="no",
             extra_dict=ADVANCED,
-            tooltip="Half the file size at a small error. Starts made from photos otherwise give "
-            "files of twice the rank, which are exact.",
+            tooltip="Half the file size where this loses at most 1 %. Starts made from photos "
+            "otherwise give files of twice the rank, which are exact.",
         ),
     ]
 

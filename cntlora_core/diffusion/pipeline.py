@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, get_args
+from typing import TYPE_CHECKING, Any, BinaryIO, get_args
 
 import diffusers
 import torch
@@ -35,6 +35,7 @@ from cntlora_core.diffusion.checkpoint import (
 )
 from cntlora_core.diffusion.fingerprint import fingerprint_model
 from cntlora_core.diffusion.original_layout import original_key
+from cntlora_core.diffusion.settings import SchedulerName
 from cntlora_core.hub import why_not_fetched
 from cntlora_core.progress import Reporter, silent
 from cntlora_core.reading import FLOATS, is_finite, reading, user_path
@@ -44,9 +45,6 @@ if TYPE_CHECKING:
 
 SD15_CONFIGS = Path(__file__).parent / "sd15"
 
-SchedulerName = Literal[
-    "pndm", "ddim", "ddpm", "dpm++", "dpm++_karras", "euler", "euler_a", "heun", "unipc"
-]
 _SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
     "ddim": ("DDIMScheduler", {}),

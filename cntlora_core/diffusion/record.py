@@ -25,15 +25,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What is noted of the model: where it came from, its fingerprint, its resolution in pixels."""
+    """What is noted of the model: where it came from, its fingerprint, its resolution in pixels,
+    and what it predicts (epsilon, v_prediction).
+    """
 
     source: str
     fingerprint: str
     resolution: int
+    prediction_type: str
 
     @classmethod
     def of(cls, parts: StableDiffusionParts) -> ModelFacts:
-        return cls(parts.source, parts.fingerprint, parts.default_resolution)
+        predicts = parts.noise_scheduler.config["prediction_type"]
+        return cls(parts.source, parts.fingerprint, parts.default_resolution, predicts)
 
 
 def file_metadata(
@@ -69,6 +73,7 @@ def file_metadata(
             "gradient_checkpointing": training.gradient_checkpointing,
         },
         trigger_phrase=prompts.token or prompts.instance_prompt,
+        prediction_type=model.prediction_type,
     )
 
 

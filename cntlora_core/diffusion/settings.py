@@ -22,6 +22,9 @@ else:  # the names are the registry's, and pissa_niter_N stands for more than ar
 Precision = Literal["float32", "bfloat16", "float16"]
 Layout = Literal["kohya", "diffusers", "peft"]
 AdapterKind = Literal["lora", "lava"]
+SchedulerName = Literal[
+    "pndm", "ddim", "ddpm", "dpm++", "dpm++_karras", "euler", "euler_a", "heun", "unipc"
+]
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine"]
 
 
@@ -262,7 +265,7 @@ class SamplingSettings:
         guidance: Classifier-free guidance scale.
         negative_prompt: What the pictures should not show.
         resolution: Side in pixels; default: the model's own.
-        scheduler: pndm, ddim, dpm++ or euler_a; default: the model's own.
+        scheduler: The sampler; default: the model's own.
         seed: Seed of the first picture (for evaluate: of each prompt's first); the next has
             the next seed.
         batch_size: Pictures drawn at once.
@@ -272,7 +275,7 @@ class SamplingSettings:
     guidance: float = 7.5
     negative_prompt: str = ""
     resolution: int | None = None
-    scheduler: str | None = None
+    scheduler: SchedulerName | None = None
     seed: int = 0
     batch_size: int = 4
 
@@ -282,6 +285,8 @@ class SamplingSettings:
         _finite("guidance", self.guidance, 0)
         _resolution(self.resolution)
         require_unicode("negative_prompt", self.negative_prompt)
+        if self.scheduler is not None:
+            _choice("scheduler", self.scheduler, SchedulerName)
 
 
 @dataclass(frozen=True)

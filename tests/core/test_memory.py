@@ -7,7 +7,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from cntlora_core.cli import unexpected
 from cntlora_core.memory import _glibc, freed_memory_kept
 
 PROGRAM = """
@@ -54,3 +56,14 @@ def test_nothing_happens_where_it_does_not_apply():
     assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt >= before
     with pytest.raises(KeyError), freed_memory_kept():
         raise KeyError
+
+
+def test_a_lack_of_memory_is_said_with_what_to_lower():
+    with pytest.raises(RuntimeError) as on_cpu:
+        torch.empty(2**55, dtype=torch.uint8)
+    on_gpu = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+    for error in (on_cpu.value, on_gpu, MemoryError()):
+        said = unexpected(error)
+        assert "not enough memory" in said
+        assert "--gradient-checkpointing" in said
+        assert "traceback" not in said

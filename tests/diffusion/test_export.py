@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from typing import get_args
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from peft import PeftModel
 
+from cntlora_core.cli import main
 from cntlora_core.config import CNTLoRAConfig
 from cntlora_core.diffusion import export
 from cntlora_core.diffusion.pipeline import load_stable_diffusion
@@ -17,6 +20,7 @@ from cntlora_core.diffusion.settings import (
     AdapterSettings,
     OutputSettings,
     SamplingSettings,
+    SchedulerName,
 )
 from cntlora_core.lora_file import collect_adapter, read_lora_file, total_relative_error
 
@@ -157,3 +161,25 @@ def test_sampling_with_a_missing_or_foreign_file_is_refused(tiny_model, tmp_path
         sample(tiny_model, ["a dog"], [tmp_path / "nothing.safetensors"])
     with pytest.raises(ValueError, match="must be a number"):
         LoRAUse.parse("dog.safetensors:strong")
+
+
+def test_metadata_says_what_the_model_predicts(train, tiny_model):
+    file = tiny_model / "scheduler" / "scheduler_config.json"
+    before = file.read_text("utf-8")
+    try:
+        file.write_text(json.dumps({**json.loads(before), "prediction_type": "v_prediction"}))
+        result, kept = train(ADAPTERS["unet-only"])
+    finally:
+        file.write_text(before)
+    assert kept["trainer"]._scheduler.config["prediction_type"] == "v_prediction"
+    assert read_lora_file(result.lora).metadata["modelspec.prediction_type"] == "v"
+
+
+def test_a_scheduler_that_there_is_not_is_refused_before_anything_is_loaded(capsys):
+    assert "heun" in get_args(SchedulerName)
+    with pytest.raises(ValueError, match=r"scheduler must be one of pndm, .*unipc; got 'eular'"):
+        SamplingSettings(scheduler="eular")  # pyright: ignore[reportArgumentType]
+    asked = ["sample", "--model", "none", "--prompt", "a", "--output", "o", "--scheduler", "eular"]
+    with pytest.raises(SystemExit):
+        main(asked)
+    assert "dpm++_karras" in capsys.readouterr().err
