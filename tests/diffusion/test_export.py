@@ -89,7 +89,7 @@ def test_half_precision_pipelines_hold_what_was_learned(
     train, tiny_model, monkeypatch, name, layout
 ):
     monkeypatch.setattr(export, "TRUNCATION_BOUND", 0.0)
-    defaults = OutputSettings("")
+    defaults = OutputSettings("out")
     result, kept = train(
         ADAPTERS[name],
         layout=layout,
