@@ -75,7 +75,7 @@ def job_settings(
     return JobSettings(
         model=str(start.model.path),
         subject=start.subject.settings,
-        output=OutputSettings(output="", name=name or None, compress=compress),
+        output=OutputSettings(output=str(work_folder()), name=name or None, compress=compress),
         prior=prior,
         adapter=start.start.adapter,
         training=training,
