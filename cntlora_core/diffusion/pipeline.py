@@ -78,6 +78,8 @@ _PREDICTIONS = ("epsilon", "v_prediction", "sample")
 _NAMES = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder of CLIP's make"}
 _OTHER_MODEL = "Download the folder again, or give another model."
 _LARGEST_SAMPLE = 4096
+_NO_SHAPE = ("architectures", "dtype", "torch_dtype", "transformers_version")
+"""Fields of a configuration that change nothing of what is built."""
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _FILE_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".bin")
 
@@ -214,11 +216,21 @@ def load_parts(
             models[part] = build_model(part, configs)
         names = _names_in(path, part, models[part].config)
         _fill(models[part], files, names, torch.float32 if part == "vae" else dtype, device)
-        if configs != SD15_CONFIGS:
+        if not _is_stock(described, part):
             with reading(described, what, _OTHER_MODEL):
                 _require_working(part, models[part].eval())
     return assemble(
         **models, configs=configs, source=source, fingerprint=fingerprint_model(path, reporter)
+    )
+
+
+def _is_stock(config: Path, part: str) -> bool:
+    """Whether a configuration describes SD1.5's own part, which needs no trial."""
+    stock, given = read_json(SD15_CONFIGS / part / "config.json"), read_json(config)
+    return all(
+        stock.get(key) == value
+        for key, value in given.items()
+        if not key.startswith("_") and key not in _NO_SHAPE
     )
 
 
