@@ -90,7 +90,9 @@ def read_contents(path: Path) -> LoRAContents:
                 layers[name] = layer
         notes += _said_of(others)
     if not layers:
-        raise ValueError(f"{path} holds no whole LoRA layer: {'; '.join(notes[:3])}")
+        raise ValueError(
+            f"{path} holds no whole LoRA layer: {'; '.join(notes[:3])}. Give another file."
+        )
     return LoRAContents(layers, layout, metadata, configs, tuple(notes))
 
 

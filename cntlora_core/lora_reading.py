@@ -142,6 +142,12 @@ def check_drawable(path: Path, tensors: Mapping[str, Tensor]) -> tuple[str, ...]
     """
     _require_lora(path, tensors, tolerate=("DoRA", "SDXL"))
     require_finite(path, tensors)
+    for module, roles in _by_module(tensors)[0].items():
+        if {"down", "up"} <= roles.keys():
+            try:
+                LoRALayer(roles["down"], roles["up"], 1.0, roles.get("mid"))
+            except ValueError as error:
+                raise ValueError(f"{path}: {module}: {error}. Use another file.") from None
     notes = []
     second = [key for key in tensors if key.startswith(("lora_te2_", "text_encoder_2."))]
     if second:
@@ -284,6 +290,20 @@ def _require_lora(
         raise ValueError(f"{path} is no LoRA: none of its tensors is a LoRA factor (it has {some})")
 
 
+def _by_module(
+    tensors: Mapping[str, Tensor],
+) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    """Tensors by module and role, and the names of those that are no part of a LoRA."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    others: list[str] = []
+    for key, tensor in tensors.items():
+        if split := split_key(key):
+            parts.setdefault(split.module, {})[split.role] = tensor
+        else:
+            others.append(key)
+    return parts, others
+
+
 def _layers_of(
     path: Path,
     tensors: Mapping[str, Tensor],
@@ -291,14 +311,7 @@ def _layers_of(
     component: str | None,
     table: dict[str, str] | None,
 ) -> tuple[LoRALayers, Layout, list[str]]:
-    parts: dict[str, dict[str, Tensor]] = {}
-    unknown: list[str] = []
-    for key, tensor in tensors.items():
-        split = split_key(key)
-        if split is None:
-            unknown.append(key)
-        else:
-            parts.setdefault(split.module, {})[split.role] = tensor
+    parts, unknown = _by_module(tensors)
     layout = layout_of(next(module for module, roles in parts.items() if "down" in roles))
     configs = _peft_configs(path) if layout == "peft" else header_configs(header)
     layers: LoRALayers = {}

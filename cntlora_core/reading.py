@@ -252,6 +252,7 @@ def is_finite(tensor: Tensor) -> bool:
     """Whether all values are, in one pass that makes no copy."""
     if not tensor.numel():
         return True
+    tensor = tensor.detach()
     low, high = tensor.float().aminmax() if tensor.element_size() < 2 else tensor.aminmax()
     return math.isfinite(float(low)) and math.isfinite(float(high))
 

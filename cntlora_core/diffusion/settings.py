@@ -101,6 +101,8 @@ class PriorSettings:
 
     def __post_init__(self) -> None:
         _as_text(self, "class_images", "cache")
+        if self.cache is not None and not self.cache.strip():
+            raise ValueError("cache is empty: give a folder, or leave it out")
         _between("num_class_images", self.num_class_images, 1, 100_000)
         _between("class_steps", self.class_steps, 1, MOST_SAMPLING_STEPS)
         _finite("prior_weight", self.prior_weight, 0)

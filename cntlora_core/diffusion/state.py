@@ -120,7 +120,8 @@ class TrainingState:
         for found in (self.parameters, self.moments):
             for name, tensor in found.items():
                 start = initial[name.removeprefix("exp_avg_sq.").removeprefix("exp_avg.")]
-                if tensor.shape != start.shape or not tensor.is_floating_point():
+                fits = tensor.shape == start.shape and tensor.ndim in (2, 4)
+                if not fits or not tensor.is_floating_point():
                     raise ValueError(f"{name} has another shape or type than its start")
                 if not is_finite(tensor):
                     raise ValueError(f"{name} has values that are not finite")

@@ -12,8 +12,8 @@ from cntlora_core.reading import printable
 from .conftest import Run, Sound, assert_refused, train_flags
 from .test_files import draws, measures
 
-NUMBERS = ("nan", "inf", "-1", "")
-COUNTS = ("nan", "-1", "")
+NUMBERS = ("nan", "inf", "-1")
+COUNTS = ("nan", "-1")
 HUGE = "9" * 30
 WORDS = ("", "\udcff", "a:b:c", "[bold]", "\x1b[31m")
 
@@ -92,7 +92,6 @@ EVALUATE: dict[str, tuple[str, ...]] = {
 OTHERS: list[list[str]] = [
     ["inspect", "~nosuchuser/x.safetensors"],
     ["inspect", "\x00"],
-    ["inspect", ""],
     ["inspect", "{lora}", "--model", "~nosuchuser/x"],
     ["inspect", "{lora}", "--model", "\x00"],
     ["inspect", "{lora}", "--output", ""],

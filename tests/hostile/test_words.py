@@ -131,16 +131,11 @@ SCRIPT = "import sys; from cntlora_core.cli import main; sys.exit(main(sys.argv[
 
 def test_a_process_of_its_own_says_it_likewise(tmp_path: Path) -> None:
     """No home folder, and bytes that are not UTF-8, as only a real process has them."""
-    (tmp_path / "x.safetensors").write_bytes(b"\x00" * 20)
     environment = {k: v for k, v in os.environ.items() if k not in ("HOME", "XDG_CACHE_HOME")}
-    for arguments, words in (
-        (["inspect", b"\xff.safetensors"], r"\udcff.safetensors"),
-        (["inspect", str(tmp_path / "x.safetensors")], "no safetensors file"),
-    ):
-        done = subprocess.run(
-            [sys.executable, "-c", SCRIPT, *arguments],
-            capture_output=True, text=True, check=False, env=environment, cwd=tmp_path,
-        )  # fmt: skip
-        assert done.returncode == 1
-        assert words in done.stderr
-        assert "Traceback" not in done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, "inspect", b"\xff.safetensors"],
+        capture_output=True, text=True, check=False, env=environment, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert r"\udcff.safetensors" in done.stderr
+    assert "Traceback" not in done.stderr
