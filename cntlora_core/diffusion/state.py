@@ -121,7 +121,7 @@ class TrainingState:
             for name, tensor in found.items():
                 start = initial[name.removeprefix("exp_avg_sq.").removeprefix("exp_avg.")]
                 fits = tensor.shape == start.shape and tensor.ndim in (2, 4)
-                if not fits or not tensor.is_floating_point():
+                if not fits or tensor.dtype != torch.float32:
                     raise ValueError(f"{name} has another shape or type than its start")
                 if not is_finite(tensor):
                     raise ValueError(f"{name} has values that are not finite")

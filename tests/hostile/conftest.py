@@ -28,6 +28,16 @@ ADVICE = re.compile(
 """A word of what to do, or of what was expected."""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Every second of the generated inputs is left to `make test-slow`: the whole set is large."""
+    generated = [
+        item for item in items
+        if item.path.parent == Path(__file__).parent and item.path.name != "test_words.py"
+    ]  # fmt: skip
+    for item in generated[1::2]:
+        item.add_marker(pytest.mark.slow)
+
+
 @dataclass(frozen=True)
 class Sound:
     """Inputs that work, apart from what a test damages.
