@@ -119,7 +119,7 @@ def test_cancelling_keeps_a_state_and_queueing_again_goes_on_from_it(
         train(pack, start, others, name="cancelled", preview_every=0)
     assert not model_management.processing_interrupted()
     folder = next((Path(run.trained.args[2]).parent.parent).glob("cancelled-*"))
-    assert [path.name for path in folder.iterdir()] == ["state.safetensors"]
+    assert (folder / "state.safetensors").is_file()
     monkeypatch.undo()
     resumed = train(pack, start, others, name="cancelled", preview_every=0)
     record = json.loads((folder / "run.json").read_text("utf-8"))

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from cntlora_core import convert_adapter, load_initialized, save_converted
+from cntlora_core.initialization_record import RECORD_FILE
 
 from . import trainer_run as run
 
@@ -93,11 +95,17 @@ def test_converted_checkpoints_go_with_the_trainer_s_own(finished):
 
 def test_going_on_from_another_initialisation_is_refused(finished, tmp_path):
     _, folder = finished
-    shutil.copytree(folder / "whole" / "checkpoint-6", tmp_path / "checkpoint-6")
-    for model in (run.initialised(folder.name, seed=9), run.plain(folder.name)):
-        trainer = run.make_trainer(model, tmp_path)
-        with pytest.raises(ValueError, match=r"another initialisation.*load_initialized"):
-            trainer.train(resume_from_checkpoint=True)
+    checkpoint = tmp_path / "checkpoint-6"
+    shutil.copytree(folder / "whole" / "checkpoint-6", checkpoint)
+    record = shutil.copytree(checkpoint, tmp_path / "another") / RECORD_FILE
+    with safe_open(record, "pt") as file:
+        tensors = {name: 1.5 * file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        save_file(tensors, record, file.metadata())
+    other = load_initialized(run.base(), tmp_path / "another", is_trainable=True)
+    with pytest.raises(ValueError, match=r"another initialisation.*load_initialized"):
+        run.make_trainer(other, tmp_path).train(resume_from_checkpoint=True)
+    with pytest.raises(RuntimeError, match="size mismatch"):  # the plain ranks are no others' ranks
+        run.make_trainer(run.plain(folder.name), tmp_path).train(resume_from_checkpoint=True)
 
 
 def test_the_recipe_of_the_docs_trains_resumes_and_saves(tmp_path, monkeypatch):

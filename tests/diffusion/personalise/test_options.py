@@ -107,7 +107,9 @@ def test_gradient_checkpointing_trains_every_adapter(settings, monkeypatch):
     monkeypatch.setattr(job, "_finish", lambda trainer, *rest: trainer)
     checkpointed = change(settings, "training", steps=1, gradient_checkpointing=True)
     trainer: Any = personalise(checkpointed)
-    moments = {n: trainer.optimizer.state.get(p) for n, p in trainer.parameters.items()}
+    # Where an initialisation leaves the up matrix at zero, the down matrix has no gradient yet.
+    ups = {n: p for n, p in trainer.parameters.items() if n.endswith(".up")}
+    moments = {n: trainer.optimizer.state.get(p) for n, p in ups.items()}
     without = [n for n, kept in moments.items() if not kept or not kept["exp_avg"].any()]
     assert without == []
 
