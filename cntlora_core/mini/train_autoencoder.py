@@ -341,13 +341,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="end after so many steps instead")
     parser.add_argument("--workers", type=int, default=2, help="processes")
     parser.add_argument("--start-from", type=Path, help="folder of an autoencoder to go on from")
+    parser.add_argument("--every", type=float, default=180, help="seconds between two states")
     parser.add_argument("--config", type=Path, help="JSON of an AutoencoderConfig")
     args = parser.parse_args()
     values = json.loads(args.config.read_text(encoding="utf-8")) if args.config else {}
     budget = Budget(args.minutes, args.steps)
     config = AutoencoderConfig.from_json(values)
     keep_freed_memory()
-    train(args.cache / "node_modules", args.output, config, budget, args.workers, args.start_from)
+    modules, every = args.cache / "node_modules", args.every
+    train(modules, args.output, config, budget, args.workers, args.start_from, every)
 
 
 if __name__ == "__main__":
