@@ -46,7 +46,8 @@ class Train:
 
     Attributes:
         model: Stable Diffusion 1.5 as one .safetensors file, a diffusers folder or a hub id.
-        resume: Go on from the state that an interrupted run left in the output folder.
+        resume: Go on with the run in the output folder: an interrupted one to its end, a finished
+            one to more steps, or to a LoRA file of another name, layout or precision.
         overwrite: Start anew even where the output folder holds a run.
     """
 

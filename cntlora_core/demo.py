@@ -50,7 +50,7 @@ def demo_settings(
         subject=SubjectSettings(
             images=str(subject.photos), token=subject.token, class_name=subject.class_name
         ),
-        output=OutputSettings(output=str(output)),
+        output=OutputSettings(output=str(output), keep_state=False),
         prior=PriorSettings(
             num_class_images=class_images,
             class_guidance=GUIDANCE,

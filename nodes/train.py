@@ -82,12 +82,30 @@ def job_settings(
     )
 
 
+def run_folder(name: str, key: str, steps: int) -> Path:
+    """The folder of a run: one that there is already, whatever its name, or a new one.
+
+    Steps are added to a run where it is. A run of fewer steps than one has done gets a folder of
+    its own, so that the longer one stays.
+    """
+    from cntlora_core.diffusion.resume import finished_run, steps_in
+
+    def folder(digits: str) -> Path:
+        there = sorted(work_folder().glob(f"*-{digits}"))
+        return there[0] if there else work_folder() / f"{safe_name(name)}-{digits}"
+
+    longest = folder(key)
+    found = finished_run(longest)
+    as_asked = found is not None and len(found.history) == steps
+    return longest if as_asked or steps_in(longest) <= steps else folder(f"{key}-{steps}")
+
+
 def train(
     job: JobSettings, start: TrainingStart, class_images: ClassImages | None, anew: bool
 ) -> Trained:
-    """Find the finished run, go on with the interrupted one, or begin."""
-    from cntlora_core.diffusion.job import STATE_NAME, personalise
-    from cntlora_core.diffusion.resume import finished_run, run_identity, run_key
+    """Find the finished run, go on with the one that was begun, or begin."""
+    from cntlora_core.diffusion.job import personalise
+    from cntlora_core.diffusion.resume import STATE_NAME, finished_run, run_identity, run_key
 
     photos = None  # class images that do not count make no other run
     if class_images is not None and job.prior.prior_weight > 0:
@@ -96,9 +114,9 @@ def train(
     key = run_key(job, run_identity(start.start.model, subject, photos, seed))
     words = (subject.prompts.token, subject.prompts.class_name, job.adapter.method)
     name = job.output.name or "-".join(word for word in words if word)
-    folder = work_folder() / f"{safe_name(name)}-{key[:8]}"
+    folder = run_folder(name, key[:8], job.training.steps)
     found = None if anew else finished_run(folder)
-    if found is not None:
+    if found is not None and found.is_what(job.training.steps, job.output):
         tell(f"trained before, taken from {folder}")
         return Trained(found.lora, found.history)
     output = dataclasses.replace(job.output, output=str(folder))
@@ -129,7 +147,8 @@ class TrainSubject(io.ComfyNode):
             display_name="Teach the Subject (train LoRA)",
             category=CATEGORY,
             description="Trains the LoRA. Cancel whenever you like: queue the same graph again and "
-            "it goes on where it stopped. A training that is finished is not repeated.",
+            "it goes on where it stopped. A training that is finished is not repeated; more steps "
+            "are added to it.",
             is_output_node=True,
             inputs=[
                 StartSocket.Input("start", tooltip="Model, subject and start of the LoRA."),
@@ -215,7 +234,8 @@ def _main_inputs() -> list[io.Input]:
             default=default_of(TrainingSettings, "steps"),
             min=1,
             max=1_000_000,
-            tooltip="Training steps; 1000 are the paper's, for 4 to 6 photos.",
+            tooltip="Training steps; 1000 are the paper's, for 4 to 6 photos. More than were "
+            "trained before are added to those.",
         ),
         io.Float.Input(
             "learning_rate",
@@ -261,8 +281,8 @@ def _main_inputs() -> list[io.Input]:
         io.String.Input(
             "name",
             default="",
-            tooltip="Name of the LoRA file and of its folder in output/cntlora; empty takes token, "
-            "class and method.",
+            tooltip="Name of the LoRA file, and of its folder in output/cntlora if that is new; "
+            "empty takes token, class and method.",
         ),
     ]
 
@@ -275,7 +295,8 @@ def _advanced_inputs() -> list[io.Input]:
             default=USE_IT,
             extra_dict=ADVANCED,
             tooltip="If just this training was done before, or begun: use it and go on with it, or "
-            "throw it away.",
+            "throw it away. Another name, compress, gradient_checkpointing or more steps make no "
+            "other training.",
         ),
         io.Int.Input(
             "batch_size",

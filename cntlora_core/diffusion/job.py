@@ -17,7 +17,14 @@ from cntlora_core.diffusion.export import ExportReport, export_lora
 from cntlora_core.diffusion.pipeline import StableDiffusionParts, load_stable_diffusion
 from cntlora_core.diffusion.prior import cache_folder, class_images
 from cntlora_core.diffusion.record import ModelFacts, file_metadata, run_record
-from cntlora_core.diffusion.resume import check_same_run, run_identity
+from cntlora_core.diffusion.resume import (
+    RECORD_NAME,
+    STATE_NAME,
+    check_same_run,
+    finished_run,
+    run_identity,
+    steps_in,
+)
 from cntlora_core.diffusion.running import only_run_in
 from cntlora_core.diffusion.sampler import checked_device, draw
 from cntlora_core.diffusion.settings import JobSettings, SamplingSettings
@@ -49,8 +56,6 @@ from cntlora_core.progress import Reporter, silent, stage_progress
 from cntlora_core.sheets import save_image
 from cntlora_core.threads import threads, threads_for
 
-STATE_NAME = "state.safetensors"
-RECORD_NAME = "run.json"
 LOSS_NAME, RANKS_NAME, SAMPLES_NAME = "loss.png", "ranks.png", "samples"
 
 
@@ -117,12 +122,15 @@ def personalise(
         subject: The subject, read already; default: read from the settings.
         class_photos: The class images, drawn already; default: as the settings say.
         start: The adapter's start, planned already with the adapter settings; default: planned now.
-        resume: Go on from the state that an interrupted run left in the output folder.
+        resume: Go on from the state that a run left in the output folder: an interrupted one to its
+            end, a finished one to more steps, or to nothing but another LoRA file, of another name,
+            layout, precision or compression.
         overwrite: Start anew even where the output folder holds such a state or a finished run.
         reporter: Told all along what is being done; what it raises ends the run cleanly.
 
     Raises:
-        ValueError: for photos, prompts, a model or settings that cannot be used, in words.
+        ValueError: for photos, prompts, a model or settings that cannot be used, in words; if the
+            run to resume is another one, or has done more steps than are asked for.
         FileExistsError: if the output folder holds a run and neither flag is given.
         BlockingIOError: if another run is at work in the output folder.
         OSError: if the output folder cannot be written to.
@@ -229,7 +237,12 @@ def _personalise(
         )
     if state is not None:
         trainer.restore(state)
-        run.note(f"going on after step {state.step} of {training.steps}")
+        left = training.steps - state.step
+        run.note(
+            f"going on after step {state.step} of {training.steps}"
+            if left
+            else f"all {state.step} steps were done before: only the LoRA file is written"
+        )
     with run.timed("training"), freed_memory_kept(device.type == "cpu"):
         trainer.run(
             reporter=reporter,
@@ -290,7 +303,8 @@ def _finish(
         notes=tuple(run.notes),
     )
     write_json_atomic(folder / RECORD_NAME, run_record(result, settings, prompts, model, identity))
-    (folder / STATE_NAME).unlink(missing_ok=True)
+    if not settings.output.keep_state:
+        (folder / STATE_NAME).unlink(missing_ok=True)
     return result
 
 
@@ -368,12 +382,20 @@ def sample_names(step: int, prompts: Sequence[str]) -> list[str]:
 def _check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
     if resume or overwrite:
         return
-    if (folder / STATE_NAME).exists():
+    has_state, found = (folder / STATE_NAME).exists(), finished_run(folder)
+    if has_state and (found is None or len(found.history) != steps_in(folder)):
         raise FileExistsError(
             f"{folder} holds the state of an interrupted run: go on with --resume, or start anew "
             "with --overwrite"
         )
+    if has_state and found is not None:
+        raise FileExistsError(
+            f"{folder} holds a finished run of {len(found.history)} steps: with --resume it goes "
+            "on to more --steps, or is written to another file; choose another output folder, or "
+            "start anew with --overwrite"
+        )
     if (folder / RECORD_NAME).exists():
         raise FileExistsError(
-            f"{folder} holds a finished run: choose another output folder, or --overwrite"
+            f"{folder} holds a finished run, whose state was not kept: choose another output "
+            "folder, or start anew with --overwrite"
         )

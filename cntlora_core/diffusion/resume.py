@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
@@ -9,13 +10,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cntlora_core.diffusion.state import TrainingState
+from cntlora_core.diffusion.state import TrainingState, steps_done
 
 if TYPE_CHECKING:
     from cntlora_core.data.photos import PhotoSet
-    from cntlora_core.diffusion.settings import JobSettings
+    from cntlora_core.diffusion.settings import JobSettings, OutputSettings
     from cntlora_core.diffusion.stages import Subject
 
+ALGORITHM = 1
+"""Version of what a run computes. Raise it with every change after which the same settings, photos
+and model lead to other numbers: runs of before are then neither reused nor gone on with."""
+
+STATE_NAME = "state.safetensors"
+RECORD_NAME = "run.json"
+
+_STEPS = ("job", "training", "steps")
 _MAY_CHANGE = {
     ("job", "output"),
     ("job", "prior", "cache"),
@@ -28,6 +37,7 @@ _MAY_CHANGE = {
     ("job", "training", "sample_every"),
     ("job", "training", "sample_steps"),
     ("job", "training", "device"),
+    ("job", "training", "gradient_checkpointing"),  # computes the same numbers twice
 }
 
 
@@ -42,7 +52,12 @@ def run_identity(
         class_photos: Class images, or None.
         start_seed: Seed of the adapter's start.
     """
-    identity = {"model": model, **subject.identity(), "start_seed": start_seed}
+    identity = {
+        "algorithm": ALGORITHM,
+        "model": model,
+        **subject.identity(),
+        "start_seed": start_seed,
+    }
     if class_photos is not None:
         photos, recipe = class_photos.photos, class_photos.recipe
         # Generated ones may have to be generated again, where rounding gives other pixels.
@@ -53,17 +68,26 @@ def run_identity(
 
 
 def run_key(settings: JobSettings, identity: dict[str, Any]) -> str:
-    """16 hex digits that two runs share if they lead to the same file."""
-    output = settings.output
-    content = {
-        "run": [
-            [".".join(path), value]
-            for path, value in _leaves(_plain({"job": settings.to_dict(), "identity": identity}))
-            if not any(path[: len(free)] == free for free in _MAY_CHANGE)
-        ],
-        "file": [output.layout, output.file_precision, output.compress],
-    }
+    """16 hex digits that two runs share if one can go on where the other stopped.
+
+    What names, exports or saves memory is not part of it, nor is the number of steps, unless the
+    course of the learning rate depends on it.
+    """
+    free = _free_settings(settings.training.lr_schedule)
+    content = [
+        [".".join(path), value]
+        for path, value in _leaves(_plain({"job": settings.to_dict(), "identity": identity}))
+        if not _is_in(path, free)
+    ]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _free_settings(schedule: str) -> set[tuple[str, ...]]:
+    return {*_MAY_CHANGE, _STEPS} if schedule.startswith("constant") else _MAY_CHANGE
+
+
+def _is_in(path: tuple[str, ...], free: set[tuple[str, ...]]) -> bool:
+    return any(path[: len(part)] == part for part in free)
 
 
 @dataclass(frozen=True)
@@ -74,22 +98,46 @@ class FinishedRun:
         lora: The LoRA file (a folder in peft's layout).
         history: One record per step.
         notes: What a person was told.
+        output: Settings of the file, as JSON values.
     """
 
     lora: Path
     history: list[dict[str, float]]
     notes: tuple[str, ...]
+    output: dict[str, Any]
+
+    def is_what(self, steps: int, output: OutputSettings) -> bool:
+        """Whether this is the run of so many steps, with its file as these settings have it."""
+        asked = dataclasses.asdict(output)
+        shaping = asked.keys() - {"output", "keep_state"}
+        return len(self.history) == steps and all(
+            self.output.get(name) == asked[name] for name in shaping
+        )
 
 
-def finished_run(folder: Path, record_name: str = "run.json") -> FinishedRun | None:
+def finished_run(folder: Path) -> FinishedRun | None:
     """What a finished run left in this folder; None if there is no whole one."""
     try:
-        record = json.loads((folder / record_name).read_text("utf-8"))
+        record = json.loads((folder / RECORD_NAME).read_text("utf-8"))
         lora = folder / record["export"]["file"]
-        found = FinishedRun(lora, record["history"], tuple(record["notes"]))
+        output = record["settings"]["output"]
+        found = FinishedRun(lora, record["history"], tuple(record["notes"]), dict(output))
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return found if lora.exists() else None
+
+
+def steps_in(folder: Path) -> int:
+    """The steps of the run in this folder, finished or not; 0 without one.
+
+    A state that is damaged counts for nothing: whoever goes on from it is told.
+    """
+    found = finished_run(folder)
+    finished = 0 if found is None else len(found.history)
+    try:
+        return max(finished, steps_done(folder / STATE_NAME))
+    except (OSError, ValueError):
+        return finished
 
 
 def _leaves(values: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -113,19 +161,27 @@ def check_same_run(state: TrainingState, given: dict[str, Any]) -> None:
     Raises:
         ValueError: naming every setting, photo or model that differs.
     """
-    may_change = set(_MAY_CHANGE)
-    if str(_at(given, "job", "training", "lr_schedule")).startswith("constant"):
-        may_change.add(("job", "training", "steps"))
+    schedule = str(_at(given, "job", "training", "lr_schedule"))
+    free = _free_settings(schedule)
     old = {key: state.settings.get(key, {}) for key in given}
-    differing = [
-        ".".join(path)
-        for path in _differences(old, _plain(given))
-        if not any(path[: len(free)] == free for free in may_change)
-    ]
-    if differing:
+    differing = [path for path in _differences(old, _plain(given)) if not _is_in(path, free)]
+    if differing == [_STEPS]:
         raise ValueError(
-            f"the state was left by another run; these differ: {', '.join(differing)}. Resume with "
+            f"a run of {_at(old, *_STEPS)} steps cannot become one of {_at(given, *_STEPS)}: with "
+            f"lr_schedule={schedule!r} the learning rate of each step depends on their number. Ask "
+            "for as many, or start anew with --overwrite"
+        )
+    if differing:
+        names = ", ".join(map(".".join, differing))
+        raise ValueError(
+            f"the state was left by another run; these differ: {names}. Resume with "
             "the settings and photos of that run, or start anew with --overwrite"
+        )
+    steps = _at(given, *_STEPS)
+    if steps is not None and steps < state.step:
+        raise ValueError(
+            f"the run has done {state.step} steps, more than the {steps} that were asked for: ask "
+            "for as many or more, choose another output folder, or start anew with --overwrite"
         )
 
 

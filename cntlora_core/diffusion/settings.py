@@ -302,6 +302,8 @@ class OutputSettings:
         file_precision: Data type of the tensors in the file.
         compress: Truncate the file to the trained rank where this loses at most 1 % of what was
             learnt. Where the base weight was rewritten an exact file has twice that rank.
+        keep_state: Keep the training state of a finished run, so that it can go on to more steps or
+            be exported again; its size is 4 times that of the adapter in float32.
     """
 
     output: str
@@ -309,6 +311,7 @@ class OutputSettings:
     layout: Layout = "kohya"
     file_precision: Precision = "float16"
     compress: bool = True
+    keep_state: bool = True
 
     def __post_init__(self) -> None:
         _as_text(self, "output")

@@ -127,6 +127,16 @@ class TrainingState:
                     raise ValueError(f"{name} has values that are not finite")
 
 
+def steps_done(path: Path) -> int:
+    """The steps of a state's run; its tensors are not read.
+
+    Raises:
+        ValueError: if the file is no state of this library.
+    """
+    with reading(path, "a training state"), safe_open(str(path), framework="pt") as file:
+        return int(json_object((file.metadata() or {})["header"])["step"])
+
+
 def _plan_of(header: dict[str, Any], tensors: dict[str, Tensor]) -> Plan:
     def initial(name: str, *keys: str) -> list[Tensor]:
         found = (tensors.get(f"initial.{name}.{key}") for key in keys)

@@ -93,8 +93,93 @@ def test_a_finished_training_is_found_again_and_another_one_is_not(
         train(pack, start)
 
 
+class Steps:
+    """Counts the training steps that nodes report."""
+
+    def __init__(self, pack: Pack, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.done = 0
+        reporter = pack.module("runtime").HostReporter
+        plain = reporter._say
+
+        def count(reporter: Any, stage: str, done: int, total: int, values: dict) -> None:
+            self.done += stage == "training"
+            plain(reporter, stage, done, total, values)
+
+        monkeypatch.setattr(reporter, "_say", count)
+
+    def of(self, *inputs: Any, **widgets: Any) -> tuple[int, Any]:
+        """How many steps were trained, and the node's output."""
+        before = self.done
+        output = train(*inputs, preview_every=0, **widgets)
+        return self.done - before, output
+
+
+def test_names_and_exports_train_nothing_and_more_steps_go_on(
+    pack: Pack, run: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = Steps(pack, monkeypatch)
+    graph = (pack, run.start.args[0], run.others.args[0])
+    done, first = steps.of(*graph, name="once", training_seed=11, steps=4)
+    assert done == 4
+    folder = Path(first.args[2]).parent
+    for changed in (
+        {"name": "twice"},
+        {"name": "thrice", "gradient_checkpointing": True},
+        {"name": "small", "compress": True},
+    ):
+        done, output = steps.of(*graph, **{"training_seed": 11, "steps": 4, **changed})
+        assert done == 0, changed
+        path = Path(output.args[2])
+        assert path.parent == folder
+        assert path.stem == changed["name"]
+    assert (folder / "once.safetensors").is_file()
+    done, longer = steps.of(*graph, name="longer", training_seed=11, steps=6)
+    assert done == 2
+    assert Path(longer.args[2]).parent == folder
+    assert len(longer.args[1]["loss"]) == 6
+    done, shorter = steps.of(*graph, name="once", training_seed=11, steps=4)
+    assert done == 4
+    assert Path(shorter.args[2]).parent.name == f"once-{folder.name.rpartition('-')[2]}-4"
+    assert all(torch.equal(first.args[0][k], tensor) for k, tensor in shorter.args[0].items())
+    assert steps.of(*graph, name="once", training_seed=11, steps=4)[0] == 0
+    assert steps.of(*graph, name="longer", training_seed=11, steps=6)[0] == 0
+    done, whole = steps.of(
+        *graph, name="longer", training_seed=11, steps=6, trained_before="train anew"
+    )
+    assert done == 6
+    assert all(torch.equal(longer.args[0][k], tensor) for k, tensor in whole.args[0].items())
+
+
+def test_what_shapes_the_training_trains_anew(
+    pack: Pack, run: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = Steps(pack, monkeypatch)
+    graph = (pack, run.start.args[0], run.others.args[0])
+    assert steps.of(*graph, training_seed=12, steps=1)[0] == 1
+    assert steps.of(*graph, training_seed=12, steps=1, learning_rate=2e-3)[0] == 1
+    monkeypatch.setattr("cntlora_core.diffusion.resume.ALGORITHM", 10**6)
+    assert steps.of(*graph, training_seed=12, steps=1)[0] == 1
+
+
+def test_a_damaged_state_is_said_and_can_be_trained_anew(pack: Pack, run: SimpleNamespace) -> None:
+    inputs = {"training_seed": 13, "steps": 1, "preview_every": 0, "name": "damaged"}
+    graph = (pack, run.start.args[0], run.others.args[0])
+    path = Path(train(*graph, **inputs).args[2])
+    (path.parent / "state.safetensors").write_bytes(b"no state")
+    path.unlink()
+    with pytest.raises(ValueError, match="cannot be read as a training state"):
+        train(*graph, **inputs)
+    assert train(*graph, **inputs, trained_before="train anew").args[2] == str(path)
+
+
 def test_the_same_seed_trains_the_same_lora(pack: Pack, run: SimpleNamespace) -> None:
-    again = train(pack, run.start.args[0], run.others.args[0], name="the same again")
+    again = train(
+        pack,
+        run.start.args[0],
+        run.others.args[0],
+        name="the same again",
+        trained_before="train anew",
+    )
     assert Path(again.args[2]).name == "the_same_again.safetensors"
     first = run.trained.args[0]
     assert all(torch.equal(first[name], tensor) for name, tensor in again.args[0].items())
@@ -116,16 +201,18 @@ def test_cancelling_keeps_a_state_and_queueing_again_goes_on_from_it(
 
     monkeypatch.setattr(reporter, "_say", press_cancel)
     with pytest.raises(model_management.InterruptProcessingException):
-        train(pack, start, others, name="cancelled", preview_every=0)
+        train(pack, start, others, name="cancelled", preview_every=0, training_seed=5)
     assert not model_management.processing_interrupted()
     folder = next((Path(run.trained.args[2]).parent.parent).glob("cancelled-*"))
     assert (folder / "state.safetensors").is_file()
     monkeypatch.undo()
-    resumed = train(pack, start, others, name="cancelled", preview_every=0)
+    resumed = train(pack, start, others, name="cancelled", preview_every=0, training_seed=5)
     record = json.loads((folder / "run.json").read_text("utf-8"))
     assert any("going on after step 2" in note for note in record["notes"])
-    assert resumed.args[1] == run.trained.args[1]
-    assert not (folder / "state.safetensors").exists()
+    whole = train(
+        pack, start, others, preview_every=0, training_seed=5, trained_before="train anew"
+    )
+    assert resumed.args[1] == whole.args[1]
 
 
 CANCELLED_IN = {
@@ -291,7 +378,7 @@ def test_large_pictures_before_the_small_encoders_are_remarked_upon(
 
 
 def test_previews_of_an_earlier_prompt_are_not_shown(pack: Pack, run: SimpleNamespace) -> None:
-    asked = {"name": "other prompts", "validation_prompt": "a red dog"}
+    asked = {"training_seed": 6, "validation_prompt": "a red dog"}
     first = train(pack, run.start.args[0], run.others.args[0], **asked)
     assert len(first.ui["images"]) == 2
     again = train(
@@ -416,16 +503,16 @@ def live_bytes() -> int:
 
 
 def test_no_model_stays_in_memory(pack: Pack, run: SimpleNamespace) -> None:
-    def teach_and_draw(name: str) -> None:
+    def teach_and_draw(seed: int) -> None:
         model, subject = run.model, run.subject.args[0]
         start = pack.run("CNTLoRAInitialize", model=model, subject=subject, rank=4, passes=1)
-        lora = train(pack, start.args[0], run.others.args[0], name=name).args[0]
+        lora = train(pack, start.args[0], run.others.args[0], training_seed=seed).args[0]
         pack.run("CNTLoRASample", model=model, lora=lora, prompts="a dog", steps=1)
         pack.run("CNTLoRACompare", model=model, lora_1=lora, prompts="a dog", seeds="0", steps=1)
 
-    teach_and_draw("kept once")  # what libraries keep for themselves
+    teach_and_draw(21)  # what libraries keep for themselves
     before = live_bytes()
-    teach_and_draw("kept twice")
+    teach_and_draw(22)
     weights = sum(path.stat().st_size for path in run.model.path.rglob("*.safetensors"))
     assert live_bytes() - before < 0.01 * weights
 

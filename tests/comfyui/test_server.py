@@ -167,9 +167,10 @@ def test_a_changed_photo_trains_again_and_nothing_else_does(server: Server, phot
 def test_two_runs_give_the_same_lora_for_the_same_seed(server: Server) -> None:
     loras = []
     for name in ("twin_a", "twin_b"):
-        changes = few(CNTLoRATrain={"name": name, "training_seed": 7})
-        assert server.run(workflow("personalise_small_model", changes)).status == "success"
-        loras.append(load_file(runs_of(server, name)[0] / f"{name}.safetensors"))
+        anew = {"name": name, "training_seed": 7, "trained_before": "train anew"}
+        graph = workflow("personalise_small_model", few(CNTLoRATrain=anew))
+        assert server.run(graph).status == "success"
+        loras.append(load_file(runs_of(server, "twin_a")[0] / f"{name}.safetensors"))
     assert_same(*loras)
 
 
@@ -179,7 +180,7 @@ CANCELLED_IN = {
     "encoding photos": {"CNTLoRASubject": {"folder": MANY}},
     "drawing class images": {"CNTLoRAClassImages": {"count": 500, "steps": 30, "images_seed": 1}},
     "reading activations": {"CNTLoRAInitialize": {"passes": 500, "start_seed": 1}},
-    "training": {"CNTLoRATrain": {"steps": 5000, "name": "cancelled", "preview_every": 0}},
+    "training": {"CNTLoRATrain": {"steps": 5000, "training_seed": 8, "preview_every": 0}},
 }
 
 
@@ -209,7 +210,7 @@ def test_cancelling_frees_the_queue_and_leaves_nothing_half_written(
 
 def test_a_cancelled_training_goes_on_when_it_is_queued_again(server: Server) -> None:
     steps = {"steps": 30, "name": "resumed", "preview_every": 0, "save_every": 1000}
-    graph = workflow("personalise_small_model", few(CNTLoRATrain=steps))
+    graph = workflow("personalise_small_model", few(CNTLoRATrain=steps | {"training_seed": 9}))
     before = server.log.count("CNTLoRA: training")
     prompt = server.queue(graph)
     server.wait_for(lambda: server.log.count("CNTLoRA: training") > before, 900)
@@ -222,17 +223,38 @@ def test_a_cancelled_training_goes_on_when_it_is_queued_again(server: Server) ->
     record = json.loads((folder / "run.json").read_text("utf-8"))
     assert any("going on after step" in note for note in record["notes"])
     assert len(record["history"]) == 30
-    assert not (folder / "state.safetensors").exists()
+
+
+def test_a_new_name_trains_nothing_and_more_steps_go_on(server: Server) -> None:
+    def steps_of(**widgets: Any) -> int:
+        graph = workflow("personalise_small_model", few(CNTLoRATrain=asked | widgets))
+        assert server.run(graph).status == "success"
+        (folder,) = runs_of(server, "named")
+        record = json.loads((folder / "run.json").read_text("utf-8"))
+        assert (folder / f"{widgets['name']}.safetensors").is_file()
+        (before,) = [
+            int(word)
+            for note in record["notes"]
+            for word in note.split()
+            if word.isdigit() and ("going on after" in note or "were done before" in note)
+        ][:1] or [0]
+        return len(record["history"]) - before
+
+    asked = {"training_seed": 10, "steps": 4, "preview_every": 0}
+    assert steps_of(name="named") == 4
+    assert steps_of(name="renamed") == 0
+    assert steps_of(name="small", compress=True) == 0
+    assert steps_of(name="longer", steps=6) == 2
 
 
 def test_memory_is_given_back(server: Server) -> None:
-    def train(name: str) -> int:
-        graph = workflow("personalise_small_model", few(CNTLoRATrain={"name": name}))
+    def train(seed: int) -> int:
+        graph = workflow("personalise_small_model", few(CNTLoRATrain={"training_seed": seed}))
         assert server.run(graph).status == "success"
         return server.settled_memory()
 
-    train("memory_a")  # libraries are imported, allocators warmed up
-    before, after = train("memory_b"), train("memory_c")
+    train(21)  # libraries are imported, allocators warmed up
+    before, after = train(22), train(23)
     print(f"resident memory: {before / 1e6:.0f} MB before, {after / 1e6:.0f} MB after")
     assert after < 1.1 * before
 

@@ -90,7 +90,7 @@ def change(settings: JobSettings, part: str, **values: Any) -> JobSettings:
     )
 
 
-def test_a_run_is_told_apart_by_what_shapes_its_file(settings) -> None:
+def test_a_run_is_told_apart_by_what_shapes_its_training(settings, monkeypatch) -> None:
     subject = read_subject(settings.subject)
 
     def key(settings: JobSettings, **identity: Any) -> str:
@@ -106,15 +106,20 @@ def test_a_run_is_told_apart_by_what_shapes_its_file(settings) -> None:
         key(settings, subject=other),
         key(settings, start_seed=1),
         key(settings, class_photos=subject.photos),
-        key(change(settings, "training", steps=3)),
+        key(change(settings, "training", lr_schedule="cosine")),
+        key(change(settings, "training", lr_schedule="cosine", steps=3)),
         key(change(settings, "training", seed=4)),
         key(change(settings, "adapter", rank=5)),
-        key(change(settings, "output", compress=True)),
     ]
+    monkeypatch.setattr("cntlora_core.diffusion.resume.ALGORITHM", 10**6)
+    different.append(key(settings))
+    monkeypatch.undo()
     assert len(set(different)) == len(different)
     same = [
         change(settings, "training", sample_prompts=("a dog",), sample_every=1, device=None),
-        change(settings, "output", output="elsewhere", name="rex"),
+        change(settings, "output", output="elsewhere", name="rex", compress=True),
+        change(settings, "output", layout="peft", file_precision="bfloat16", keep_state=False),
+        change(settings, "training", steps=3, gradient_checkpointing=True),
         change(settings, "subject", images="moved"),
     ]
     assert {key(same_run) for same_run in same} == {key(settings)}

@@ -17,8 +17,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from cntlora_core.diffusion.job import STATE_NAME, personalise
+from cntlora_core.diffusion.job import STATE_NAME, JobResult, personalise
 from cntlora_core.diffusion.running import HOLDER_NAME
+from cntlora_core.diffusion.settings import JobSettings
 from cntlora_core.diffusion.trainer import NonFiniteLossError, SubjectTrainer
 from cntlora_core.threads import threads
 
@@ -125,13 +126,88 @@ def test_resuming_with_other_settings_or_photos_is_refused(settings, photo_folde
         personalise(settings, resume=True)
 
 
-def test_a_finished_run_can_be_extended_from_nothing_only_by_overwriting(settings):
+def test_a_finished_run_without_its_state_is_begun_anew_only_by_overwriting(settings):
+    settings = change(settings, "output", keep_state=False)
     personalise(change(settings, "training", steps=1))
     with pytest.raises(FileExistsError, match="--overwrite"):
         personalise(settings)
     with pytest.raises(FileNotFoundError, match="nothing to resume"):
         personalise(settings, resume=True)
     assert len(personalise(settings, overwrite=True).history) == 6
+
+
+def trained_steps(settings: JobSettings, **options: Any) -> tuple[int, JobResult]:
+    """The result, and how many steps were trained for it."""
+    steps = []
+
+    def note(stage: str, done: int, _total: int, _values: dict[str, Any]) -> None:
+        if stage == "training":
+            steps.append(done)
+
+    result = personalise(settings, reporter=note, **options)
+    return len(steps), result
+
+
+def same_tensors(a: Path, b: Path) -> bool:
+    first, second = load_file(a), load_file(b)
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "constant_with_warmup"])
+def test_more_steps_go_on_from_a_finished_run_to_the_same_result(settings, tmp_path, schedule):
+    warmup = 0 if schedule == "constant" else 5
+    settings = change(settings, "training", lr_schedule=schedule, lr_warmup=warmup)
+    short = change(settings, "training", steps=4)
+    personalise(short)
+    with pytest.raises(FileExistsError, match=r"finished run of 4 steps.*--resume.*--overwrite"):
+        personalise(settings)
+    steps, longer = trained_steps(settings, resume=True)
+    assert steps == 2
+    record = json.loads((longer.folder / "run.json").read_text("utf-8"))
+    assert len(record["history"]) == len(longer.history) == 6
+    whole = personalise(change(settings, "output", output=str(tmp_path / "whole")))
+    assert losses(longer) == losses(whole)
+    assert same_tensors(longer.lora, whole.lora)
+    with pytest.raises(ValueError, match="has done 6 steps, more than the 4"):
+        personalise(short, resume=True)
+
+
+def test_names_layouts_and_what_saves_memory_are_no_reason_to_train_again(settings):
+    settings = change(settings, "training", steps=2)
+    first = personalise(settings)
+    before = first.lora.read_bytes()
+    renamed = change(settings, "output", name="rex", compress=True, layout="diffusers")
+    steps, second = trained_steps(renamed, resume=True)
+    assert steps == 0
+    assert second.lora.name == "rex.safetensors"
+    assert first.lora.read_bytes() == before
+    assert second.export.ranks == second.export.trained_ranks
+    assert losses(second) == losses(first)
+    saving = change(settings, "training", gradient_checkpointing=True)
+    saving = change(saving, "output", name="rex again")
+    steps, third = trained_steps(saving, resume=True)
+    assert steps == 0
+    assert same_tensors(first.lora, third.lora)
+
+
+def test_gradient_checkpointing_trains_the_same_lora(settings, tmp_path):
+    settings = change(settings, "training", steps=3)
+    plain = personalise(settings)
+    settings = change(settings, "output", output=str(tmp_path / "saving memory"))
+    saving = personalise(change(settings, "training", gradient_checkpointing=True))
+    assert same_tensors(plain.lora, saving.lora)
+
+
+def test_a_finished_run_is_gone_on_with_only_as_the_run_that_it_was(settings, monkeypatch):
+    cosine = change(settings, "training", lr_schedule="cosine", steps=1)
+    personalise(cosine)
+    with pytest.raises(ValueError, match="the learning rate of each step depends on their number"):
+        personalise(change(cosine, "training", steps=2), resume=True)
+    with pytest.raises(ValueError, match=r"training\.learning_rate"):
+        personalise(change(cosine, "training", learning_rate=5e-4), resume=True)
+    monkeypatch.setattr("cntlora_core.diffusion.resume.ALGORITHM", 10**6)
+    with pytest.raises(ValueError, match=r"identity\.algorithm"):
+        personalise(cosine, resume=True)
 
 
 def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 120) -> None:
@@ -174,7 +250,7 @@ def test_ctrl_c_sigterm_and_kill_leave_a_state_that_resumes_to_the_same_result(s
         time.sleep(0.005)
     process.kill()
     process.communicate()
-    assert state.exists(), "the run finished before it could be killed: give it more steps"
+    assert process.returncode == -signal.SIGKILL, "it finished before: give it more steps"
 
     done = subprocess.run([*arguments, "--resume"], check=False, timeout=300, **options)
     assert done.returncode == 0, done.stderr
