@@ -159,7 +159,8 @@ def check_same_run(state: TrainingState, given: dict[str, Any]) -> None:
             prompts and model are, or both.
 
     Raises:
-        ValueError: naming every setting, photo or model that differs.
+        ValueError: naming every setting, photo or model that differs; if more steps are asked for
+            where the learning rate depends on their number, or fewer than were done.
     """
     schedule = str(_at(given, "job", "training", "lr_schedule"))
     free = _free_settings(schedule)

@@ -176,12 +176,12 @@ def test_names_layouts_and_what_saves_memory_are_no_reason_to_train_again(settin
     settings = change(settings, "training", steps=2)
     first = personalise(settings)
     before = first.lora.read_bytes()
-    renamed = change(settings, "output", name="rex", compress=True, layout="diffusers")
+    renamed = change(settings, "output", name="rex", compress=False, layout="diffusers")
     steps, second = trained_steps(renamed, resume=True)
     assert steps == 0
     assert second.lora.name == "rex.safetensors"
     assert first.lora.read_bytes() == before
-    assert second.export.ranks == second.export.trained_ranks
+    assert second.export.truncation_error is None  # it was not asked for
     assert losses(second) == losses(first)
     saving = change(settings, "training", gradient_checkpointing=True)
     saving = change(saving, "output", name="rex again")
