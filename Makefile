@@ -13,7 +13,8 @@ demo: $(INSTALLED)
 	$(BIN)/cntlora demo --output demo_output
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	@# A process for each core; a file's tests stay in one process, which makes its models once.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

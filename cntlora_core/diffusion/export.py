@@ -120,13 +120,13 @@ def export_lora(
     doubled = [name for name, layer in exact.items() if layer.rank > trained_ranks[name]]
     balanced = map_in_threads(lambda name: balance(exact[name]), doubled, progress)
     layers = exact | dict(zip(doubled, balanced, strict=True))
-    lost = None
-    if settings.compress:
+    lost = 0.0 if settings.compress else None
+    if settings.compress and doubled:
         if isinstance(plan, AdapterPlan):
             small = {name: truncate(layer, trained_ranks[name]) for name, layer in layers.items()}
         else:
             small = _lava_compressed(unet, text_encoder, plan, trained_ranks, progress)
-        lost = total_relative_error(small, exact) if doubled else 0.0
+        lost = total_relative_error(small, exact)
         if lost <= TRUNCATION_BOUND:
             layers = small
     dtype = torch_dtype(settings.file_precision)
