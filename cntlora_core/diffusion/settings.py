@@ -317,9 +317,9 @@ class OutputSettings:
         _as_text(self, "output")
         if not self.output.strip():
             raise ValueError("output is empty: give the folder to write to")
+        require_unicode("name", self.name)
         if self.name is not None and not self.name.strip():
             raise ValueError("name is empty: give a file name without ending, or leave it out")
-        require_unicode("name", self.name)
         _choice("layout", self.layout, Layout)
         _choice("file_precision", self.file_precision, Precision)
 
@@ -438,9 +438,12 @@ def require_unicode(name: str, *texts: str | None) -> None:
     """Refuses texts that no tokenizer and no file can hold, before any work.
 
     Raises:
-        ValueError: a text has half of a surrogate pair, as bytes that are not UTF-8 leave behind.
+        TypeError: if a text is none, as bytes or a path.
+        ValueError: if a text has half of a surrogate pair, as bytes that are not UTF-8 leave behind.
     """
     for text in texts:
+        if not isinstance(text, (str, type(None))):
+            raise TypeError(f"{name} must be text, got {text!r} of type {type(text).__name__}")
         if text is not None and any("\ud800" <= character <= "\udfff" for character in text):
             raise ValueError(
                 f"{name} must be valid Unicode, got {text!a}: type it in a terminal or a file "
