@@ -439,7 +439,7 @@ def require_unicode(name: str, *texts: str | None) -> None:
 
     Raises:
         TypeError: if a text is none, as bytes or a path.
-        ValueError: if a text has half of a surrogate pair, as bytes that are not UTF-8 leave behind.
+        ValueError: if a text has half of a surrogate pair, left by bytes that are not UTF-8.
     """
     for text in texts:
         if not isinstance(text, (str, type(None))):
