@@ -216,7 +216,7 @@ def _check_shift(shift: Any) -> None:
             raise ValueError(f"{expected}, finite and not all zero; its largest entry is {largest}")
     elif isinstance(shift, bool) or not isinstance(shift, numbers.Real):
         raise TypeError(f"{expected}, got a {type(shift).__name__}")
-    elif not 1e-6 <= abs(shift) <= 1e6:  # NaN too; beyond, float32 loses what it is added to
+    elif not 1e-6 <= abs(float(shift)) <= 1e6:  # NaN too; beyond, float32 loses what it is added to
         raise ValueError(
             f"shift must be a finite number other than 0, of size 1e-6 to 1e6, got {shift}"
         )

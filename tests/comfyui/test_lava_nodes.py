@@ -23,7 +23,7 @@ def test_lava_is_started_trained_saved_and_drawn_with(pack: Pack) -> None:
     assert any(name.endswith(".conv1") for name in names)
     trained = train(pack, start.args[0])
     lora = trained.args[0]
-    assert any("lora_mid" in name for name in lora)
+    assert any(t.ndim == 4 and t.shape[-1] == 3 for t in lora.values())  # a convolution's
     model = start.args[0].model
     few = {"prompts": "a photo of sks dog", "steps": 1}
     drawn = pack.run("CNTLoRASample", model=model, lora=lora, **few).args[0]

@@ -304,8 +304,7 @@ def test_tensor_is_the_square_of_the_whole_resized(size, resolution, crop, flip,
     assert tensor.is_contiguous()
     assert tensor.min() >= -1
     assert tensor.max() <= 1
-    scale = resolution / min(size)
-    whole = [max(resolution, round(side * scale)) for side in size]
+    whole = [max(resolution, round(side * resolution / min(size))) for side in size]
     spare = [side - resolution for side in whole]
     left, top = (side // 2 for side in spare)
     if crop == "random":
