@@ -54,11 +54,11 @@ def test_a_stock_pipeline_with_the_file_equals_the_trained_model(train, tiny_mod
 
 
 def test_a_file_is_truncated_where_that_loses_little(train, tiny_model, monkeypatch):
-    exact, kept = train(ADAPTERS["cross"])
+    exact, kept = train(ADAPTERS["cross"], keep_state=False)
     exact_layers = read_lora_file(exact.lora).layers
     (exact.folder / "run.json").unlink()
     monkeypatch.setattr(export, "TRUNCATION_BOUND", 1.0)
-    short, _ = train(ADAPTERS["cross"], compress=True)
+    short, _ = train(ADAPTERS["cross"], compress=True, keep_state=False)
     file = read_lora_file(short.lora)
     assert short.export.ranks == short.export.trained_ranks
     assert {n: layer.rank for n, layer in file.layers.items()} == short.export.ranks
@@ -76,7 +76,7 @@ def test_a_file_is_truncated_where_that_loses_little(train, tiny_model, monkeypa
 
     monkeypatch.setattr(export, "TRUNCATION_BOUND", 0.9 * error)
     (short.folder / "run.json").unlink()
-    whole, _ = train(ADAPTERS["cross"], compress=True)
+    whole, _ = train(ADAPTERS["cross"], compress=True, keep_state=False)
     assert whole.export.ranks == exact.export.ranks != short.export.ranks
     assert whole.export.relative_error < 1e-6
     assert whole.export.truncation_error == pytest.approx(error, rel=1e-3)
