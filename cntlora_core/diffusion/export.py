@@ -36,7 +36,7 @@ Value = TypeVar("Value")
 
 TRUNCATION_BOUND = 0.01
 """A file is truncated to the trained ranks where that loses at most this much of the adapter's
-whole change of weight; docs/lora_file.md has what a loss does to images."""
+whole change of weight."""
 
 
 @dataclass(frozen=True)

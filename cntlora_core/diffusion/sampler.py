@@ -137,7 +137,7 @@ def load_for_sampling(
             reporter("loading the model", 0, 0, {"note": note})
     parts = load_stable_diffusion(model, dtype=torch_dtype(precision), device=place)
     pipeline = parts.pipeline(scheduler)  # pyright: ignore[reportArgumentType]
-    apply_lora_files(pipeline, loras)
+    _load_lora_files(pipeline, loras)
     return pipeline
 
 
@@ -147,9 +147,15 @@ def apply_lora_files(pipeline: StableDiffusionPipeline, loras: Sequence[LoRAUse]
     Raises:
         ValueError: one does not fit the model, or holds values that are not finite.
     """
+    for lora in loras:
+        lora.check()
+    _load_lora_files(pipeline, loras)
+
+
+def _load_lora_files(pipeline: StableDiffusionPipeline, loras: Sequence[LoRAUse]) -> None:
+    """As :func:`apply_lora_files`, of files that were checked already."""
     names = [f"lora_{i}" for i in range(len(loras))]
     for name, lora in zip(names, loras, strict=True):
-        lora.check()
         try:
             tensors = _without_mids(lora)
             if tensors is None:
