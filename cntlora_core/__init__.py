@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 from cntlora_core.config import CNTLoRAConfig
 
 if TYPE_CHECKING:
-    from cntlora_core.adapter import match_convolutions
-    from cntlora_core.conversion import ConversionReport, convert_adapter, save_converted
-    from cntlora_core.initialize import (
+    from cntlora_core.adapter.conversion import ConversionReport, convert_adapter, save_converted
+    from cntlora_core.adapter.inject import match_convolutions
+    from cntlora_core.adapter.resume import load_initialized
+    from cntlora_core.adapter.trainer_callback import ConvertedCheckpoints
+    from cntlora_core.methods.peft_model import (
         InitReport,
         get_cntlora_model,
         initialize_lora_cntlora_weights,
     )
-    from cntlora_core.resume import load_initialized
-    from cntlora_core.trainer_callback import ConvertedCheckpoints
 
 __all__ = [
     "CNTLoRAConfig",
@@ -33,15 +33,15 @@ __all__ = [
 __version__ = "0.1.0"
 
 _MODULES = {
-    "ConversionReport": "conversion",
-    "ConvertedCheckpoints": "trainer_callback",
-    "InitReport": "initialize",
-    "convert_adapter": "conversion",
-    "get_cntlora_model": "initialize",
-    "initialize_lora_cntlora_weights": "initialize",
-    "load_initialized": "resume",
-    "match_convolutions": "adapter",
-    "save_converted": "conversion",
+    "ConversionReport": "adapter.conversion",
+    "ConvertedCheckpoints": "adapter.trainer_callback",
+    "InitReport": "methods.peft_model",
+    "convert_adapter": "adapter.conversion",
+    "get_cntlora_model": "methods.peft_model",
+    "initialize_lora_cntlora_weights": "methods.peft_model",
+    "load_initialized": "adapter.resume",
+    "match_convolutions": "adapter.inject",
+    "save_converted": "adapter.conversion",
 }
 
 

@@ -20,7 +20,8 @@ from rich.console import Console
 
 from cntlora_core.benchmark.init_settings import InitBenchmark
 from cntlora_core.benchmark.lava.settings import LavaBenchmark
-from cntlora_core.console import Cancelled, ConsoleReporter, message_console, say
+from cntlora_core.commands.evaluate import Evaluate
+from cntlora_core.commands.flags import UserPath
 from cntlora_core.diffusion.settings import (
     AdapterSettings,
     JobSettings,
@@ -32,9 +33,8 @@ from cntlora_core.diffusion.settings import (
     SubjectSettings,
     TrainingSettings,
 )
-from cntlora_core.flags import UserPath
-from cntlora_core.metrics.command import Evaluate
-from cntlora_core.reading import lacks_memory, printable, reason
+from cntlora_core.runtime.console import Cancelled, ConsoleReporter, message_console, say
+from cntlora_core.runtime.reading import lacks_memory, printable, reason
 
 MOST_PER_PROMPT = 100_000
 EXPECTED_ERRORS = (ValueError, OSError, FloatingPointError, ImportError)
@@ -115,9 +115,9 @@ class Sample:
     def run(self, reporter: ConsoleReporter) -> None:
         from cntlora_core.diffusion.sampler import LoRAUse, draw, load_for_sampling
         from cntlora_core.diffusion.settings import require_unicode
-        from cntlora_core.files import require_writable_folder, safe_name
+        from cntlora_core.figures.sheets import save_image
         from cntlora_core.metrics.pictures import write_prompts
-        from cntlora_core.sheets import save_image
+        from cntlora_core.runtime.files import require_writable_folder, safe_name
 
         if not self.prompt:
             raise ValueError("give at least one --prompt")
@@ -181,7 +181,7 @@ class Demo:
         return "; the demo starts anew next time"
 
     def run(self, reporter: ConsoleReporter) -> None:
-        from cntlora_core.demo import run_demo
+        from cntlora_core.commands.demo import run_demo
 
         sheet = run_demo(
             self.output,
@@ -219,9 +219,9 @@ class Inspect:
     def run(self, reporter: ConsoleReporter) -> None:
         import json
 
-        from cntlora_core.inspection import inspect_lora
-        from cntlora_core.inspection_view import draw_pictures, show
-        from cntlora_core.progress import stage_progress
+        from cntlora_core.inspection.inspect import inspect_lora
+        from cntlora_core.inspection.view import draw_pictures, show
+        from cntlora_core.runtime.progress import stage_progress
 
         inspection = inspect_lora(
             self.file, model=self.model, progress=stage_progress(reporter, "measuring layers")
@@ -309,7 +309,7 @@ class Methods:
         return ""
 
     def run(self, _reporter: ConsoleReporter) -> None:
-        from cntlora_core.methods.table import methods_json, methods_table
+        from cntlora_core.commands.methods import methods_json, methods_table
 
         if self.json:
             print(methods_json())

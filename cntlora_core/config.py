@@ -24,6 +24,10 @@ Factorization = Literal["svd", "qr"]
 Solver = Literal["exact", "fast"]
 Unit = Literal["least-change", "mean"]
 RankBudget = Literal["fixed", "ranks", "parameters"]
+FactorName = Literal["U", "V", "Y", "X"]
+"""LAVA's factors, in their order: outputs, inputs, kernel height, kernel width."""
+PlainStart = Literal["orthogonal", "lora"]
+"""LAVA's initialisations that read nothing: a model with either gives what its base gives."""
 
 
 @dataclass(frozen=True)

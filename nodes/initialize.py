@@ -99,7 +99,7 @@ class Initialize(io.ComfyNode):
         unit: Unit,
         solver: Solver,
     ) -> io.NodeOutput:
-        from cntlora_core.plots import rank_picture
+        from cntlora_core.figures.plots import rank_picture
 
         cntlora = CNTLoRAConfig(
             rank_budget=rank_budget,

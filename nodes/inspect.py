@@ -15,7 +15,7 @@ from .sockets import LoRAModel, LoRASocket
 from .widgets import CATEGORY
 
 if TYPE_CHECKING:
-    from cntlora_core.lora_reading import LoRAFile
+    from cntlora_core.lora_file.reading import LoRAFile
 
 CONNECTED = "(the connected one)"
 SHOWN_METADATA = {
@@ -66,8 +66,8 @@ class InspectLoRA(io.ComfyNode):
 
     @classmethod
     def execute(cls, lora_name: str, lora: dict[str, Tensor] | None = None) -> io.NodeOutput:
-        from cntlora_core.lora_reading import read_lora_tensors
-        from cntlora_core.plots import rank_picture
+        from cntlora_core.figures.plots import rank_picture
+        from cntlora_core.lora_file.reading import read_lora_tensors
 
         if lora_name != CONNECTED:
             path = Path(folder_paths.get_full_path_or_raise("loras", lora_name))

@@ -8,7 +8,7 @@ from typing import Any
 from comfy_api.latest import io  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-from cntlora_core.files import save_safetensors_atomic
+from cntlora_core.runtime.files import save_safetensors_atomic
 
 from .host import folder_paths
 from .runtime import tell

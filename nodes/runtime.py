@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 import torch
 from PIL import Image
 
-from cntlora_core.memory import give_back_freed_memory
-from cntlora_core.sheets import loss_thumbnail
+from cntlora_core.figures.sheets import loss_thumbnail
+from cntlora_core.runtime.memory import give_back_freed_memory
 
 from .host import ProgressBar, model_management
 

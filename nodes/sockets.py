@@ -83,7 +83,7 @@ class LoRAModel(dict[str, Tensor]):
         Raises:
             OSError, ValueError: it cannot be read, in words.
         """
-        from cntlora_core.lora_reading import load_lora_tensors
+        from cntlora_core.lora_file.reading import load_lora_tensors
 
         tensors, metadata = load_lora_tensors(path)
         method, steps = metadata.get("cntlora.method"), metadata.get("ss_steps")

@@ -13,7 +13,7 @@ from torch import Tensor
 from cntlora_core.data.captions import CAPTION_SUFFIXES
 from cntlora_core.data.photos import IMAGE_SUFFIXES, PhotoSet, load_photos, photos_from_images
 from cntlora_core.diffusion.settings import PriorSettings, SubjectSettings, torch_dtype
-from cntlora_core.sheets import contact_sheet
+from cntlora_core.figures.sheets import contact_sheet
 
 from .pictures import image_arrays, image_tensor, shown
 from .runtime import HostReporter, device_name, run_heavy, tell

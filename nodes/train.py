@@ -19,7 +19,7 @@ from cntlora_core.diffusion.settings import (
     Schedule,
     TrainingSettings,
 )
-from cntlora_core.files import safe_name
+from cntlora_core.runtime.files import safe_name
 
 from .pictures import image_tensor, shown
 from .runtime import HostReporter, device_name, run_heavy, tell
@@ -50,7 +50,7 @@ class Trained:
     def pictures(self, prompts: Sequence[str]) -> list[Image.Image]:
         """The course of the loss, and what was drawn of these prompts after the last step."""
         from cntlora_core.diffusion.job import sample_names
-        from cntlora_core.plots import loss_picture
+        from cntlora_core.figures.plots import loss_picture
 
         folder = self.lora.parent / "samples"
         samples = [folder / name for name in sample_names(len(self.history), prompts)]

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from cntlora_core import mini
-from cntlora_core.demo import SHEET_NAME, run_demo
+from cntlora_core.commands.demo import SHEET_NAME, run_demo
 
 
 def check_output(folder, steps: int) -> dict:

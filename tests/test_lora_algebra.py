@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cntlora_core.lora_algebra import (
+from cntlora_core.lora_file.algebra import (
     LoRALayer,
     compress,
     compress_layers,

@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cntlora_core.sheets import comparison_sheet, contact_sheet, loss_thumbnail, running_mean
+from cntlora_core.figures.sheets import (
+    comparison_sheet,
+    contact_sheet,
+    loss_thumbnail,
+    running_mean,
+)
 
 
 def flat(colour: str, width: int = 32, height: int = 32) -> Image.Image:

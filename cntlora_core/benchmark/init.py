@@ -35,9 +35,9 @@ from cntlora_core.benchmark.init_worker import (
     peak_bytes,
     task_to_json,
 )
-from cntlora_core.console import result_console
-from cntlora_core.files import format_bytes, require_writable_folder, write_json_atomic
-from cntlora_core.progress import Reporter, silent
+from cntlora_core.runtime.console import result_console
+from cntlora_core.runtime.files import format_bytes, require_writable_folder, write_json_atomic
+from cntlora_core.runtime.progress import Reporter, silent
 
 TARGETS = {"total_over_forwards": 1.15, "times_faster": 10.0, "memory_over_moments": 1.10}
 """What is to be reached: at most, at least, at most."""

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cntlora_core.linalg import principal_subspace, thin_spectrum
-from cntlora_core.moments import Moment, SecondMoment
-from cntlora_core.parallel import map_in_threads
+from cntlora_core.activations.moments import Moment, SecondMoment
+from cntlora_core.closed_form.linalg import principal_subspace, thin_spectrum
+from cntlora_core.runtime.thread_pool import map_in_threads
 
 Pairs = tuple[Tensor, Tensor]
 """Eigenvalues (k,) descending and eigenvectors (d, k)."""

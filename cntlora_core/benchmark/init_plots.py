@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from cntlora_core.files import atomic_write
+from cntlora_core.runtime.files import atomic_write
 
 _FORWARD, _ALGEBRA = "#9db4c8", "#2f6db5"
 PHASES = {"forwards": "#9db4c8", "sums": "#d98324", "linear algebra": "#2f6db5"}

@@ -20,15 +20,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from cntlora_core.activations.moments import SecondMoment
 from cntlora_core.benchmark.init import machine
 from cntlora_core.benchmark.init_plots import PHASES, plot_scaling
 from cntlora_core.benchmark.init_settings import InitBenchmark
 from cntlora_core.config import CNTLoRAConfig
-from cntlora_core.console import result_console
-from cntlora_core.files import require_writable_folder, write_json_atomic
-from cntlora_core.initialize import get_cntlora_model
-from cntlora_core.moments import SecondMoment
-from cntlora_core.progress import Reporter, silent
+from cntlora_core.methods.peft_model import get_cntlora_model
+from cntlora_core.runtime.console import result_console
+from cntlora_core.runtime.files import require_writable_folder, write_json_atomic
+from cntlora_core.runtime.progress import Reporter, silent
 
 EXPECTED = {
     "images": "forwards and sums in proportion; linear algebra not at all",

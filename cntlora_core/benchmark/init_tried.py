@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from cntlora_core.activations.moments import Moment
 from cntlora_core.benchmark.init import machine
 from cntlora_core.benchmark.init_alternatives import (
     BATCHES,
@@ -31,12 +32,11 @@ from cntlora_core.benchmark.init_alternatives import (
 from cntlora_core.benchmark.init_plots import plot_tried
 from cntlora_core.benchmark.init_scaling import median_seconds
 from cntlora_core.benchmark.init_settings import InitBenchmark
+from cntlora_core.closed_form.constraints import gains
 from cntlora_core.config import CNTLoRAConfig
-from cntlora_core.console import result_console
-from cntlora_core.constraints import gains
-from cntlora_core.files import require_writable_folder, write_json_atomic
-from cntlora_core.moments import Moment
-from cntlora_core.progress import Reporter, silent
+from cntlora_core.runtime.console import result_console
+from cntlora_core.runtime.files import require_writable_folder, write_json_atomic
+from cntlora_core.runtime.progress import Reporter, silent
 
 _LONG_SECONDS = 5.0
 

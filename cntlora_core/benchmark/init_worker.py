@@ -28,12 +28,12 @@ from peft.tuners.lora.eva import initialize_lora_eva_weights
 from torch import nn
 from torch.nn import Linear
 
-from cntlora_core.attachment import find_attachment_points
 from cntlora_core.benchmark.init_cases import INIT_CASES, InitCase, batches_of, build_case
 from cntlora_core.benchmark.init_settings import CaseName
 from cntlora_core.config import CNTLoRAConfig
-from cntlora_core.files import write_json_atomic
-from cntlora_core.initialize import collect_moments, get_cntlora_model
+from cntlora_core.layers.attachment import find_attachment_points
+from cntlora_core.methods.peft_model import collect_moments, get_cntlora_model
+from cntlora_core.runtime.files import write_json_atomic
 
 SECONDS_BETWEEN_REPORTS = 2.0
 

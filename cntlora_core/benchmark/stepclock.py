@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 
-from cntlora_core.files import write_json_atomic
+from cntlora_core.runtime.files import write_json_atomic
 
 
 def main() -> None:

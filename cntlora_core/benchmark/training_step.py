@@ -30,7 +30,7 @@ import torch
 import tyro
 
 from cntlora_core.diffusion.pipeline import load_stable_diffusion
-from cntlora_core.files import write_json_atomic
+from cntlora_core.runtime.files import write_json_atomic
 
 
 @dataclass(frozen=True)

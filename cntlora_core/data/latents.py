@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cntlora_core.data.photos import Photo, PhotoSet, to_model_tensor
-from cntlora_core.files import require_writable_folder, save_safetensors_atomic
+from cntlora_core.runtime.files import require_writable_folder, save_safetensors_atomic
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL

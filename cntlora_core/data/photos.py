@@ -25,7 +25,7 @@ from cntlora_core.data.pictures import (
     upright_rgb,
     why_unreadable,
 )
-from cntlora_core.reading import user_path
+from cntlora_core.runtime.reading import user_path
 
 __all__ = [
     "Photo",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from cntlora_core.adapter import AdapterPlan, adapter_layers, adapter_weights, inject_adapter
+from cntlora_core.adapter.inject import AdapterPlan, adapter_layers, adapter_weights, inject_adapter
 from cntlora_core.diffusion.initialize import text_encoder_lora_config, unet_lora_config
 from cntlora_core.diffusion.settings import AdapterSettings
 

@@ -12,7 +12,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from cntlora_core.reading import (
+from cntlora_core.runtime.reading import (
     HEADER_LIMIT,
     FileSizeError,
     TensorEntry,

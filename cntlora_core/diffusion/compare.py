@@ -10,8 +10,8 @@ from PIL import Image
 
 from cntlora_core.diffusion.sampler import LoRAUse, apply_lora_files, draw
 from cntlora_core.diffusion.settings import SamplingSettings
-from cntlora_core.progress import Reporter, silent
-from cntlora_core.sheets import comparison_sheet
+from cntlora_core.figures.sheets import comparison_sheet
+from cntlora_core.runtime.progress import Reporter, silent
 
 BASE_LABEL = "without a LoRA"
 LARGEST_SIDE = 256

@@ -10,23 +10,23 @@ from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
 
-from cntlora_core.adapter import AdapterPlan
+from cntlora_core.adapter.inject import AdapterPlan
 from cntlora_core.diffusion.settings import OutputSettings, torch_dtype
-from cntlora_core.lora_algebra import (
+from cntlora_core.lora_file.algebra import (
     alpha_for,
     balance,
     total_relative_error,
     truncate,
     without_mid,
 )
-from cntlora_core.lora_file import (
+from cntlora_core.lora_file.writing import (
     LoRALayer,
     LoRALayers,
     collect_adapter,
     subtract_initial_layers,
     write_lora_file,
 )
-from cntlora_core.parallel import map_in_threads
+from cntlora_core.runtime.thread_pool import map_in_threads
 
 if TYPE_CHECKING:
     from cntlora_core.diffusion.adapters import Plan

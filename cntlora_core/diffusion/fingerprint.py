@@ -11,8 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from cntlora_core.diffusion.checkpoint import PARTS, folder_weights
-from cntlora_core.files import user_cache, write_json_atomic
-from cntlora_core.progress import Reporter, silent
+from cntlora_core.runtime.files import user_cache, write_json_atomic
+from cntlora_core.runtime.progress import Reporter, silent
 
 KEPT_NAME = "fingerprints.json"
 STAGE = "reading the model's weights (MB)"

@@ -13,19 +13,20 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from cntlora_core.adapter import plan_adapter
-from cntlora_core.attachment import AttachmentPoint, find_attachment_points
+from cntlora_core.adapter.inject import plan_adapter
 from cntlora_core.data.captions import encode_prompts
 from cntlora_core.data.latents import LatentSet
 from cntlora_core.diffusion.objective import training_target
 from cntlora_core.diffusion.settings import AdapterSettings
-from cntlora_core.initialize import InitReport, collect_moments, report_of
-from cntlora_core.memory import give_back_freed_memory
+from cntlora_core.initialization.across_processes import plan_from_first
+from cntlora_core.initialization.plan import check_points
+from cntlora_core.layers.attachment import AttachmentPoint, find_attachment_points
 from cntlora_core.methods import Limits, StartReport, StartRequest, get_method
-from cntlora_core.plan import check_points
-from cntlora_core.processes import Processes, plan_from_first
-from cntlora_core.progress import Reporter, silent, stage_progress
-from cntlora_core.seeds import torch_seed
+from cntlora_core.methods.peft_model import InitReport, collect_moments, report_of
+from cntlora_core.runtime.memory import give_back_freed_memory
+from cntlora_core.runtime.processes import Processes
+from cntlora_core.runtime.progress import Reporter, silent, stage_progress
+from cntlora_core.runtime.seeds import torch_seed
 
 if TYPE_CHECKING:
     from cntlora_core.diffusion.adapters import Plan

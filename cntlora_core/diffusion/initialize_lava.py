@@ -9,18 +9,19 @@ from typing import Any
 
 from torch import nn
 
-from cntlora_core.adapter import AdapterPlan
-from cntlora_core.capture import ForwardFn
-from cntlora_core.collect import ProgressFn, collect_moments
+from cntlora_core.activations.capture import ForwardFn
+from cntlora_core.activations.collection import ProgressFn, collect_moments
+from cntlora_core.adapter.inject import AdapterPlan
 from cntlora_core.diffusion.settings import AdapterSettings
+from cntlora_core.initialization.across_processes import plan_from_first
+from cntlora_core.initialization.plan import check_points, plan_adapter
+from cntlora_core.initialization.report import report_of
 from cntlora_core.lava import LavaConfig
 from cntlora_core.lava.closed_form import closed_form_points, lava_plan
 from cntlora_core.lava.factors import LavaPlan
 from cntlora_core.lava.layer import check_adaptable
 from cntlora_core.lava.start import LavaReport, lava_report
-from cntlora_core.plan import check_points, plan_adapter
-from cntlora_core.processes import Processes, plan_from_first
-from cntlora_core.report import report_of
+from cntlora_core.runtime.processes import Processes
 
 
 def lava_config(settings: AdapterSettings) -> LavaConfig:

@@ -40,7 +40,11 @@ from cntlora_core.diffusion.stages import (
 )
 from cntlora_core.diffusion.state import TrainingState
 from cntlora_core.diffusion.trainer import SubjectTrainer
-from cntlora_core.files import (
+from cntlora_core.figures.plots import plot_loss, plot_ranks
+from cntlora_core.figures.sheets import save_image
+from cntlora_core.methods import get_method
+from cntlora_core.methods.peft_model import ROUNDING_TO_MENTION
+from cntlora_core.runtime.files import (
     distinct_names,
     folder_within,
     path_within,
@@ -48,13 +52,9 @@ from cntlora_core.files import (
     safe_name,
     write_json_atomic,
 )
-from cntlora_core.initialize import ROUNDING_TO_MENTION
-from cntlora_core.memory import freed_memory_kept
-from cntlora_core.methods import get_method
-from cntlora_core.plots import plot_loss, plot_ranks
-from cntlora_core.progress import Reporter, silent, stage_progress
-from cntlora_core.sheets import save_image
-from cntlora_core.threads import threads, threads_for
+from cntlora_core.runtime.memory import freed_memory_kept
+from cntlora_core.runtime.progress import Reporter, silent, stage_progress
+from cntlora_core.runtime.threads import threads, threads_for
 
 LOSS_NAME, RANKS_NAME, SAMPLES_NAME = "loss.png", "ranks.png", "samples"
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from cntlora_core.diffusion.checkpoint import PARTS
-from cntlora_core.files import atomic_write
+from cntlora_core.runtime.files import atomic_write
 
 if TYPE_CHECKING:
     from cntlora_core.diffusion.pipeline import StableDiffusionParts

@@ -36,9 +36,9 @@ from cntlora_core.diffusion.checkpoint import (
 from cntlora_core.diffusion.fingerprint import fingerprint_model
 from cntlora_core.diffusion.original_layout import original_key
 from cntlora_core.diffusion.settings import SchedulerName
-from cntlora_core.hub import why_not_fetched
-from cntlora_core.progress import Reporter, silent
-from cntlora_core.reading import FLOATS, is_finite, reading, user_path
+from cntlora_core.runtime.hub import why_not_fetched
+from cntlora_core.runtime.progress import Reporter, silent
+from cntlora_core.runtime.reading import FLOATS, is_finite, reading, user_path
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline

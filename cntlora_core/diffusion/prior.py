@@ -13,10 +13,10 @@ from cntlora_core.data.photos import PhotoSet, load_photos
 from cntlora_core.diffusion.pipeline import StableDiffusionParts
 from cntlora_core.diffusion.sampler import draw
 from cntlora_core.diffusion.settings import PriorSettings, SamplingSettings
-from cntlora_core.files import folder_within, safe_name, user_cache, write_json_atomic
-from cntlora_core.progress import Reporter, silent
-from cntlora_core.reading import user_path
-from cntlora_core.sheets import save_image
+from cntlora_core.figures.sheets import save_image
+from cntlora_core.runtime.files import folder_within, safe_name, user_cache, write_json_atomic
+from cntlora_core.runtime.progress import Reporter, silent
+from cntlora_core.runtime.reading import user_path
 
 
 def cache_folder(settings: PriorSettings) -> Path:

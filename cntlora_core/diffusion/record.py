@@ -17,7 +17,7 @@ from cntlora_core.data.photos import PhotoSet
 from cntlora_core.diffusion.pipeline import StableDiffusionParts
 from cntlora_core.diffusion.settings import JobSettings
 from cntlora_core.diffusion.trainer import SubjectTrainer
-from cntlora_core.lora_file import modelspec_metadata
+from cntlora_core.lora_file.writing import modelspec_metadata
 
 if TYPE_CHECKING:
     from cntlora_core.diffusion.job import JobResult

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from cntlora_core.files import write_json_atomic
+from cntlora_core.runtime.files import write_json_atomic
 
 LOCK_NAME, HOLDER_NAME = ".lock", ".running.json"
 

@@ -15,17 +15,17 @@ from safetensors import safe_open
 from cntlora_core.data.captions import encode_prompts
 from cntlora_core.diffusion.pipeline import StableDiffusionParts, load_stable_diffusion
 from cntlora_core.diffusion.settings import Precision, SamplingSettings, torch_dtype
-from cntlora_core.lora_file import diffusers_tensors
-from cntlora_core.lora_reading import (
+from cntlora_core.lora_file.reading import (
     check_drawable,
     load_lora_tensors,
     load_tensors,
     read_lora_tensors,
 )
-from cntlora_core.progress import Reporter, silent
-from cntlora_core.reading import reason, require_file, user_path
-from cntlora_core.seeds import torch_seed
-from cntlora_core.threads import threads, threads_for
+from cntlora_core.lora_file.writing import diffusers_tensors
+from cntlora_core.runtime.progress import Reporter, silent
+from cntlora_core.runtime.reading import reason, require_file, user_path
+from cntlora_core.runtime.seeds import torch_seed
+from cntlora_core.runtime.threads import threads, threads_for
 
 MID = ".lora_mid."
 LARGEST_STRENGTH = 1000.0

@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
-from cntlora_core.config import CNTLoRAConfig, Constraint
-from cntlora_core.lava_names import FactorName
+from cntlora_core.config import CNTLoRAConfig, Constraint, FactorName
 from cntlora_core.methods.cntlora import settings_for
 from cntlora_core.methods.registry import get_method, image_file_methods
 

@@ -26,12 +26,12 @@ from cntlora_core.diffusion.initialize import initialize_adapter
 from cntlora_core.diffusion.pipeline import StableDiffusionParts
 from cntlora_core.diffusion.settings import AdapterSettings, SubjectSettings
 from cntlora_core.diffusion.trainer import TrainingData
-from cntlora_core.files import folder_within
-from cntlora_core.initialize import InitReport
-from cntlora_core.memory import freed_memory_kept
 from cntlora_core.methods import StartReport
-from cntlora_core.progress import Reporter, silent, stage_progress
-from cntlora_core.threads import threads, threads_for
+from cntlora_core.methods.peft_model import InitReport
+from cntlora_core.runtime.files import folder_within
+from cntlora_core.runtime.memory import freed_memory_kept
+from cntlora_core.runtime.progress import Reporter, silent, stage_progress
+from cntlora_core.runtime.threads import threads, threads_for
 
 if TYPE_CHECKING:
     from cntlora_core.diffusion.adapters import Plan

@@ -12,10 +12,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from cntlora_core.adapter import AdapterPlan
-from cntlora_core.factorization import Factors
-from cntlora_core.files import save_safetensors_atomic
-from cntlora_core.reading import is_finite, json_object, reading
+from cntlora_core.adapter.inject import AdapterPlan
+from cntlora_core.closed_form.factorization import Factors
+from cntlora_core.runtime.files import save_safetensors_atomic
+from cntlora_core.runtime.reading import is_finite, json_object, reading
 
 if TYPE_CHECKING:
     from cntlora_core.diffusion.adapters import Plan

@@ -23,8 +23,8 @@ from cntlora_core.diffusion.adapters import (
 from cntlora_core.diffusion.objective import dreambooth_loss, min_snr_weights, training_target
 from cntlora_core.diffusion.settings import AdapterSettings, TrainingSettings
 from cntlora_core.diffusion.state import TrainingState, all_finite
-from cntlora_core.progress import Reporter, silent
-from cntlora_core.seeds import torch_seed
+from cntlora_core.runtime.progress import Reporter, silent
+from cntlora_core.runtime.seeds import torch_seed
 
 
 class NonFiniteLossError(FloatingPointError):

@@ -13,16 +13,16 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from cntlora_core.attachment import AttachmentPoint, attachment_point
+from cntlora_core.closed_form.factorization import Factors, seeded_generator
 from cntlora_core.config import CNTLoRAConfig
-from cntlora_core.factorization import Factors, seeded_generator
+from cntlora_core.initialization.plan import AdapterPlan
 from cntlora_core.lava.config import LavaConfig
 from cntlora_core.lava.cp import decompose
 from cntlora_core.lava.factors import LavaFactors, LavaPlan, plain_factors, widened
 from cntlora_core.lava.layer import weight_shape
-from cntlora_core.parallel import map_in_threads
-from cntlora_core.plan import AdapterPlan
-from cntlora_core.unfolding import unfolded_width
+from cntlora_core.layers.attachment import AttachmentPoint, attachment_point
+from cntlora_core.layers.unfolding import unfolded_width
+from cntlora_core.runtime.thread_pool import map_in_threads
 
 _PLAIN_STREAM = 1_000_000  # streams of random numbers that no closed-form start draws from
 

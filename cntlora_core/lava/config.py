@@ -10,7 +10,7 @@ from typing import Any, get_args
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
-from cntlora_core.lava_names import FactorName, PlainStart
+from cntlora_core.config import FactorName, PlainStart
 
 
 @dataclass

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from cntlora_core.unfolding import Convolution, padded
+from cntlora_core.layers.unfolding import Convolution, padded
 
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d}
 

@@ -13,8 +13,8 @@ from cntlora_core.lava.conversion import brought_back
 from cntlora_core.lava.factors import LavaFactors, LavaPlan, difference
 from cntlora_core.lava.functional import small_kernel
 from cntlora_core.lava.inject import lava_layers, snapshot
-from cntlora_core.lora_algebra import LoRALayer, LoRALayers, alpha_for
-from cntlora_core.lora_names import TEXT_ENCODER, TEXT_MODEL, split_name
+from cntlora_core.lora_file.algebra import LoRALayer, LoRALayers, alpha_for
+from cntlora_core.lora_file.names import TEXT_ENCODER, TEXT_MODEL, split_name
 
 
 def lora_layer(factors: LavaFactors) -> LoRALayer:

@@ -11,8 +11,8 @@ from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from torch import nn
 
-from cntlora_core.adapter import anchored
-from cntlora_core.initialization_record import (
+from cntlora_core.adapter.inject import anchored
+from cntlora_core.adapter.record import (
     InitializationRecord,
     OnRewrittenBase,
     fingerprints_of,
@@ -21,8 +21,8 @@ from cntlora_core.initialization_record import (
 from cntlora_core.lava.config import LavaConfig
 from cntlora_core.lava.factors import LavaFactors, LavaPlan
 from cntlora_core.lava.layer import LavaLayer, check_adaptable
-from cntlora_core.lora_algebra import alpha_for
-from cntlora_core.weights import check_rewritable, subtract_from_weight
+from cntlora_core.layers.weights import check_rewritable, subtract_from_weight
+from cntlora_core.lora_file.algebra import alpha_for
 
 
 def adaptable_modules(model: nn.Module, config: LavaConfig) -> dict[str, nn.Module]:

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from cntlora_core.lava.config import LavaConfig
 from cntlora_core.lava.functional import convolve, delta, factor_names, linear
-from cntlora_core.weights import quantised_as
+from cntlora_core.layers.weights import quantised_as
 
 _TOLD = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups",
          "padding_mode")  # fmt: skip

@@ -14,14 +14,14 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 
-from cntlora_core.files import (
+from cntlora_core.lava.config import LavaConfig
+from cntlora_core.lava.model import LavaModel
+from cntlora_core.lora_file.reading import PEFT_CONFIG, PEFT_WEIGHTS
+from cntlora_core.runtime.files import (
     require_writable_folder,
     safe_name,
     save_safetensors_atomic,
 )
-from cntlora_core.lava.config import LavaConfig
-from cntlora_core.lava.model import LavaModel
-from cntlora_core.lora_reading import PEFT_CONFIG, PEFT_WEIGHTS
 
 
 class _MixedTuner(MixedModel):

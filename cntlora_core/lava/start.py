@@ -12,19 +12,20 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
-from cntlora_core.capture import ForwardFn
-from cntlora_core.collect import ProgressFn, collect_moments
+from cntlora_core.activations.capture import ForwardFn
+from cntlora_core.activations.collection import ProgressFn, collect_moments
+from cntlora_core.activations.token_masks import MaskFn
 from cntlora_core.config import CNTLoRAConfig
+from cntlora_core.initialization.across_processes import plan_from_first
+from cntlora_core.initialization.plan import AdapterPlan, check_points, plan_adapter
+from cntlora_core.initialization.report import InitReport, report_of
 from cntlora_core.lava.closed_form import closed_form_points, lava_plan
 from cntlora_core.lava.config import LavaConfig
 from cntlora_core.lava.factors import LavaPlan
 from cntlora_core.lava.inject import adaptable_modules, inject_lava
 from cntlora_core.lava.model import rank_and_alpha
-from cntlora_core.plan import AdapterPlan, check_points, plan_adapter
-from cntlora_core.processes import Processes, plan_from_first
-from cntlora_core.report import InitReport, report_of
-from cntlora_core.token_masks import MaskFn
-from cntlora_core.weights import check_rewritable
+from cntlora_core.layers.weights import check_rewritable
+from cntlora_core.runtime.processes import Processes
 
 
 @dataclass(frozen=True)

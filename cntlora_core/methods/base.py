@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from torch import nn
 
-    from cntlora_core.adapter import AdapterPlan
-    from cntlora_core.attachment import AttachmentPoint
-    from cntlora_core.initialize import ForwardFn, ProgressFn
-    from cntlora_core.token_masks import MaskFn
+    from cntlora_core.activations.token_masks import MaskFn
+    from cntlora_core.adapter.inject import AdapterPlan
+    from cntlora_core.layers.attachment import AttachmentPoint
+    from cntlora_core.methods.peft_model import ForwardFn, ProgressFn
 
 Family = Literal["cntlora", "peft"]
 Needs = Literal["nothing", "activations", "gradients"]
@@ -62,7 +62,7 @@ class StartRequest:
         scaling: alpha / r.
         batches: The data; None where the method reads none.
         forward_fn: ``forward_fn(model, batch)`` runs one forward pass.
-        mask_fn: Which tokens count: see :meth:`~cntlora_core.token_masks.TokenMasks.begin`.
+        mask_fn: Which tokens count: see :meth:`.TokenMasks.begin`.
         loss_fn: ``loss_fn(model, batch)`` gives the loss of a batch, a scalar tensor.
         lora_config: peft's configuration, for the settings of EVA, CorDA, LoRA-GA and LoftQ.
         cntlora_config: Settings of CNTLoRA's own variants.

@@ -34,7 +34,7 @@ def settings_for(constraint: Constraint, config: CNTLoRAConfig | None) -> CNTLoR
 
 def _wrap(constraint: Constraint) -> WrapFn:
     def wrap(model: nn.Module, lora_config: LoraConfig, request: StartRequest) -> WrappedModel:
-        from cntlora_core.initialize import InitReport, get_cntlora_model
+        from cntlora_core.methods.peft_model import InitReport, get_cntlora_model
 
         config = settings_for(constraint, request.cntlora_config)
         config = dataclasses.replace(config, seed=config.seed + request.seed)

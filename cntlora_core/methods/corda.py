@@ -10,8 +10,8 @@ from peft import LoraConfig
 from peft.tuners.lora.config import CordaConfig
 from torch import Tensor, nn
 
-from cntlora_core.adapter import AdapterPlan
-from cntlora_core.capture import length_of
+from cntlora_core.activations.capture import length_of
+from cntlora_core.adapter.inject import AdapterPlan
 from cntlora_core.methods.base import PlannedStart, StartReport, StartRequest
 from cntlora_core.methods.from_weights import factors_by_peft, require_rank
 from cntlora_core.methods.rows import RowPasses, StandIn, repeatable, stand_in_names

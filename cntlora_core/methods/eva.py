@@ -23,9 +23,9 @@ from peft import EvaConfig, LoraConfig
 from peft.tuners.lora.eva import get_eva_state_dict
 from torch import Tensor, nn
 
-from cntlora_core.adapter import AdapterPlan
-from cntlora_core.capture import length_of
-from cntlora_core.factorization import Factors
+from cntlora_core.activations.capture import length_of
+from cntlora_core.adapter.inject import AdapterPlan
+from cntlora_core.closed_form.factorization import Factors
 from cntlora_core.methods.base import PlannedStart, StartReport, StartRequest
 from cntlora_core.methods.from_weights import require_rank
 from cntlora_core.methods.rows import RowPasses, StandIn, repeatable, stand_in_names

@@ -21,11 +21,11 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from torch.nn import Linear
 
-from cntlora_core.adapter import AdapterPlan, adapter_weights, plan_plain_lora
-from cntlora_core.attachment import AttachmentPoint
-from cntlora_core.factorization import Factors
+from cntlora_core.adapter.inject import AdapterPlan, adapter_weights, plan_plain_lora
+from cntlora_core.closed_form.factorization import Factors
+from cntlora_core.layers.attachment import AttachmentPoint
 from cntlora_core.methods.base import PlannedStart, StartReport, StartRequest
-from cntlora_core.seeds import torch_seed
+from cntlora_core.runtime.seeds import torch_seed
 
 TOLERANCE = 1e-3
 """Relative to its norm: how far peft's rewritten weight may be from ``W - scaling * B @ A``."""

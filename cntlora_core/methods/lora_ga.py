@@ -12,9 +12,9 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from cntlora_core.adapter import AdapterPlan
-from cntlora_core.attachment import AttachmentPoint
-from cntlora_core.capture import ForwardFn, default_forward, length_of
+from cntlora_core.activations.capture import ForwardFn, default_forward, length_of
+from cntlora_core.adapter.inject import AdapterPlan
+from cntlora_core.layers.attachment import AttachmentPoint
 from cntlora_core.methods.base import PlannedStart, StartReport, StartRequest
 from cntlora_core.methods.from_weights import factors_by_peft, pattern_of, require_rank, seeded
 from cntlora_core.methods.rows import repeatable

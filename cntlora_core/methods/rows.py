@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cntlora_core.attachment import AttachmentPoint
-from cntlora_core.capture import RunFn, reading
+from cntlora_core.activations.capture import RunFn, reading
+from cntlora_core.layers.attachment import AttachmentPoint
 from cntlora_core.methods.base import StartRequest
 
 RowSink = Callable[[str, Tensor], None]

@@ -12,15 +12,15 @@ from typing import Any
 from peft import LoraConfig, PeftModel
 from torch import nn
 
-from cntlora_core.adapter import AdapterPlan, check_lora_config, inject_adapter
-from cntlora_core.attachment import find_attachment_points
+from cntlora_core.activations.token_masks import MaskFn
+from cntlora_core.adapter.conversion import save_converted
+from cntlora_core.adapter.inject import AdapterPlan, check_lora_config, inject_adapter
 from cntlora_core.config import CNTLoRAConfig
-from cntlora_core.conversion import save_converted
-from cntlora_core.initialize import ForwardFn, ProgressFn
+from cntlora_core.layers.attachment import find_attachment_points
 from cntlora_core.methods.base import Limits, Method, StartReport, StartRequest, WrappedModel
 from cntlora_core.methods.from_weights import seeded
+from cntlora_core.methods.peft_model import ForwardFn, ProgressFn
 from cntlora_core.methods.registry import get_method
-from cntlora_core.token_masks import MaskFn
 
 _INITS = {"corda_ipm": "corda", "corda_kpm": "corda", "lora_gaussian": "gaussian"}
 _INITS |= {"lora_orthogonal": "orthogonal"}
@@ -108,9 +108,9 @@ def start_adapter(
         method: A name of the registry (``cntlora methods`` lists them), or a record of it.
         dataloader: Batches of the data to adapt to, for methods that read some; any iterable.
         forward_fn: ``forward_fn(model, batch)`` runs one forward pass; by default as
-            :func:`~cntlora_core.initialize.default_forward` does.
+            :func:`~cntlora_core.methods.peft_model.default_forward` does.
         mask_fn: Which tokens count, in every method that reads activations: see
-            :meth:`~cntlora_core.token_masks.TokenMasks.begin`.
+            :meth:`~cntlora_core.activations.token_masks.TokenMasks.begin`.
         loss_fn: ``loss_fn(model, batch)`` gives a scalar loss, for LoRA-GA; by default the
             ``.loss`` of what ``forward_fn`` returns.
         cntlora_config: Settings of CNTLoRA's own variants; the constraint is the method's.

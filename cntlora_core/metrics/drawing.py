@@ -12,10 +12,10 @@ from PIL import Image
 from cntlora_core.diffusion.compare import BASE_LABEL
 from cntlora_core.diffusion.sampler import LoRAUse, apply_lora_files, draw
 from cntlora_core.diffusion.settings import SamplingSettings
-from cntlora_core.files import distinct_names, require_writable_folder, safe_name
+from cntlora_core.figures.sheets import save_image
 from cntlora_core.metrics.pictures import write_prompts
-from cntlora_core.progress import Reporter, silent
-from cntlora_core.sheets import save_image
+from cntlora_core.runtime.files import distinct_names, require_writable_folder, safe_name
+from cntlora_core.runtime.progress import Reporter, silent
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from torch.nn import functional
 
 from cntlora_core import mini
 from cntlora_core.data.captions import encode_prompts
-from cntlora_core.hub import why_not_fetched
-from cntlora_core.progress import Reporter, silent
-from cntlora_core.reading import (
+from cntlora_core.runtime.hub import why_not_fetched
+from cntlora_core.runtime.progress import Reporter, silent
+from cntlora_core.runtime.reading import (
     FLOATS,
     HEADER_LIMIT,
     is_finite,
@@ -31,7 +31,7 @@ from cntlora_core.reading import (
     require_file,
     user_path,
 )
-from cntlora_core.threads import threads, threads_for_encoder
+from cntlora_core.runtime.threads import threads, threads_for_encoder
 
 DINO = "facebook/dino-vits16"
 """The encoder of the subject in DreamBooth's protocol."""

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from cntlora_core.metrics.encoders import Encoders
-from cntlora_core.progress import Reporter, silent
+from cntlora_core.runtime.progress import Reporter, silent
 
 NAMES = {"dino": "DINO", "clip_i": "CLIP-I", "clip_t": "CLIP-T"}
 

@@ -10,8 +10,8 @@ from PIL import Image
 
 from cntlora_core.data.captions import SubjectPrompts, fill_placeholders
 from cntlora_core.data.photos import load_photos
-from cntlora_core.files import write_json_atomic
-from cntlora_core.reading import read_json_object, reading, require_file, user_path
+from cntlora_core.runtime.files import write_json_atomic
+from cntlora_core.runtime.reading import read_json_object, reading, require_file, user_path
 
 PROMPTS_NAME = "prompts.json"
 """In a folder of pictures: an object with the prompt of each file."""

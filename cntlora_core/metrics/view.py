@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from PIL import Image
 from rich.table import Table
 
+from cntlora_core.figures.sheets import comparison_sheet
 from cntlora_core.metrics.fidelity import NAMES, Fidelity
-from cntlora_core.sheets import comparison_sheet
 
 ALL_PICTURES = "pictures without prompts"
 SHOWN_PER_PROMPT = 4

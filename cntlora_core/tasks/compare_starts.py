@@ -20,10 +20,10 @@ from peft import LoraConfig, get_peft_model
 from rich.table import Table
 
 from cntlora_core.config import CNTLoRAConfig, Constraint
-from cntlora_core.console import ConsoleReporter, result_console
-from cntlora_core.files import write_json_atomic
-from cntlora_core.initialize import get_cntlora_model
-from cntlora_core.progress import Reporter, silent
+from cntlora_core.methods.peft_model import get_cntlora_model
+from cntlora_core.runtime.console import ConsoleReporter, result_console
+from cntlora_core.runtime.files import write_json_atomic
+from cntlora_core.runtime.progress import Reporter, silent
 from cntlora_core.tasks.glosses import GlossTask, load_gloss_task
 
 

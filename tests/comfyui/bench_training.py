@@ -29,7 +29,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from cntlora_core.files import write_json_atomic
+from cntlora_core.runtime.files import write_json_atomic
 
 from .server import COMFYUI_PATH, ROOT, Server, number_of, workflow
 

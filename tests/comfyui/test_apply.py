@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cntlora_core.lora_file import LoRALayer, write_lora_file
+from cntlora_core.lora_file.writing import LoRALayer, write_lora_file
 
 ROOT = Path(__file__).parents[2]
 COMFYUI_PATH = os.environ.get("COMFYUI_PATH")

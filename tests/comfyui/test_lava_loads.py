@@ -23,8 +23,8 @@ from cntlora_core.diffusion.settings import AdapterSettings
 from cntlora_core.lava.factors import LavaFactors
 from cntlora_core.lava.image_file import lora_layers
 from cntlora_core.lava.layer import weight_shape
-from cntlora_core.lora_file import write_lora_file
-from cntlora_core.lora_names import kohya_name
+from cntlora_core.lora_file.names import kohya_name
+from cntlora_core.lora_file.writing import write_lora_file
 
 COMFYUI_PATH = os.environ.get("COMFYUI_PATH")
 

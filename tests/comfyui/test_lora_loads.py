@@ -21,8 +21,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cntlora_core.lora_file import LoRALayer, LoRALayers, write_lora_file
-from cntlora_core.lora_names import kohya_name
+from cntlora_core.lora_file.names import kohya_name
+from cntlora_core.lora_file.writing import LoRALayer, LoRALayers, write_lora_file
 
 COMFYUI_PATH = os.environ.get("COMFYUI_PATH")
 PROMPT = "a photo of sks dog in the snow"

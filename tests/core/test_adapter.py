@@ -9,7 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from cntlora_core import CNTLoRAConfig, get_cntlora_model, initialize_lora_cntlora_weights
-from cntlora_core.adapter import adapter_layers
+from cntlora_core.adapter.inject import adapter_layers
 from cntlora_core.diffusion.settings import AdapterSettings
 from cntlora_core.methods import start_adapter
 

@@ -10,8 +10,8 @@ from peft import LoraConfig
 from torch import nn
 
 from cntlora_core import CNTLoRAConfig, get_cntlora_model
-from cntlora_core.attachment import find_attachment_points
-from cntlora_core.collect import collect_moments
+from cntlora_core.activations.collection import collect_moments
+from cntlora_core.layers.attachment import find_attachment_points
 
 
 class Model(nn.Module):

@@ -9,10 +9,10 @@ from peft import LoraConfig
 from torch import nn
 
 from cntlora_core import CNTLoRAConfig, get_cntlora_model
-from cntlora_core.constraints import PointDelta
+from cntlora_core.activations.moments import Moment
+from cntlora_core.closed_form.constraints import PointDelta
+from cntlora_core.closed_form.linalg import principal_subspace
 from cntlora_core.diffusion.settings import AdapterSettings
-from cntlora_core.linalg import principal_subspace
-from cntlora_core.moments import Moment
 
 
 def shifted(shift, **options):

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from cntlora_core import console
-from cntlora_core.console import Cancelled, ConsoleReporter
+from cntlora_core.runtime.console import Cancelled, ConsoleReporter
 
 
 def test_a_log_gets_lines_with_an_estimate_and_notes(monkeypatch):

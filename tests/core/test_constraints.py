@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cntlora_core.activations.moments import Moment, SecondMoment
+from cntlora_core.closed_form.constraints import PointDelta, gains
+from cntlora_core.closed_form.factorization import factorize
+from cntlora_core.closed_form.linalg import PrincipalSubspace, principal_subspace
 from cntlora_core.config import CNTLoRAConfig
-from cntlora_core.constraints import PointDelta, gains
-from cntlora_core.factorization import factorize
-from cntlora_core.linalg import PrincipalSubspace, principal_subspace
-from cntlora_core.moments import Moment, SecondMoment
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ from cntlora_core import (
     initialize_lora_cntlora_weights,
     save_converted,
 )
-from cntlora_core.adapter import adapter_layers
+from cntlora_core.adapter.inject import adapter_layers
 
 
 class Net(nn.Module):

@@ -10,15 +10,15 @@ from peft import LoraConfig
 from torch import nn
 
 from cntlora_core import get_cntlora_model
-from cntlora_core.config import CNTLoRAConfig
-from cntlora_core.constraints import PointDelta
-from cntlora_core.linalg import (
+from cntlora_core.activations.moments import Moment
+from cntlora_core.closed_form.constraints import PointDelta
+from cntlora_core.closed_form.linalg import (
     gram_matrix,
     principal_subspace,
     singular_values,
     thin_spectrum,
 )
-from cntlora_core.moments import Moment
+from cntlora_core.config import CNTLoRAConfig
 
 WIDTH = 640
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from cntlora_core.cli import unexpected
-from cntlora_core.memory import _glibc, freed_memory_kept
+from cntlora_core.runtime.memory import _glibc, freed_memory_kept
 
 PROGRAM = """
 import gc, resource, torch
-from cntlora_core.memory import freed_memory_kept
+from cntlora_core.runtime.memory import freed_memory_kept
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 from torch import nn
 
-from cntlora_core.attachment import find_attachment_points
-from cntlora_core.capture import reading
-from cntlora_core.initialize import collect_moments
-from cntlora_core.moments import SecondMoment
+from cntlora_core.activations.capture import reading
+from cntlora_core.activations.moments import SecondMoment
+from cntlora_core.layers.attachment import find_attachment_points
+from cntlora_core.methods.peft_model import collect_moments
 
 
 @given(

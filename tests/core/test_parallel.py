@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cntlora_core.parallel import map_in_threads
+from cntlora_core.runtime.thread_pool import map_in_threads
 
 
 def test_results_come_in_order_with_progress_and_one_thread_each():

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from cntlora_core.processes import Processes, common_leaders
+from cntlora_core.activations.across_processes import common_leaders
+from cntlora_core.runtime.processes import Processes
 
 SCRIPT = Path(__file__).with_name("many_processes.py")
 

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from cntlora_core.attachment import attachment_point
-from cntlora_core.collect import collect_moments
+from cntlora_core.activations.collection import collect_moments
+from cntlora_core.closed_form.factorization import Factors
 from cntlora_core.config import CNTLoRAConfig
-from cntlora_core.factorization import Factors
-from cntlora_core.plan import plan_adapter
+from cntlora_core.initialization.plan import plan_adapter
+from cntlora_core.layers.attachment import attachment_point
 
 few = settings(max_examples=12, deadline=None)
 configs = st.sampled_from(

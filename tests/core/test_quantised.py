@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from cntlora_core import CNTLoRAConfig, get_cntlora_model, initialize_lora_cntlora_weights
-from cntlora_core.adapter import adapter_layers
+from cntlora_core.adapter.inject import adapter_layers
 
 KEEP = CNTLoRAConfig(rank_budget="fixed", preserve_output=False)
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cntlora_core.ranks import RankOffer, allocate_ranks
+from cntlora_core.closed_form.ranks import RankOffer, allocate_ranks
 
 
 @st.composite

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from cntlora_core.activations.moments import Moment, SecondMoment
+from cntlora_core.closed_form.constraints import PointDelta
+from cntlora_core.closed_form.linalg import principal_subspace
 from cntlora_core.config import CNTLoRAConfig
-from cntlora_core.constraints import PointDelta
-from cntlora_core.linalg import principal_subspace
-from cntlora_core.moments import Moment, SecondMoment
 
 # In one product, row by row, in batches that repeat, in uneven ones.
 CHUNKS = st.sampled_from([10**9, 1, 77, 1024])

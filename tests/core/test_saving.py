@@ -20,7 +20,7 @@ from cntlora_core import (
     load_initialized,
     save_converted,
 )
-from cntlora_core.initialization_record import RECORD_FILE
+from cntlora_core.adapter.record import RECORD_FILE
 from cntlora_core.lava import LavaConfig, get_lava_model
 from cntlora_core.methods import start_adapter
 

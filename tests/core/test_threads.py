@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from cntlora_core.metrics.encoders import SMALL, load_encoders
-from cntlora_core.threads import threads, threads_for, threads_for_encoder
+from cntlora_core.runtime.threads import threads, threads_for, threads_for_encoder
 
 
 def unet(pixels: int, width: int) -> SimpleNamespace:

@@ -24,8 +24,8 @@ from transformers import (
 )
 
 from cntlora_core import CNTLoRAConfig, get_cntlora_model
-from cntlora_core.attachment import find_attachment_points
-from cntlora_core.collect import collect_moments
+from cntlora_core.activations.collection import collect_moments
+from cntlora_core.layers.attachment import find_attachment_points
 
 PAD, END = 0, 1
 # As many tokens in the encoder as in the decoder: no shape tells them apart.

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from cntlora_core import convert_adapter, load_initialized, save_converted
-from cntlora_core.initialization_record import RECORD_FILE
+from cntlora_core.adapter.record import RECORD_FILE
 
 from . import trainer_run as run
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from cntlora_core import CNTLoRAConfig, get_cntlora_model, initialize_lora_cntlora_weights
-from cntlora_core.adapter import adapter_layers
+from cntlora_core.adapter.inject import adapter_layers
 
 KEEP = CNTLoRAConfig(rank_budget="fixed", preserve_output=False)
 REWRITE = CNTLoRAConfig(rank_budget="fixed")

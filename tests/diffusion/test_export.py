@@ -22,7 +22,7 @@ from cntlora_core.diffusion.settings import (
     SamplingSettings,
     SchedulerName,
 )
-from cntlora_core.lora_file import collect_adapter, read_lora_file, total_relative_error
+from cntlora_core.lora_file.writing import collect_adapter, read_lora_file, total_relative_error
 
 from ..conftest import prediction, relative
 

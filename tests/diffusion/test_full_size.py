@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from cntlora_core.diffusion.random_checkpoint import write_random_checkpoint
-from cntlora_core.lora_file import read_lora_file
+from cntlora_core.lora_file.writing import read_lora_file
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 

@@ -19,7 +19,7 @@ from cntlora_core.diffusion.settings import (
     SubjectSettings,
     TrainingSettings,
 )
-from cntlora_core.lora_file import read_lora_file
+from cntlora_core.lora_file.writing import read_lora_file
 from cntlora_core.methods import METHODS, get_method, image_file_methods
 
 from ..conftest import prediction, relative

@@ -27,7 +27,7 @@ from cntlora_core.diffusion.settings import (
     TrainingSettings,
 )
 from cntlora_core.diffusion.stages import encode_subject, plan_start, read_subject
-from cntlora_core.lora_reading import load_lora_tensors, read_lora_file, read_lora_tensors
+from cntlora_core.lora_file.reading import load_lora_tensors, read_lora_file, read_lora_tensors
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from cntlora_core.diffusion.settings import (
     SubjectSettings,
     TrainingSettings,
 )
-from cntlora_core.lora_algebra import norm
+from cntlora_core.lora_file.algebra import norm
 from cntlora_core.methods import image_file_methods
 
 ADAPTERS = [("lora", n) for n in image_file_methods() if n != "pissa_niter_16"]

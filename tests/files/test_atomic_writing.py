@@ -12,7 +12,7 @@ import pytest
 from safetensors import SafetensorError
 
 from cntlora_core import files
-from cntlora_core.files import (
+from cntlora_core.runtime.files import (
     atomic_write,
     folder_within,
     require_writable_folder,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from cntlora_core.files import save_safetensors_atomic, write_json_atomic
+from cntlora_core.runtime.files import save_safetensors_atomic, write_json_atomic
 
 from .conftest import names
 

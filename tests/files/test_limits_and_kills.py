@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from cntlora_core import files
-from cntlora_core.files import save_safetensors_atomic, write_json_atomic
+from cntlora_core.runtime.files import save_safetensors_atomic, write_json_atomic
 
 from .conftest import names, posix
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cntlora_core.files import atomic_write, require_writable_folder, write_json_atomic
+from cntlora_core.runtime.files import atomic_write, require_writable_folder, write_json_atomic
 
 from .conftest import names, posix
 

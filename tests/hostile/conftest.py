@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from cntlora_core.cli import main
-from cntlora_core.lora_algebra import LoRALayer
-from cntlora_core.lora_file import write_lora_file
+from cntlora_core.lora_file.algebra import LoRALayer
+from cntlora_core.lora_file.writing import write_lora_file
 
 from .damage import Change
 

@@ -367,7 +367,7 @@ def test_a_damaged_state(sound: Sound, run: Run, tmp_path: Path, change: Change)
 def test_a_damaged_configuration_of_peft(
     sound: Sound, run: Run, tmp_path: Path, change: Change
 ) -> None:
-    from cntlora_core.lora_file import read_lora_file, write_lora_file
+    from cntlora_core.lora_file.writing import read_lora_file, write_lora_file
 
     adapter = write_lora_file(
         tmp_path / "adapter", read_lora_file(sound.lora).layers, layout="peft"

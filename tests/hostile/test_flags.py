@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cntlora_core.reading import printable
+from cntlora_core.runtime.reading import printable
 
 from .conftest import Run, Sound, assert_refused, train_flags
 from .test_files import draws, measures

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
-from cntlora_core.lora_algebra import LoRALayer
+from cntlora_core.lora_file.algebra import LoRALayer
 
 
 def layer_of(down: tuple[int, ...], up: tuple[int, ...], alpha: float = 3.0) -> LoRALayer:

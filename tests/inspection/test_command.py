@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from cntlora_core.cli import main
-from cntlora_core.inspection import inspect_lora
-from cntlora_core.lora_file import collect_adapter, write_lora_file
-from cntlora_core.plots import lines_by_depth
+from cntlora_core.figures.plots import lines_by_depth
+from cntlora_core.inspection.inspect import inspect_lora
+from cntlora_core.lora_file.writing import collect_adapter, write_lora_file
 
 
 def test_the_command_prints_draws_and_leaves_other_files_alone(

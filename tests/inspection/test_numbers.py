@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from cntlora_core.inspection import LoRAInspection, inspect_lora
-from cntlora_core.lora_algebra import LoRALayer, singular_values
-from cntlora_core.lora_file import collect_adapter, write_lora_file
+from cntlora_core.inspection.inspect import LoRAInspection, inspect_lora
+from cntlora_core.lora_file.algebra import LoRALayer, singular_values
+from cntlora_core.lora_file.writing import collect_adapter, write_lora_file
 
 from .conftest import bert, layer_of, randomise
 

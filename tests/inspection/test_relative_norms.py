@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cntlora_core.inspection import inspect_lora
-from cntlora_core.lora_file import write_lora_file
+from cntlora_core.inspection.inspect import inspect_lora
+from cntlora_core.lora_file.writing import write_lora_file
 
 from .conftest import bert, layer_of
 

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cntlora_core.inspection import inspect_lora
-from cntlora_core.lora_file import collect_adapter, write_lora_file
+from cntlora_core.inspection.inspect import inspect_lora
+from cntlora_core.lora_file.writing import collect_adapter, write_lora_file
 
 
 def lycoris(kind: str) -> dict[str, Tensor]:

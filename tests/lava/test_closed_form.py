@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import nn
 
 from cntlora_core import CNTLoRAConfig, get_cntlora_model
-from cntlora_core.adapter import adapter_layers
+from cntlora_core.adapter.inject import adapter_layers
 from cntlora_core.lava import OrthogonalityLoss, get_lava_model, orthogonality_loss
 from cntlora_core.lava.conversion import brought_back, save_converted
 from cntlora_core.lava.factors import LavaFactors, difference

@@ -17,7 +17,7 @@ from cntlora_core.diffusion.settings import (
     AdapterSettings,
 )
 from cntlora_core.lava.cp import decompose
-from cntlora_core.lora_file import read_lora_file
+from cntlora_core.lora_file.writing import read_lora_file
 
 from ..conftest import prediction, relative
 

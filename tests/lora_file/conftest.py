@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from cntlora_core.lora_file import LoRALayers, collect_adapter, relative_error
+from cntlora_core.lora_file.writing import LoRALayers, collect_adapter, relative_error
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 EVERYTHING = [

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 
-from cntlora_core.lora_file import collect_adapter
+from cntlora_core.lora_file.writing import collect_adapter
 
 from .conftest import EVERYTHING, adapted, collect, error
 

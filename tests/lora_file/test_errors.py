@@ -10,7 +10,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cntlora_core.lora_file import LoRALayer, collect_adapter, read_lora_file, write_lora_file
+from cntlora_core.lora_file.writing import (
+    LoRALayer,
+    collect_adapter,
+    read_lora_file,
+    write_lora_file,
+)
 
 from .conftest import PATH, adapted
 

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cntlora_core.lora_file import (
+from cntlora_core.lora_file.writing import (
     Layout,
     LoRALayers,
     collect_adapter,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cntlora_core.lora_file import (
+from cntlora_core.lora_file.writing import (
     compress_layers,
     modelspec_metadata,
     read_lora_file,

@@ -12,8 +12,8 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import nn
 
-from cntlora_core.lora_file import LoRALayer, read_lora_file, write_lora_file
-from cntlora_core.lora_names import canonical_name, kohya_name
+from cntlora_core.lora_file.names import canonical_name, kohya_name
+from cntlora_core.lora_file.writing import LoRALayer, read_lora_file, write_lora_file
 
 from .conftest import (
     ATTENTION,

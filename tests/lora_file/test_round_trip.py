@@ -8,14 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cntlora_core.lora_file import (
+from cntlora_core.lora_file.names import kohya_name
+from cntlora_core.lora_file.writing import (
     Layout,
     LoRALayer,
     read_lora_file,
     relative_error,
     write_lora_file,
 )
-from cntlora_core.lora_names import kohya_name
 
 from .conftest import EVERYTHING, adapted, assert_same_layers, collect
 

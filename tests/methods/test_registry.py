@@ -98,7 +98,7 @@ def test_the_documentation_names_every_method_as_its_record_does():
 
 
 def test_the_registry_is_read_without_torch():
-    code = "import sys, cntlora_core.methods.table; print('torch' in sys.modules)"
+    code = "import sys, cntlora_core.commands.methods; print('torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
     )

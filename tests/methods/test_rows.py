@@ -9,8 +9,8 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from cntlora_core import CNTLoRAConfig
-from cntlora_core.attachment import find_attachment_points
-from cntlora_core.collect import collect_moments
+from cntlora_core.activations.collection import collect_moments
+from cntlora_core.layers.attachment import find_attachment_points
 from cntlora_core.methods import METHODS, start_adapter
 
 READING = [name for name, method in METHODS.items() if method.needs != "nothing"]

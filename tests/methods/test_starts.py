@@ -9,8 +9,8 @@ import torch
 from peft import PeftModel
 
 from cntlora_core import CNTLoRAConfig
-from cntlora_core.adapter import adapter_layers
-from cntlora_core.attachment import find_attachment_points
+from cntlora_core.adapter.inject import adapter_layers
+from cntlora_core.layers.attachment import find_attachment_points
 from cntlora_core.methods import METHODS, Limits, StartRequest, get_method, start_adapter
 
 CAN_QUANTISE = torch.cuda.is_available()

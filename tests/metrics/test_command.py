@@ -13,7 +13,7 @@ from PIL import Image
 from cntlora_core.cli import main
 from cntlora_core.diffusion.compare import BASE_LABEL
 from cntlora_core.diffusion.sampler import LoRAUse
-from cntlora_core.lora_file import LoRALayer, write_lora_file
+from cntlora_core.lora_file.writing import LoRALayer, write_lora_file
 from cntlora_core.metrics.drawing import folder_names
 
 

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from cntlora_core.mini.blind import blind_prompts, count_right, names_to_choose_from, read_answers
+from cntlora_core.mini.making.blind import (
+    blind_prompts,
+    count_right,
+    names_to_choose_from,
+    read_answers,
+)
 
 
 def test_every_prompt_is_of_another_object_and_its_name_is_among_forty():

@@ -16,14 +16,14 @@ from cntlora_core.diffusion.settings import SamplingSettings
 from cntlora_core.metrics import Encoders, load_encoders, measure, subject_features
 from cntlora_core.metrics.encoders import SMALL
 from cntlora_core.metrics.pictures import write_prompts
-from cntlora_core.mini.evaluate import (
+from cntlora_core.mini.making.evaluate import (
     as_batch,
     judge,
     judge_folder,
     load_judge,
     prompts_to_judge,
 )
-from cntlora_core.mini.things import with_article
+from cntlora_core.mini.making.things import with_article
 
 SHARE = 0.9  # of the pictures; the card has 100 % and 97.5 % of 200
 

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from cntlora_core import mini
-from cntlora_core.mini.things import THINGS
+from cntlora_core.mini.making.things import THINGS
 
 
 @pytest.fixture(scope="module")

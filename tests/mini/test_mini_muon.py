@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cntlora_core.mini.muon import Muon, orthogonalised
+from cntlora_core.mini.making.muon import Muon, orthogonalised
 
 
 @pytest.mark.parametrize("shape", [(24, 60), (60, 24), (32, 32)])

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image, ImageDraw
 
 from cntlora_core import mini
-from cntlora_core.mini.backgrounds import COLOURS, PATTERNS, SCENES
-from cntlora_core.mini.compose import (
+from cntlora_core.mini.making.backgrounds import COLOURS, PATTERNS, SCENES
+from cntlora_core.mini.making.compose import (
     Background,
     ComposeConfig,
     Composer,
@@ -22,10 +22,10 @@ from cntlora_core.mini.compose import (
     paste,
     render_background,
 )
-from cntlora_core.mini.make_subjects import SUBJECTS
-from cntlora_core.mini.near_doubles import NEAR, nearest
-from cntlora_core.mini.sprites import STYLES, SpriteSource
-from cntlora_core.mini.things import (
+from cntlora_core.mini.making.make_subjects import SUBJECTS
+from cntlora_core.mini.making.near_doubles import NEAR, nearest
+from cntlora_core.mini.making.sprites import STYLES, SpriteSource
+from cntlora_core.mini.making.things import (
     CORE_NAMES,
     HELD_OUT_NAMES,
     KEPT_OUT_3D,
@@ -34,8 +34,8 @@ from cntlora_core.mini.things import (
     trained_things,
     with_article,
 )
-from cntlora_core.mini.train_clip import ClipSet
-from cntlora_core.mini.vocabulary import learn_merges
+from cntlora_core.mini.making.train_clip import ClipSet
+from cntlora_core.mini.making.vocabulary import learn_merges
 
 
 def test_importing_the_package_does_not_import_torch():
@@ -102,7 +102,7 @@ def test_held_out_names_are_things_but_not_trained():
 
 
 def test_the_manifest_lists_every_drawing():
-    path = mini._HERE / "manifest.json"
+    path = mini._HERE / "making" / "manifest.json"
     manifest = json.loads(path.read_text(encoding="utf-8"))
     drawings = {emoji for thing in THINGS for emoji in thing.emoji}
     assert manifest["held_out_names"] == list(HELD_OUT_NAMES)

@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
 from cntlora_core import mini
-from cntlora_core.mini.curves import plot_curves, read_log
-from cntlora_core.mini.train_autoencoder import (
+from cntlora_core.mini.making.curves import plot_curves, read_log
+from cntlora_core.mini.making.loop import Budget, ExponentialAverage, SharedWork
+from cntlora_core.mini.making.train_autoencoder import (
     LATENT_DEVIATION,
     SCALING_FACTOR,
     AutoencoderConfig,
@@ -28,7 +29,7 @@ from cntlora_core.mini.train_autoencoder import (
     load_vision,
     whiten_latents,
 )
-from cntlora_core.mini.train_diffusion import (
+from cntlora_core.mini.making.train_diffusion import (
     DiffusionConfig,
     build_text_encoder,
     build_unet,
@@ -36,7 +37,6 @@ from cntlora_core.mini.train_diffusion import (
     train,
     trained_parameters,
 )
-from cntlora_core.mini.training import Budget, ExponentialAverage, SharedWork
 
 SMALL = DiffusionConfig(channels=(16, 16, 16, 16), batch=4, text_width=16, text_layers=1)
 

@@ -19,9 +19,9 @@ from torch.nn.utils import parametrize
 from cntlora_core.benchmark.lava.networks import Network, adapted_modules, build_network
 from cntlora_core.benchmark.lava.pictures import Pictures, source_pictures, target_pictures
 from cntlora_core.benchmark.lava.settings import LavaBenchmark, ModelName, TaskName
-from cntlora_core.files import save_safetensors_atomic, write_json_atomic
 from cntlora_core.lava import LavaConfig, OrthogonalityLoss
-from cntlora_core.progress import Reporter
+from cntlora_core.runtime.files import save_safetensors_atomic, write_json_atomic
+from cntlora_core.runtime.progress import Reporter
 
 if TYPE_CHECKING:
     from cntlora_core.benchmark.lava.text import TextNetwork

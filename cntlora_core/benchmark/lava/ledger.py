@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cntlora_core.benchmark.init import machine
-from cntlora_core.files import write_json_atomic
+from cntlora_core.runtime.files import write_json_atomic
 
 
 class Ledger:

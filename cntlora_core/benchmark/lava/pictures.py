@@ -147,9 +147,9 @@ def _rough(count: int, size: int, cells: int, generator: torch.Generator) -> Ten
 
 
 def _emoji(node_modules: Path, styles: tuple[str, ...], size: int) -> tuple[int, Draw]:
-    from cntlora_core.mini.collage import Collage, CollageConfig, every_background
-    from cntlora_core.mini.sprites import SpriteSource
-    from cntlora_core.mini.things import CORE_NAMES, THINGS
+    from cntlora_core.mini.making.collage import Collage, CollageConfig, every_background
+    from cntlora_core.mini.making.sprites import SpriteSource
+    from cntlora_core.mini.making.things import CORE_NAMES, THINGS
 
     source, named = SpriteSource(node_modules), {thing.name: thing for thing in THINGS}
     sprites, names = [], []

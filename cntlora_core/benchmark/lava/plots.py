@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from cntlora_core.files import atomic_write
+from cntlora_core.runtime.files import atomic_write
 
 Rows = list[dict[str, Any]]
 COLOURS = ("#9db4c8", "#666666", "#2f6db5", "#d98324", "#3c9a5f", "#a0522d", "#8a5fbf")

@@ -16,9 +16,9 @@ from cntlora_core.benchmark.lava.ledger import Ledger
 from cntlora_core.benchmark.lava.plots import plot_experiment
 from cntlora_core.benchmark.lava.settings import ExperimentName, LavaBenchmark
 from cntlora_core.benchmark.lava.text import prepare_text_task
-from cntlora_core.console import result_console
-from cntlora_core.files import require_writable_folder
-from cntlora_core.progress import Reporter, silent
+from cntlora_core.runtime.console import result_console
+from cntlora_core.runtime.files import require_writable_folder
+from cntlora_core.runtime.progress import Reporter, silent
 
 _NOT_SHOWN = ("steps", "course", "middle", "curve", "by_seed")
 

@@ -36,7 +36,7 @@ class LavaBenchmark:
             are given, else after flat shapes.
         text: Take the text encoder and the definitions of docs/text.md into factors, variance,
             robustness, spectrum and starts, where its attention gets adapters.
-        sprites: The node_modules folder that `python -m cntlora_core.mini.fetch` filled, for
+        sprites: The node_modules folder that `python -m cntlora_core.mini.making.fetch` filled, for
             drawings and renderings.
         photos: A folder with one folder of photographs for each class, for photos.
         seeds: How many runs of each kind.
@@ -86,7 +86,7 @@ class LavaBenchmark:
         if self.target == "emoji" and self.sprites is None:
             raise ValueError(
                 "target='emoji' needs sprites: the node_modules folder that "
-                "`python -m cntlora_core.mini.fetch --cache FOLDER` fills"
+                "`python -m cntlora_core.mini.making.fetch --cache FOLDER` fills"
             )
         if self.target == "photos" and self.photos is None:
             raise ValueError(

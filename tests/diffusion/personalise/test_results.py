@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from cntlora_core.diffusion.job import STATE_NAME, personalise
 from cntlora_core.diffusion.settings import JobSettings
-from cntlora_core.progress import silent
+from cntlora_core.runtime.progress import silent
 
 from .conftest import StopAt, change
 

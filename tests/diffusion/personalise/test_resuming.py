@@ -21,7 +21,7 @@ from cntlora_core.diffusion.job import STATE_NAME, JobResult, personalise
 from cntlora_core.diffusion.running import HOLDER_NAME
 from cntlora_core.diffusion.settings import JobSettings
 from cntlora_core.diffusion.trainer import NonFiniteLossError, SubjectTrainer
-from cntlora_core.threads import threads
+from cntlora_core.runtime.threads import threads
 
 from .conftest import StopAt, change, command, losses
 

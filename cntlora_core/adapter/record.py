@@ -1,0 +1,231 @@
+"""The initialisation that was taken out of a base model's weights, kept beside the adapter.
+
+Where an initialisation rewrites the base to ``W - scaling * B0 @ A0``, the adapter's weights mean
+nothing on the stock base. The adapter's configuration is then a :class:`OnRewrittenBase`: whatever
+saves the adapter through peft (``save_pretrained``, a Trainer's checkpoint) writes the record
+beside it, and a configuration that peft refuses to load onto the stock base.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from cntlora_core.closed_form.factorization import Factors
+from cntlora_core.initialization.plan import AdapterPlan
+from cntlora_core.runtime.files import save_safetensors_atomic
+from cntlora_core.runtime.thread_pool import map_in_threads
+
+if TYPE_CHECKING:
+    from cntlora_core.lava.factors import LavaFactors, LavaPlan
+
+RECORD_FILE = "cntlora_initialization.safetensors"
+FORMAT = "cntlora-initialization-1"
+MARK = "cntlora:"
+REFUSED = (
+    f"{MARK} these weights fit a rewritten base model, not the stock one: make an adapter for the "
+    "stock one with cntlora_core.convert_adapter, or load them with cntlora_core.load_initialized"
+)
+"""Stands in a saved configuration where the initialisation's name does; no peft knows it."""
+
+
+@dataclass(frozen=True, eq=False)
+class InitializationRecord:
+    """What was taken out of a base model's weights, and which weights those were.
+
+    Attributes:
+        plan: The initial factors of every adapted layer, as the adapter took them.
+        method: The name of the initialisation.
+        fingerprints: By rewritten layer, :func:`fingerprint` of its weight before.
+    """
+
+    plan: AdapterPlan | LavaPlan
+    method: str
+    fingerprints: dict[str, str]
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> InitializationRecord:
+        return self  # nothing in it ever changes, and a model's copy needs no copy of it
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the record into a folder; returns the file's path.
+
+        Raises:
+            OSError: as :func:`cntlora_core.runtime.files.atomic_write`.
+        """
+        factors = self.plan.factors
+        tensors = {f"{n}.{key}": t for n, f in factors.items() for key, t in f.named().items()}
+        header = {
+            "adapter": "lora" if isinstance(self.plan, AdapterPlan) else "lava",
+            "method": self.method,
+            "layers": {name: _numbers(f) for name, f in factors.items()},
+            "fingerprints": self.fingerprints,
+        }
+        metadata = {"format": FORMAT, "header": json.dumps(header)}
+        return save_safetensors_atomic(tensors, Path(folder) / RECORD_FILE, metadata)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> InitializationRecord:
+        """Read the record that lies in a folder.
+
+        Raises:
+            FileNotFoundError: if there is none.
+            ValueError: if the file is damaged, or of another format.
+        """
+        path = Path(folder) / RECORD_FILE
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} is missing: it holds the initialisation that was taken out of the base "
+                "model, without which the adapter beside it fits no model. It is saved along with "
+                "the adapter: copy it from there"
+            )
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise ValueError(f"its format is {metadata.get('format')!r}, not {FORMAT!r}")
+                header = json.loads(metadata["header"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            plan = _plan_of(header, tensors)
+            return cls(plan, header["method"], dict(header["fingerprints"]))
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is no record of an initialisation: {error}") from error
+
+
+def _numbers(factors: Factors | LavaFactors) -> dict[str, float]:
+    values = {field.name: getattr(factors, field.name) for field in dataclasses.fields(factors)}
+    return {name: value for name, value in values.items() if isinstance(value, (int, float))}
+
+
+def _plan_of(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> AdapterPlan | LavaPlan:
+    layers = header["layers"]
+    if header["adapter"] == "lora":
+        return AdapterPlan(
+            {n: Factors(tensors[f"{n}.down"], tensors[f"{n}.up"], **v) for n, v in layers.items()},
+            rewrites_base=True,
+        )
+    from cntlora_core.lava.factors import LavaFactors, LavaPlan
+
+    factors = {}
+    for name, numbers in layers.items():
+        spatial = [tensors[key] for k in "YX" if (key := f"{name}.{k}") in tensors]
+        u, v = tensors[f"{name}.U"], tensors[f"{name}.V"]
+        factors[name] = LavaFactors(u, v, tuple(spatial), **numbers)
+    return LavaPlan(factors, rewrites_base=True)
+
+
+def fingerprint(weight: Tensor) -> str:
+    """The data type, shape and SHA-256 of a weight's values; the same on every device."""
+    kind = f"{str(weight.dtype).removeprefix('torch.')} {'x'.join(map(str, weight.shape))}"
+    values = weight.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    return f"{kind} {hashlib.sha256(values.numpy()).hexdigest()}"  # pyright: ignore[reportArgumentType]
+
+
+def fingerprints_of(modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """:func:`fingerprint` of each module's weight, by name."""
+    found = map_in_threads(lambda name: fingerprint(modules[name].weight), list(modules))  # pyright: ignore[reportArgumentType]
+    return dict(zip(modules, found, strict=True))
+
+
+class OnRewrittenBase:
+    """A peft configuration of an adapter whose base model was rewritten.
+
+    In this process it is like any other. What it saves is marked, so that peft refuses to load it
+    onto the stock base: peft builds an adapter by the name of its initialisation, and knows no such
+    one.
+
+    Attributes:
+        record: What was taken out of the base for this adapter; None for another adapter that was
+            added afterwards, which cannot be converted.
+    """
+
+    initialization_field: str
+    record: InitializationRecord | None = None
+
+    @classmethod
+    def of(cls, config: PeftConfig, record: InitializationRecord | None = None) -> Any:
+        """A copy of a configuration, marked."""
+        marked = cls.__new__(cls)
+        marked.__dict__.update(copy.copy(config).__dict__)
+        marked.record = record
+        if record is not None:
+            setattr(marked, cls.initialization_field, False)  # it is over
+        return marked
+
+    def _is_marked(self) -> bool:
+        # peft's own conversion sets the field to True, for a file that fits the stock base.
+        return self.record is None or getattr(self, self.initialization_field) is not True
+
+    def to_dict(self) -> dict[str, Any]:
+        values = super().to_dict()  # pyright: ignore[reportAttributeAccessIssue]
+        return values | {self.initialization_field: REFUSED} if self._is_marked() else values
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        if self.record is not None and self._is_marked():
+            self.record.save(save_directory)
+        super().save_pretrained(save_directory, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class LoraOnRewrittenBase(OnRewrittenBase, LoraConfig):
+    """Of a LoRA."""
+
+    initialization_field = "init_lora_weights"
+
+
+class ConfigsOnRewrittenBase(dict[str, PeftConfig]):
+    """The configurations of a model's adapters, by name, once its base was rewritten.
+
+    Adding another adapter gives the warning that peft has for PiSSA, and marks it, too.
+    """
+
+    def __setitem__(self, name: str, config: PeftConfig) -> None:
+        if not isinstance(config, OnRewrittenBase):
+            kinds = [type(known) for known in self.values() if isinstance(known, OnRewrittenBase)]
+            warnings.warn(
+                "the base weights of this model were rewritten for the initialisation of another "
+                f"adapter, so that adapter {name!r} will fit no other model: train it on the stock "
+                "base, and load the adapter that cntlora_core.save_converted has saved beside it",
+                stacklevel=3,
+            )
+            config = (kinds[0] if kinds else LoraOnRewrittenBase).of(config)
+        super().__setitem__(name, config)
+
+
+def remember_rewriting(
+    model: PeftModel,
+    adapter_name: str,
+    record: InitializationRecord,
+    kind: type[OnRewrittenBase] = LoraOnRewrittenBase,
+) -> None:
+    """Mark a model whose base weights have just been rewritten for one of its adapters."""
+    configs = ConfigsOnRewrittenBase(model.peft_config)
+    configs[adapter_name] = kind.of(model.peft_config[adapter_name], record)
+    model.peft_config = configs
+    model.get_base_model().peft_config = configs  # pyright: ignore[reportArgumentType]
+
+
+def base_is_rewritten(model: PeftModel) -> bool:
+    return isinstance(model.peft_config, ConfigsOnRewrittenBase)
+
+
+def record_of(model: PeftModel, adapter_name: str = "default") -> InitializationRecord | None:
+    """What was taken out of a model's base for an adapter; None where nothing was."""
+    config = model.peft_config[adapter_name]
+    return config.record if isinstance(config, OnRewrittenBase) else None
+
+
+def is_marked(config: Mapping[str, Any]) -> bool:
+    """Whether a saved configuration is one of an adapter that fits a rewritten base only."""
+    values = (config.get("init_lora_weights"), config.get("init_weights"))
+    return any(isinstance(value, str) and value.startswith(MARK) for value in values)

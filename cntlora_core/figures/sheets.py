@@ -1,0 +1,114 @@
+"""Pictures put together with Pillow alone: sheets of pictures, and a quick course of the loss."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from cntlora_core.runtime.files import atomic_write
+
+
+def comparison_sheet(
+    photos: Sequence[Image.Image],
+    rows: Sequence[tuple[str, Sequence[Sequence[Image.Image]]]],
+    columns: Sequence[str],
+    *,
+    side: int = 160,
+) -> Image.Image:
+    """The subject's photos above, if any, then rows of pictures under labelled columns.
+
+    Args:
+        photos: The subject.
+        rows: A label such as the prompt, and for each column the pictures that belong there.
+        columns: A heading for each column.
+        side: Side of a picture in pixels.
+    """
+    gap, label_width, line = 6, 190, 16
+    font = ImageFont.load_default(13)
+    per_cell = max(len(cell) for _, cells in rows for cell in cells)
+    column_width = per_cell * (side + gap) + 2 * gap
+    headings = [textwrap.wrap(text, max(8, column_width // 8)) for text in columns]
+    heading_height = max(1, *(len(lines) for lines in headings)) * line
+    width = max(label_width + len(columns) * column_width, label_width + len(photos) * (side + gap))
+    photos_height = side + 2 * gap if photos else 0
+    height = photos_height + heading_height + 3 * gap + len(rows) * (side + gap)
+    sheet = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(sheet)
+
+    def put(image: Image.Image, x: int, y: int) -> None:
+        resample = Image.Resampling.NEAREST if image.width < side else Image.Resampling.LANCZOS
+        sheet.paste(ImageOps.fit(image.convert("RGB"), (side, side), resample), (x, y))
+
+    y = gap
+    if photos:
+        pen.text((gap, y + side // 2), "photos of the subject", fill="black", font=font)
+    for i, photo in enumerate(photos):
+        put(photo, label_width + i * (side + gap), y)
+    y += photos_height
+    for i, lines in enumerate(headings):
+        place = (label_width + i * column_width, y)
+        pen.multiline_text(place, "\n".join(lines), fill="black", font=font)
+    y += heading_height + gap
+    for prompt, cells in rows:
+        text = "\n".join(textwrap.wrap(prompt, 26))
+        pen.multiline_text((gap, y + side // 3), text, fill="black", font=font)
+        for i, cell in enumerate(cells):
+            for j, image in enumerate(cell):
+                put(image, label_width + i * column_width + j * (side + gap), y)
+        y += side + gap
+    return sheet
+
+
+def contact_sheet(pictures: Sequence[Image.Image], *, side: int = 128) -> Image.Image:
+    """Pictures side by side in rows, each fitted into a square of ``side`` pixels."""
+    columns = max(1, math.ceil(math.sqrt(len(pictures))))
+    rows = math.ceil(len(pictures) / columns)
+    sheet = Image.new("RGB", (columns * side, rows * side), "white")
+    for i, picture in enumerate(pictures):
+        fitted = ImageOps.fit(picture.convert("RGB"), (side, side), Image.Resampling.LANCZOS)
+        sheet.paste(fitted, ((i % columns) * side, (i // columns) * side))
+    return sheet
+
+
+def loss_thumbnail(losses: Sequence[float], steps: int, width: int = 384) -> Image.Image:
+    """A running mean of the loss so far, quick enough to be drawn while training.
+
+    Args:
+        losses: One for each step done, at least one.
+        steps: How many there will be; the axis has room for all of them.
+        width: Of the picture in pixels; it is half as high.
+    """
+    height, margin = width // 2, 22
+    means = running_mean(np.asarray(losses, dtype=np.float64))
+    low, high = float(means.min()), float(means.max())
+    x = margin + (width - 2 * margin) * np.arange(1, len(means) + 1) / max(steps, len(means))
+    y = height - margin - (height - 2 * margin) * (means - low) / (high - low or 1.0)
+    picture = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(picture)
+    font = ImageFont.load_default(11)
+    pen.line(
+        [(margin, margin), (margin, height - margin), (width - margin, height - margin)], "grey"
+    )
+    pen.line(list(zip(x.tolist(), y.tolist())), fill="#2f6db5", width=2)
+    text = f"loss {means[-1]:.4f}   step {len(losses)} of {steps}"
+    pen.text((margin + 6, 4), text, fill="black", font=font)
+    return picture
+
+
+def running_mean(values: np.ndarray, window: int = 50) -> np.ndarray:
+    """The mean of the last ``window`` values at each, (n,) to (n,)."""
+    sums = np.cumsum(np.insert(values, 0, 0.0))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - window, 0)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    """Write a picture whole or not at all; the format is that of the file's ending."""
+    with atomic_write(path) as temporary:
+        image.save(temporary, format=Image.registered_extensions()[path.suffix.lower()])

@@ -1,0 +1,464 @@
+"""Reading LoRA files for SD 1.5, whoever wrote them: kohya, diffusers (old and new) and peft."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from cntlora_core.lora_file.algebra import LoRALayer, LoRALayers
+from cntlora_core.lora_file.names import (
+    PEFT_PREFIX,
+    TEXT_ENCODER,
+    UNET,
+    Layout,
+    canonical_name,
+    kohya_table,
+    layout_of,
+    split_key,
+)
+from cntlora_core.runtime.reading import (
+    FLOATS,
+    HEADER_LIMIT,
+    FileSizeError,
+    TensorEntry,
+    is_finite,
+    json_object,
+    parse_header,
+    read_json_object,
+    reading,
+    reason,
+    require_file,
+)
+
+DIFFUSERS_METADATA_KEY = "lora_adapter_metadata"
+PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+FOREIGN = {
+    "DoRA": (".dora_scale", ".lora_magnitude_vector", ".lora_magnitude_vector.weight"),
+    "LoHa": (".hada_w1_a", ".hada_w1_b", ".hada_w2_a", ".hada_w2_b", ".hada_t1", ".hada_t2"),
+    "LoKr": (".lokr_w1", ".lokr_w1_a", ".lokr_w2", ".lokr_w2_a", ".lokr_t2"),
+    "OFT or BOFT": (".oft_blocks", ".oft_diag"),
+    "GLoRA": (".a1.weight", ".b2.weight"),
+    "LoRA with a bias": (".lora_B.bias", ".lora_up.bias"),
+    "a full difference of weights": (".diff", ".diff_b"),
+}
+"""Endings of the tensors that other methods than plain LoRA keep in a file, by the method."""
+
+
+_LONGEST_PATTERN = 1000
+_REGEX_SIGNS = frozenset("*+?|()[]{}^$\\")
+
+
+@dataclass(frozen=True, eq=False)
+class LoRAFile:
+    """A file's content. ``unknown_keys`` fit no layer of SD 1.5 (only with ``strict=False``)."""
+
+    layers: LoRALayers
+    metadata: dict[str, str]
+    layout: Layout
+    unknown_keys: tuple[str, ...] = ()
+
+
+def read_lora_file(
+    path: str | Path, *, module_names: Iterable[str] | None = None, strict: bool = True
+) -> LoRAFile:
+    """Reads any LoRA for SD 1.5: a kohya, diffusers (old or new) or peft file, or a peft folder.
+
+    Factors come back in float32. A missing alpha means alpha = rank, as every reader takes it; a
+    peft file needs its ``adapter_config.json``, where the scale stands.
+
+    Args:
+        path: a ``.safetensors`` file, a folder with ``adapter_config.json``, or one with such
+            folders ``unet/`` and ``text_encoder/``.
+        module_names: canonical names of a model's modules, for models with other module names
+            than SD 1.5's.
+        strict: keys that fit no layer are an error; else a warning, and `LoRAFile.unknown_keys`.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: it is something else, in words: a full checkpoint, a pickle, a cut-off file,
+            DoRA, LoHa, LoKr, a LoRA for SDXL, a layer with one factor missing.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no LoRA at {path}")
+    table = kohya_table(module_names) if module_names else None
+    files = parts_of_folder(path) if path.is_dir() else {None: path}
+    layers: LoRALayers = {}
+    metadata: dict[str, str] = {}
+    unknown: list[str] = []
+    layout: Layout = "peft"
+    for component, file in files.items():
+        tensors, header = load_tensors(file)
+        _require_lora(file, tensors)
+        found, layout, odd = _layers_of(file, tensors, header, component, table)
+        layers |= found
+        metadata |= header
+        unknown += odd
+    if unknown:
+        said = (
+            f"{path} has {len(unknown)} keys that fit no layer of SD 1.5: {', '.join(unknown[:5])}"
+        )
+        said += ", ..." if len(unknown) > 5 else ""
+        if strict or not layers:
+            raise ValueError(said + ". Is it a LoRA for another model?")
+        warnings.warn(said, stacklevel=2)
+    return LoRAFile(layers, metadata, layout, tuple(unknown))
+
+
+def load_lora_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A LoRA file's tensors by their keys, copied into memory, and its header.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: it is something else, in words.
+    """
+    path = Path(path)
+    tensors, header = load_tensors(path)
+    _require_lora(path, tensors)
+    return {key: tensor.clone() for key, tensor in tensors.items()}, header
+
+
+def check_drawable(path: Path, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Refuses what diffusers would load without a word, or draw black pictures with.
+
+    Args:
+        path: What messages name.
+        tensors: The content of a LoRA file.
+
+    Returns:
+        What diffusers leaves out of the file, in words.
+
+    Raises:
+        ValueError: it is no LoRA for such a model, or a value is not finite.
+    """
+    _require_lora(path, tensors, tolerate=("DoRA", "SDXL"))
+    require_finite(path, tensors)
+    for module, roles in _by_module(tensors)[0].items():
+        if {"down", "up"} <= roles.keys():
+            try:
+                LoRALayer(roles["down"], roles["up"], 1.0, roles.get("mid"))
+            except ValueError as error:
+                raise ValueError(f"{path}: {module}: {error}. Use another file.") from None
+    notes = []
+    second = [key for key in tensors if key.startswith(("lora_te2_", "text_encoder_2."))]
+    if second:
+        notes.append(
+            f"{path.name}: {len(second)} keys of a second text encoder, as {second[0]}, are left "
+            "out: this model has one"
+        )
+    scales = [key for key in tensors if key.endswith(FOREIGN["DoRA"])]
+    if scales:
+        notes.append(
+            f"{path.name} is a DoRA: {len(scales)} magnitudes, as {scales[0]}, are left out, and "
+            "only its low-rank part acts"
+        )
+    return tuple(notes)
+
+
+def require_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError where a value is not finite, naming the tensor."""
+    for key, tensor in tensors.items():
+        if not is_finite(tensor):
+            raise ValueError(
+                f"{path}: {key} has values that are not finite; the file is damaged, or its "
+                "training blew up. Use another one."
+            )
+
+
+def read_lora_tensors(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, name: str = "the LoRA"
+) -> LoRAFile:
+    """The same for the content of one ``.safetensors`` file that is in memory.
+
+    Args:
+        tensors: By key, in kohya's or diffusers' layout.
+        metadata: The file's header.
+        name: What error messages call it.
+
+    Raises:
+        ValueError: it is something else, in words.
+    """
+    header = dict(metadata or {})
+    _require_lora(Path(name), tensors)
+    layers, layout, unknown = _layers_of(Path(name), dict(tensors), header, None, None)
+    if not layers:
+        raise ValueError(f"{name} has no key that fits a layer of SD 1.5; it has {unknown[:5]}")
+    return LoRAFile(layers, header, layout, tuple(unknown))
+
+
+def parts_of_folder(folder: Path) -> dict[str | None, Path]:
+    """The weights in a peft folder, by component; None where the folder is one adapter's own.
+
+    Raises ValueError where there are none.
+    """
+    if (folder / PEFT_WEIGHTS).is_file():
+        return {None: folder / PEFT_WEIGHTS}
+    parts: dict[str | None, Path] = {
+        component: folder / component / PEFT_WEIGHTS
+        for component in (UNET, TEXT_ENCODER)
+        if (folder / component / PEFT_WEIGHTS).is_file()
+    }
+    if not parts:
+        raise ValueError(
+            f"{folder} is no peft folder: neither it nor unet/ or text_encoder/ in it has "
+            f"{PEFT_WEIGHTS}. Name a .safetensors file instead."
+        )
+    return parts
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file and the strings of its header.
+
+    Raises ValueError, in words, where it is a pickle, cut off or something else.
+    """
+    require_file(path, "a LoRA's .safetensors file")
+    with reading(path, "a LoRA"), path.open("rb") as file:
+        start = file.read(16)
+    # A safetensors file begins with the length of its JSON header.
+    if (
+        start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+        and start[8:9] != b"{"
+    ):
+        raise ValueError(
+            f"{path} is a pickle (.ckpt, .pt, .bin), which can run code when it is read; "
+            "a .safetensors file is needed"
+        )
+    length = int.from_bytes(start[:8], "little")
+    if len(start) < 16 or not 2 <= length <= HEADER_LIMIT or start[8:9] != b"{":
+        raise ValueError(
+            f"{path} is no safetensors file: it begins with {start[:16]!r}. Download or copy it "
+            "again."
+        )
+    try:
+        with path.open("rb") as file:
+            file.seek(8)
+            size = path.stat().st_size
+            if 8 + length > size:
+                raise FileSizeError(8 + length, size)
+            entries, metadata = parse_header(file.read(length), size)
+        _require_numbers(entries)
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in entries}, metadata
+    except Exception as error:
+        raise ValueError(
+            f"{path} is cut off or damaged: {reason(error)}. Download or copy it again."
+        ) from error
+
+
+def _require_numbers(entries: Mapping[str, TensorEntry]) -> None:
+    """A LoRA's factors are floating-point numbers; an alpha may be a whole number."""
+    for key, entry in entries.items():
+        split = split_key(key)
+        whole = split is not None and split.role == "alpha" and entry.dtype.startswith(("I", "U"))
+        if split is not None and entry.dtype not in FLOATS and not whole:
+            raise ValueError(f"{key} holds {entry.dtype}, and a LoRA floating-point numbers")
+
+
+def _require_lora(
+    path: Path, tensors: Mapping[str, Tensor], tolerate: tuple[str, ...] = ()
+) -> None:
+    if any(key.startswith(("model.diffusion_model.", "first_stage_model.")) for key in tensors):
+        raise ValueError(f"{path} is a full Stable Diffusion checkpoint, not a LoRA")
+    for kind, endings in FOREIGN.items():
+        for key in tensors:
+            if key.endswith(endings) and kind not in tolerate:
+                raise ValueError(
+                    f"{path} is not a plain LoRA but {kind} ({key}), which is not supported"
+                )
+    if "SDXL" not in tolerate and any(
+        key.startswith(("lora_te2_", "text_encoder_2.")) for key in tensors
+    ):
+        raise ValueError(f"{path} has a second text encoder: it is a LoRA for SDXL, not for SD 1.5")
+    if any(
+        key.startswith(("lora_unet_input_blocks_", "lora_unet_output_blocks_")) for key in tensors
+    ):
+        raise ValueError(
+            f"{path} names its blocks as LoRAs for SDXL do (input_blocks, output_blocks); "
+            "one for SD 1.5, with down_blocks and up_blocks, is needed"
+        )
+    if not any((parts := split_key(key)) and parts.role in ("down", "up") for key in tensors):
+        some = ", ".join(sorted(tensors)[:3]) or "no tensors"
+        raise ValueError(f"{path} is no LoRA: none of its tensors is a LoRA factor (it has {some})")
+
+
+def _by_module(
+    tensors: Mapping[str, Tensor],
+) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    """Tensors by module and role, and the names of those that are no part of a LoRA."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    others: list[str] = []
+    for key, tensor in tensors.items():
+        if split := split_key(key):
+            parts.setdefault(split.module, {})[split.role] = tensor
+        else:
+            others.append(key)
+    return parts, others
+
+
+def _layers_of(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    header: Mapping[str, str],
+    component: str | None,
+    table: dict[str, str] | None,
+) -> tuple[LoRALayers, Layout, list[str]]:
+    parts, unknown = _by_module(tensors)
+    layout = layout_of(next(module for module, roles in parts.items() if "down" in roles))
+    configs = _peft_configs(path) if layout == "peft" else header_configs(header)
+    layers: LoRALayers = {}
+    for module, roles in parts.items():
+        spelled = module if component is None else f"{component}.{module}"
+        name = canonical_name(spelled, table)
+        if name is None or roles.keys() <= {"alpha"}:
+            unknown += [f"{module} ({', '.join(sorted(roles))})"]
+            continue
+        if "down" not in roles or "up" not in roles:
+            missing = "down" if "down" not in roles else "up"
+            raise ValueError(f"{path}: {module} has no {missing} factor; the file is not complete")
+        if name in layers:
+            raise ValueError(f"{path} has two LoRA layers for {name}")
+        require_finite(path, {f"{module} ({role})": tensor for role, tensor in roles.items()})
+        try:
+            layers[name] = layer_of(roles, configs, spelled, name)
+        except ValueError as error:
+            raise ValueError(f"{path}: {module}: {error}") from None
+    return layers, layout, unknown
+
+
+def layer_of(
+    roles: Mapping[Any, Tensor], configs: Mapping[str, Any], spelled: str, name: str
+) -> LoRALayer:
+    """A layer from its tensors, in float32.
+
+    Args:
+        roles: ``down`` and ``up``, and ``mid`` and ``alpha`` where the file has them.
+        configs: peft configurations by component, which give an alpha where the file has none.
+        spelled: The layer as the file spells it.
+        name: Its canonical name.
+
+    Raises:
+        ValueError: shapes do not belong together, or the alpha is no number.
+    """
+    down, mid = roles["down"], roles.get("mid")
+    rank = down.shape[0] if down.ndim else 0
+    if "alpha" not in roles:
+        alpha = config_alpha(configs, spelled, name, rank)
+    elif roles["alpha"].numel() != 1:
+        raise ValueError(f"alpha is one number, got shape {tuple(roles['alpha'].shape)}")
+    else:
+        alpha = float(roles["alpha"])
+    return LoRALayer(down.float(), roles["up"].float(), alpha, None if mid is None else mid.float())
+
+
+def _peft_configs(path: Path) -> dict[str, Any]:
+    """The adapter's configuration beside its weights, for any component."""
+    file = path.with_name(PEFT_CONFIG)
+    if not file.is_file():
+        raise ValueError(
+            f"{path} is a peft adapter, whose scale stands in {PEFT_CONFIG}; "
+            "put that file beside it"
+        )
+    config = read_peft_config(file, path)
+    if config.get("use_dora"):
+        raise ValueError(f"{path} is not a plain LoRA but DoRA, which is not supported")
+    return dict.fromkeys((UNET, TEXT_ENCODER), config)
+
+
+def read_peft_config(file: Path, weights: Path) -> dict[str, Any]:
+    """The configuration of an adapter of peft's.
+
+    Args:
+        file: Its ``adapter_config.json``.
+        weights: The file beside it, which messages name.
+
+    Raises:
+        ValueError: it is damaged, or of another method than LoRA.
+    """
+    config = read_json_object(file, "the configuration of an adapter")
+    if config.get("peft_type", "LORA") != "LORA":
+        raise ValueError(f"{weights} is a peft adapter of type {config['peft_type']}, not a LoRA")
+    return config
+
+
+def header_configs(header: Mapping[str, str]) -> dict[str, Any]:
+    """The configurations by component that diffusers keeps in a file's header; often none.
+
+    Raises ValueError where they are no JSON object.
+    """
+    fields = json_object(header.get(DIFFUSERS_METADATA_KEY, "{}"))
+    configs: dict[str, Any] = {}
+    for key, value in fields.items():
+        component, _, field = key.partition(".")
+        configs.setdefault(component, {})[field] = value
+    return configs
+
+
+def config_alpha(configs: Mapping[str, Any], module: str, name: str, rank: int) -> float:
+    """Alpha of a layer that carries none: from its component's configuration, else its rank.
+
+    Args:
+        configs: peft configurations by component.
+        module: The layer as the file spells it.
+        name: Its canonical name.
+        rank: Its rank.
+
+    Raises:
+        ValueError: the configuration's alpha is no finite number, or a pattern of it is no name.
+    """
+    component, _, canonical = name.partition(".")
+    config = configs.get(component)
+    if config is None:
+        return float(rank)
+    alpha = config.get("lora_alpha", rank)
+    spelled = module.removeprefix(f"{component}.").removeprefix(PEFT_PREFIX)
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise ValueError(f"alpha_pattern must map names to numbers, got {patterns!r}")
+    for pattern, value in patterns.items():
+        if any(matches_pattern(pattern, key) for key in (spelled, canonical)):
+            alpha = value
+            break
+    if type(alpha) not in (int, float) or not math.isfinite(alpha):
+        raise ValueError(f"alpha must be a finite number, got {alpha!r}")
+    # rsLoRA scales by alpha / sqrt(r); a layer's alpha is its scaling times its rank.
+    return float(alpha) * math.sqrt(rank) if config.get("use_rslora") else float(alpha)
+
+
+def matches_pattern(pattern: str, name: str) -> bool:
+    """Whether a pattern of peft's names this module, or the end of its path.
+
+    peft takes such patterns as regular expressions. A file is no program: here a pattern is a name,
+    in which a backslash keeps the next character as it is, a dot stands for any character and
+    ``.*`` for any number of them, and which ``^`` ties to the beginning. peft, diffusers and this
+    package write nothing else, and matching takes no longer than pattern times name.
+
+    Raises:
+        ValueError: the pattern has another regular expression's sign in it.
+    """
+    if len(pattern) > _LONGEST_PATTERN:
+        raise ValueError(
+            f"a pattern of {len(pattern):,} characters is no module's name: {pattern[:40]!r}..."
+        )
+    whole = pattern.startswith("^")
+    parts = re.findall(r"\\.|\.\*|.", pattern.removeprefix("^").removesuffix("$"), re.DOTALL)
+    if odd := next((part for part in parts if part in _REGEX_SIGNS), None):
+        raise ValueError(
+            f"the pattern {pattern!r} has a {odd!r}; a module's name in peft's spelling is needed"
+        )
+    reached = {0} if whole else {0, *(i + 1 for i, c in enumerate(name) if c == ".")}
+    for part in parts:
+        if part == ".*":
+            reached = set(range(min(reached), len(name) + 1)) if reached else reached
+        else:
+            character = None if part == "." else part[-1]
+            reached = {i + 1 for i in reached if i < len(name) and character in (None, name[i])}
+    return len(name) in reached

@@ -1,0 +1,193 @@
+"""Let the judge look at what the model draws: ``python -m cntlora_core.mini.making.evaluate``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import ResNetForImageClassification
+
+from cntlora_core.diffusion.sampler import draw, load_for_sampling
+from cntlora_core.diffusion.settings import SamplingSettings
+from cntlora_core.metrics.pictures import read_pictures
+from cntlora_core.mini import model_path
+from cntlora_core.mini.making.backgrounds import COLOURS, SCENES
+from cntlora_core.mini.making.compose import Background
+from cntlora_core.mini.making.dataset import save_sheet
+from cntlora_core.mini.making.things import with_article
+from cntlora_core.runtime.console import ConsoleReporter
+from cntlora_core.runtime.files import write_json_atomic
+
+__all__ = ["JUDGED_NAMES", "as_batch", "judge", "judge_folder", "load_judge", "prompts_to_judge"]
+
+JUDGE = Path(__file__).parents[1] / "encoders" / "judge"
+
+JUDGED_NAMES = (
+    *("cat", "dog", "bird", "penguin", "octopus", "fish", "owl", "fox", "elephant", "teddy bear"),
+    *("apple", "banana", "strawberry", "hamburger", "car", "rocket", "tent", "boot", "clock"),
+    "tree",
+)
+"""The twenty things that the judge chooses among."""
+
+
+def prompts_to_judge(count: int, seed: int) -> list[tuple[str, str, str]]:
+    """``(prompt, thing, background)``: every thing alike often, half plain and half scenes."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for index in range(count):
+        name = JUDGED_NAMES[index % len(JUDGED_NAMES)]
+        if (index // len(JUDGED_NAMES)) % 2:
+            background = Background("scene", str(rng.choice(list(SCENES))))
+        else:
+            background = Background("plain", str(rng.choice(list(COLOURS))))
+        prompt = f"a photo of {with_article(name)} {background.phrase}"
+        rows.append((prompt, name, background.phrase))
+    return rows
+
+
+@torch.no_grad()
+def judge(
+    classifier: ResNetForImageClassification, pictures: Tensor, rows: list[tuple[str, str, str]]
+) -> tuple[Tensor, Tensor]:
+    """Which pictures show the right thing, and which the right background.
+
+    The thing is chosen among ``JUDGED_NAMES``, the background among the plain ones and scenes.
+
+    Args:
+        classifier: made by ``mini.train_classifier``.
+        pictures: (n, 3, 64, 64) in -1..1.
+        rows: of :func:`prompts_to_judge`.
+
+    Returns:
+        Two bool tensors (n,).
+    """
+    labels = {name: int(index) for name, index in (classifier.config.label2id or {}).items()}
+    names = torch.tensor([labels[name] for name in JUDGED_NAMES])
+    plain = [Background("plain", colour).phrase for colour in COLOURS]
+    phrases = torch.tensor([labels[phrase] for phrase in [*plain, *SCENES]])
+    logits = torch.cat([classifier(pixel_values=part).logits for part in pictures.split(100)])
+    thing = names[logits[:, names].argmax(1)]
+    behind = phrases[logits[:, phrases].argmax(1)]
+    wanted = torch.tensor([[labels[name], labels[phrase]] for _, name, phrase in rows])
+    return thing == wanted[:, 0], behind == wanted[:, 1]
+
+
+def as_batch(pictures: Sequence[Image.Image]) -> Tensor:
+    """Pictures as the judge takes them: (n, 3, height, width) in -1..1."""
+    stack = np.stack([np.asarray(picture.convert("RGB"), np.float32) for picture in pictures])
+    return torch.from_numpy(stack).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+def load_judge(folder: Path | None = None) -> ResNetForImageClassification:
+    """The classifier, in eval mode; the shipped one, or the output of ``mini.train_classifier``."""
+    judge = ResNetForImageClassification.from_pretrained(folder or JUDGE, dtype=torch.float32)
+    assert isinstance(judge, ResNetForImageClassification)
+    return judge.eval()
+
+
+def rows_of_prompts(prompts: Sequence[str], thing: str) -> list[tuple[str, str, str] | None]:
+    """What the judge is to find in pictures that were drawn for prompts.
+
+    Args:
+        prompts: One for each picture.
+        thing: What they all show, one of ``JUDGED_NAMES``.
+
+    Returns:
+        For each ``(prompt, thing, background)``; None for a prompt that does not end in the name of
+        the thing and a plain background or scene alone.
+    """
+    plain = [Background("plain", colour).phrase for colour in COLOURS]
+    rows: list[tuple[str, str, str] | None] = []
+    for prompt in prompts:
+        behind = prompt.rpartition(f"{thing} ")[2]
+        fits = behind in [*plain, *SCENES] and " wearing " not in prompt and " and " not in prompt
+        rows.append((prompt, thing, behind) if fits else None)
+    return rows
+
+
+def judge_folder(
+    classifier: ResNetForImageClassification, folder: Path, thing: str
+) -> dict[str, float]:
+    """Shares of a folder's pictures with the right thing and background, by its prompts.json.
+
+    Raises:
+        ValueError: a thing that the judge does not know, or no prompt that it can judge.
+    """
+    if thing not in JUDGED_NAMES:
+        raise ValueError(f"the judge knows no {thing!r}; it knows {', '.join(JUDGED_NAMES)}")
+    found = read_pictures(folder)
+    chosen = [
+        (picture, row)
+        for picture, row in zip(
+            found.pictures, rows_of_prompts(found.prompts or (), thing), strict=False
+        )
+        if row is not None
+    ]
+    if not chosen:
+        raise ValueError(f"no prompt in {folder} names a plain background or a scene alone")
+    pictures, rows = zip(*chosen, strict=True)
+    things, backgrounds = judge(classifier, as_batch(pictures), list(rows))
+    shares = {"things": things, "backgrounds": backgrounds}
+    return {"pictures": len(rows)} | {
+        k: round(v.float().mean().item(), 4) for k, v in shares.items()
+    }
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, help="folder of the model; the shipped one if left")
+    parser.add_argument(
+        "--classifier", type=Path, help="folder of the judge; the shipped one if left"
+    )
+    parser.add_argument("--output", type=Path, help="folder of figures and sheet")
+    parser.add_argument("--pictures", type=Path, nargs="+", help="judge these folders instead")
+    parser.add_argument("--thing", help="what the pictures of the folders show")
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--guidance", type=float, default=2.5)
+    args = parser.parse_args()
+    if args.pictures:
+        if not args.thing:
+            parser.error("--pictures needs --thing")
+        for folder in args.pictures:
+            print(folder.name, judge_folder(load_judge(args.classifier), folder, args.thing))
+        return
+    if args.output is None:
+        parser.error("give --output, or --pictures and --thing")
+    args.output.mkdir(parents=True, exist_ok=True)
+    rows = prompts_to_judge(args.count, args.seed)
+    settings = SamplingSettings(
+        steps=args.steps, guidance=args.guidance, seed=args.seed, batch_size=20
+    )
+    pipeline = load_for_sampling(str(args.model or model_path()), (), device="cpu")
+    with ConsoleReporter().running() as reporter:
+        drawn = draw(pipeline, [prompt for prompt, _, _ in rows], settings, reporter=reporter)
+    things, backgrounds = judge(load_judge(args.classifier), as_batch(drawn), rows)
+    figures = {
+        "pictures": len(rows),
+        "things": round(things.float().mean().item(), 4),
+        "backgrounds": round(backgrounds.float().mean().item(), 4),
+        "steps": args.steps,
+        "guidance": args.guidance,
+        "seed": args.seed,
+        "right_by_thing": {
+            name: f"{int(sum(things[i] for i in at))} of {len(at)}"
+            for name in JUDGED_NAMES
+            for at in [[i for i, row in enumerate(rows) if row[1] == name]]
+        },
+    }
+    write_json_atomic(args.output / "judged.json", figures)
+    first = [Image.fromarray(np.asarray(picture)) for picture in drawn[: 3 * len(JUDGED_NAMES)]]
+    save_sheet(args.output / "judged.png", first, 10)
+    print(f"right things {figures['things']:.1%}, right backgrounds {figures['backgrounds']:.1%}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Many processes that each read a part of the data: they agree, add up, and fail together.
+
+Everything here is a collective call: all processes of the default group of torch.distributed make
+it, in the same order. With one process it does nothing but pass values through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Value = TypeVar("Value")
+
+
+class Processes:
+    """The processes that compute one start together.
+
+    Args:
+        joined: Whether to work with the other processes of torch.distributed's default group, where
+            one is initialised; False for a process that works by itself.
+    """
+
+    def __init__(self, joined: bool = True) -> None:
+        active = joined and dist.is_available() and dist.is_initialized()
+        self.count = dist.get_world_size() if active else 1
+        self.rank = dist.get_rank() if active else 0
+
+    @property
+    def together(self) -> bool:
+        return self.count > 1
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, value: Value) -> list[Value]:
+        """The small picklable values of all processes, by rank, on every process."""
+        if not self.together:
+            return [value]
+        values: list[Any] = [None] * self.count
+        dist.all_gather_object(values, value)
+        return values
+
+    def run(self, work: Callable[[], Value], doing: str) -> Value:
+        """Do some work on every process, and raise on all of them if it fails on any.
+
+        Args:
+            work: Must make no collective call.
+            doing: What it is, for the others' message.
+
+        Raises:
+            Exception: what ``work`` raised here; RuntimeError if it failed on another process.
+        """
+        result, error = attempt(work)
+        self.raise_together(error, doing)
+        return result  # pyright: ignore[reportReturnType]
+
+    def raise_together(self, error: Exception | None, doing: str) -> None:
+        """Raise ``error`` where it happened, and a RuntimeError that quotes it everywhere else."""
+        messages = self.gather(None if error is None else f"{type(error).__name__}: {error}")
+        if error is not None:
+            raise error
+        for rank, message in enumerate(messages):
+            if message is not None:
+                raise RuntimeError(
+                    f"process {rank} failed while {doing}, and process {self.rank} stops with it: "
+                    f"{message}"
+                )
+
+    def require_same(self, value: str, what: str) -> None:
+        """Refuse to go on where the processes were given different things.
+
+        Raises:
+            ValueError: on every process.
+        """
+        values = self.gather(value)
+        for rank, other in enumerate(values):
+            if other != values[0]:
+                raise ValueError(
+                    f"process {rank} was given another {what} than process 0: {other[:300]} "
+                    f"against {values[0][:300]}"
+                )
+
+    def add_up(self, tensor: Tensor) -> Tensor:
+        """The sum over processes, in place where the tensor is where the group can reach it."""
+        there = tensor.to(self._device()).contiguous()
+        dist.all_reduce(there)
+        return there.to(tensor.device)
+
+    def from_first(self, tensor: Tensor | None, shape: Sequence[int]) -> Tensor:
+        """A float32 tensor of the first process, on the CPU of every process."""
+        if tensor is None:
+            tensor = torch.empty(*shape)
+        there = tensor.to(self._device(), torch.float32).contiguous()
+        dist.broadcast(there, 0)
+        return there.cpu()
+
+    def _device(self) -> torch.device:
+        if "nccl" in dist.get_backend():
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cpu")
+
+
+def attempt(work: Callable[[], Value]) -> tuple[Value | None, Exception | None]:
+    """The result of some work, or the error that it ended with."""
+    try:
+        return work(), None
+    except Exception as error:
+        return None, error
