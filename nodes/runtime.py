@@ -14,6 +14,7 @@ from PIL import Image
 
 from cntlora_core.figures.sheets import loss_thumbnail
 from cntlora_core.runtime.memory import give_back_freed_memory
+from cntlora_core.runtime.reading import lacks_memory
 
 from .host import ProgressBar, model_management
 
@@ -24,6 +25,10 @@ logger = logging.getLogger(__name__)
 SECONDS_BETWEEN_TEXTS = 0.5
 SECONDS_BETWEEN_PICTURES = 3.0
 LARGEST_PREVIEW = 768
+MEMORY_ADVICE = (
+    "there is not enough memory: lower the resolution, the batch size or the rank, switch gradient "
+    "checkpointing on, or choose the precision bfloat16"
+)
 
 
 class HostReporter:
@@ -139,8 +144,15 @@ def run_heavy(work: Callable[[HostReporter], Result], steps: int = 0) -> Result:
     except BaseException as error:
         # The frames of the work hold the models; ComfyUI keeps the error for its report.
         traceback.clear_frames(error.__traceback__)
+        if lacks_memory(error):
+            raise _same_kind(error)(f"{MEMORY_ADVICE} ({error})") from error
         raise
     finally:
         gc.collect()
         model_management.soft_empty_cache()
         give_back_freed_memory()
+
+
+def _same_kind(error: BaseException) -> type[BaseException]:
+    """ComfyUI frees its models where a GPU lacks memory, which it knows by the error's class."""
+    return torch.OutOfMemoryError if isinstance(error, torch.OutOfMemoryError) else MemoryError

@@ -540,6 +540,27 @@ def test_memory_is_asked_for_and_given_back_also_after_an_error(
     assert said == ["unload_all_models", "soft_empty_cache", "soft_empty_cache"]
 
 
+@pytest.mark.parametrize(
+    ("raised", "shown"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 GB"), MemoryError),
+    ],
+)
+def test_lack_of_memory_is_said_with_what_to_lower(
+    pack: Pack, monkeypatch: pytest.MonkeyPatch, raised: Exception, shown: type[Exception]
+) -> None:
+    runtime = pack.module("runtime")
+    for name in ("unload_all_models", "soft_empty_cache"):
+        monkeypatch.setattr(runtime.model_management, name, lambda: None)
+
+    def fail(reporter: Any) -> None:
+        raise raised
+
+    with pytest.raises(shown, match=r"lower the resolution.*memory"):
+        runtime.run_heavy(fail)
+
+
 def test_caches_are_emptied_when_the_models_have_gone(
     pack: Pack, run: SimpleNamespace, tiny_encoders: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
