@@ -191,6 +191,17 @@ def load_stable_diffusion(
     )
 
 
+def model_fingerprint(model: str | Path, reporter: Reporter = silent) -> str:
+    """The fingerprint of a model's weights, as in :class:`StableDiffusionParts`; none are loaded.
+
+    Raises:
+        CheckpointError: what was given is not there, or no model.
+    """
+    path = _locate(model, None)
+    require_sd15(path)
+    return fingerprint_model(path, reporter)
+
+
 def load_parts(
     path: Path,
     configs: Path,

@@ -1,0 +1,1 @@
+"""Which initialisation helps, by how much, at what price: many trainings, measured alike."""

@@ -1,0 +1,194 @@
+"""``cntlora bench convergence`` and ``cntlora bench report``: what they are asked for.
+
+Imports nothing slow, for the command's help.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
+
+from cntlora_core.flags import UserPath
+from cntlora_core.progress import Reporter, silent
+
+if TYPE_CHECKING:
+    from cntlora_core.benchmark.convergence.pool import Outcome, Work
+    from cntlora_core.benchmark.convergence.run import Task
+
+
+@dataclass(frozen=True)
+class ConvergenceBenchmark:
+    """Train a grid of settings, method against method, and measure each run on its way.
+
+    What is there already is not run again; the same command goes on where it was interrupted.
+    docs/experiments/convergence.md describes the grid file and what is measured.
+
+    Attributes:
+        grid: The grid, a TOML file.
+        output: Folder for the runs, one JSON file each.
+        workers: Runs at once, one process and one thread each; default: the number of GPUs, or of
+            cores.
+        ray: Address of a Ray cluster to run on instead; local: one that is started here.
+    """
+
+    grid: tyro.conf.Positional[UserPath]
+    output: UserPath
+    workers: int | None = None
+    ray: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"workers must be at least 1, got {self.workers}")
+        if self.workers is not None and self.ray is not None:
+            raise ValueError("give --workers or --ray: a cluster runs as many as it has cores")
+
+
+@dataclass(frozen=True)
+class ConvergenceReport:
+    """Tables and plots of the runs in a folder of `cntlora bench convergence`.
+
+    Leaves report.md with its pictures, and report.html, one page that holds everything.
+
+    Attributes:
+        folder: The folder.
+        baselines: Methods that all others are compared with.
+        choose_by: By which metric, at the last step, the best learning rate of a method is chosen.
+    """
+
+    folder: tyro.conf.Positional[UserPath]
+    baselines: tuple[str, ...] = ("lora", "eva")
+    choose_by: Literal["loss", "dino", "clip_i"] = "loss"
+
+
+def run_convergence(settings: ConvergenceBenchmark, reporter: Reporter = silent) -> int:
+    """Run what is missing of a grid.
+
+    Returns:
+        How many runs there are, all of them done.
+
+    Raises:
+        ValueError: for a grid that cannot be run; after all others, if some runs failed.
+        BlockingIOError: if another process is at work in the output folder.
+    """
+    from cntlora_core.benchmark.convergence.grid import read_grid
+    from cntlora_core.benchmark.convergence.run import FAILURE_NAME, execute, prepare
+    from cntlora_core.benchmark.convergence.subjects import subject_names
+    from cntlora_core.diffusion.running import only_run_in
+    from cntlora_core.files import require_writable_folder, write_json_atomic
+
+    grid = read_grid(settings.grid, subject_names)
+    folder = require_writable_folder(settings.output).resolve()
+    with only_run_in(folder):
+        tasks = tasks_of(grid, folder, reporter)
+        missing = [task for task in tasks if not is_done(task)]
+        if known := len(tasks) - len(missing):
+            note = f"{known} of {len(tasks)} runs are there already"
+            reporter("runs", 0, 0, {"note": note})
+        classes = first_of_each_class(missing)
+        for outcome in _each(settings, prepare, classes, reporter, "generating class images"):
+            if outcome.error is not None:
+                note = f"{classes[outcome.task].run.subject}: {outcome.error}"
+                reporter("generating class images", 0, 0, {"note": note})
+        failed = 0
+        for outcome in _each(settings, execute, missing, reporter, "runs"):
+            task = missing[outcome.task]
+            if outcome.error is None:
+                continue
+            failed += 1
+            told = {"error": outcome.error, "settings": task.run.values()}
+            require_writable_folder(task.place)
+            write_json_atomic(
+                task.place / FAILURE_NAME, told | {"traceback": outcome.traceback.splitlines()}
+            )
+            note = f"{describe(task)} failed: {outcome.error}"
+            reporter("runs", 0, 0, {"note": note})
+    if failed:
+        raise ValueError(
+            f"{failed} of {len(tasks)} runs failed, all others are done; failed.json in "
+            f"{folder / 'runs'} says why. The same command tries them again"
+        )
+    return len(tasks)
+
+
+def tasks_of(grid: Any, folder: Path, reporter: Reporter = silent) -> list[Task]:
+    """The tasks of a grid, no two of one key.
+
+    Raises:
+        ValueError: for a subject or a model that is not there.
+    """
+    from cntlora_core import mini
+    from cntlora_core.benchmark.convergence.run import Task, run_key
+    from cntlora_core.benchmark.convergence.subjects import BenchSubject, bench_subject
+    from cntlora_core.diffusion.pipeline import model_fingerprint
+
+    bench = grid.bench
+    model = model_fingerprint(mini.model_path() if bench.small else bench.model, reporter)
+    subjects: dict[tuple[Any, ...], BenchSubject] = {}
+    tasks: dict[str, Task] = {}
+    for run in grid.runs:
+        place = (run.subject, run.photos, run.resolution, run.flip)
+        if place not in subjects:
+            subjects[place] = bench_subject(bench, run)
+        key = run_key(run, bench, subjects[place], model)
+        tasks.setdefault(key, Task(folder, key, run, bench))
+    return list(tasks.values())
+
+
+def is_done(task: Task) -> bool:
+    """Whether the run is there as a whole."""
+    from cntlora_core.benchmark.convergence.run import RECORD_NAME
+
+    try:
+        return json.loads((task.place / RECORD_NAME).read_text("utf-8"))["key"] == task.key
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def first_of_each_class(tasks: list[Task]) -> list[Task]:
+    """One task for each set of class images that the tasks share."""
+    from cntlora_core.benchmark.convergence.subjects import bench_subject
+
+    nouns: dict[str, str] = {}
+    found: dict[str, Task] = {}
+    for task in tasks:
+        run = task.run
+        if run.subject not in nouns:
+            nouns[run.subject] = bench_subject(task.bench, run).subject.prompts.class_prompt
+        values = run.values()
+        shared = {k: v for k, v in values.items() if k.startswith(("class_", "num_class_"))}
+        shared |= {name: values[name] for name in ("resolution", "precision")}
+        found.setdefault(json.dumps([nouns[run.subject], shared], sort_keys=True), task)
+    return list(found.values())
+
+
+def describe(task: Task) -> str:
+    """A run in a few words."""
+    run = task.run
+    return (
+        f"{run.method}, {run.subject}, seed {run.training.seed}, rank {run.adapter.rank}, "
+        f"{run.training.learning_rate:g} ({task.key})"
+    )
+
+
+def _each(
+    settings: ConvergenceBenchmark, work: Work, tasks: list[Task], reporter: Reporter, stage: str
+) -> Iterator[Outcome]:
+    from cntlora_core.benchmark.convergence.pool import run_in_processes, run_on_ray
+
+    if not tasks:
+        return iter(())
+    if settings.ray is not None:
+        return run_on_ray(work, tasks, settings.ray, reporter, stage)
+    return run_in_processes(work, tasks, settings.workers or _default_workers(), reporter, stage)
+
+
+def _default_workers() -> int:
+    import torch
+
+    return torch.cuda.device_count() or os.cpu_count() or 1

@@ -1,0 +1,190 @@
+"""What a training is measured by while it runs: held-out loss, drift, and generated images."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from cntlora_core.benchmark.convergence.grid import Bench, MeasureSettings
+from cntlora_core.benchmark.convergence.subjects import BenchSubject
+from cntlora_core.data.captions import encode_prompts
+from cntlora_core.data.latents import LatentSet
+from cntlora_core.diffusion.initialize import NoisedBatch, NoisedPhotos
+from cntlora_core.diffusion.pipeline import StableDiffusionParts
+from cntlora_core.diffusion.sampler import draw
+from cntlora_core.metrics import Encoders, load_encoders, measure, subject_features
+from cntlora_core.progress import Reporter, silent
+
+NOISE_SEED = 2026
+"""Seed of the noise and timesteps of loss and drift, the same for all runs."""
+
+
+class Measurements:
+    """Measures one subject's training on models that the trainer changes in place.
+
+    Made before the adapter is injected: the drift is that from the models as they are then.
+
+    Args:
+        parts: The base model; its modules are the ones that are trained.
+        subject: The subject.
+        held_out: Latents of its held-out photos; None without any.
+        class_images: Latents of its class images.
+        bench: What and how to measure.
+    """
+
+    def __init__(
+        self,
+        parts: StableDiffusionParts,
+        subject: BenchSubject,
+        held_out: LatentSet | None,
+        class_images: LatentSet,
+        bench: Bench,
+    ) -> None:
+        self.settings: MeasureSettings = bench.measure
+        self._bench, self._subject = bench, subject
+        self._unet, self._text_encoder = parts.unet, parts.text_encoder
+        self._pipeline = parts.pipeline(self.settings.scheduler)  # pyright: ignore[reportArgumentType]
+
+        def noised(latents: LatentSet, prompts: Sequence[str], passes: int) -> list[NoisedBatch]:
+            tokens = encode_prompts(prompts, parts.tokenizer).input_ids
+            batches = NoisedPhotos(
+                latents, tokens, parts.noise_scheduler, passes=passes, seed=NOISE_SEED
+            )
+            return _joined(batches, self.settings.batch_size)
+
+        prompts = subject.subject.prompts
+        self._held_out: list[NoisedBatch] = []
+        if held_out is not None:
+            repeated = [prompts.instance_prompt] * len(held_out)
+            self._held_out = noised(held_out, repeated, self.settings.loss_passes)
+        others = [template.format(prompts.class_name) for template in subject.templates]
+        count = min(self.settings.drift_images, len(class_images))
+        self._class_batches = noised(
+            class_images,
+            [others[i % len(others)] for i in range(count)],
+            self.settings.drift_passes,
+        )
+        self._before = [self._predict(batch) for batch in self._class_batches]
+
+    def loss_and_drift(self) -> dict[str, float | None]:
+        """``loss``: mean squared error of the prediction on the held-out photos under the subject's
+        prompt; None without such photos. ``drift``: mean squared change of the prediction, against
+        the base model, on class images under the other prompts, without the token.
+        """
+        with self._evaluating():
+            loss = _mean([(self._predict(b) - b.target).square() for b in self._held_out])
+            pairs = zip(self._class_batches, self._before, strict=True)
+            drift = _mean([(self._predict(batch) - before).square() for batch, before in pairs])
+        return {"loss": loss, "drift": drift}
+
+    def images(
+        self, reporter: Reporter = silent
+    ) -> tuple[dict[str, float | None], list[Image.Image]]:
+        """DINO, CLIP-I and CLIP-T of generated images, as cosines; the share of right backgrounds
+        by the classifier where the model has one; and the images, by prompt.
+        """
+        settings, subject = self.settings, self._subject
+        prompts = [
+            template.format(subject.spoken)
+            for template in subject.templates
+            for _ in range(settings.per_prompt)
+        ]
+        seeds = list(range(settings.per_prompt)) * len(subject.templates)
+        with self._evaluating():
+            images = draw(
+                self._pipeline, prompts, settings.sampling(), seeds=seeds, reporter=reporter
+            )
+        encoders = _encoders(*self._bench.encoders, str(self._unet.device))
+        features = subject_features(encoders, [p.image for p in subject.references.photos])
+        token = subject.subject.prompts.token
+        found = measure(encoders, features, images, prompts, token=token)
+        values = {name: getattr(found, name) for name in ("dino", "clip_i", "clip_t")}
+        right = None
+        if self._bench.small:
+            right = right_backgrounds(images, prompts, str(subject.subject.prompts.class_name))
+        return values | {"backgrounds": right}, images
+
+    @torch.no_grad()
+    def _predict(self, batch: NoisedBatch) -> Tensor:
+        device, dtype = self._unet.device, self._unet.dtype
+        states = self._text_encoder(batch.tokens.to(device))[0]
+        return (
+            self._unet(
+                batch.latents.to(device, dtype),
+                batch.timesteps.to(device),
+                encoder_hidden_states=states,
+            )
+            .sample.float()
+            .cpu()
+        )
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        modules: tuple[nn.Module, ...] = (self._unet, self._text_encoder)
+        modes = [module.training for module in modules]
+        for module in modules:
+            module.eval()
+        try:
+            yield
+        finally:
+            for module, mode in zip(modules, modes, strict=True):
+                module.train(mode)
+
+
+def right_backgrounds(
+    images: Sequence[Image.Image], prompts: Sequence[str], class_name: str
+) -> float | None:
+    """Share of the images whose background the classifier takes for the one of the prompt.
+
+    Only prompts that end in a plain background or a scene count; None where none does.
+    """
+    from cntlora_core.mini.evaluate import JUDGED_NAMES, as_batch, judge, rows_of_prompts
+
+    chosen = [
+        # The name is that of any object which the classifier knows: backgrounds alone are asked.
+        (image, (prompt, JUDGED_NAMES[0], row[2]))
+        for image, prompt, row in zip(
+            images, prompts, rows_of_prompts(prompts, class_name), strict=True
+        )
+        if row is not None
+    ]
+    if not chosen:
+        return None
+    pictures, rows = zip(*chosen, strict=True)
+    return float(judge(_classifier(), as_batch(pictures), list(rows))[1].float().mean())
+
+
+@functools.lru_cache(maxsize=1)
+def _encoders(dino: str, clip: str, device: str) -> Encoders:
+    return load_encoders(dino, clip, device=device)
+
+
+@functools.lru_cache(maxsize=1)
+def _classifier() -> Any:
+    from cntlora_core.mini.evaluate import load_judge
+
+    return load_judge()
+
+
+def _joined(batches: NoisedPhotos, size: int) -> list[NoisedBatch]:
+    """The single samples, joined to batches."""
+    samples = list(batches)
+    take: Callable[[str, list[NoisedBatch]], Tensor] = lambda name, some: torch.cat(  # noqa: E731
+        [getattr(sample, name) for sample in some]
+    )
+    return [
+        NoisedBatch(*(take(name, part) for name in ("latents", "timesteps", "tokens", "target")))
+        for part in (samples[i : i + size] for i in range(0, len(samples), size))
+    ]
+
+
+def _mean(errors: Sequence[Tensor]) -> float | None:
+    if not errors:
+        return None
+    return float(torch.cat([error.flatten(1).mean(1) for error in errors]).double().mean())

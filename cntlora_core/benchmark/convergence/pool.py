@@ -1,0 +1,232 @@
+"""Many tasks on few processes: each process does one after the other; one that dies is replaced."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any, TypeVar
+
+from cntlora_core.progress import Reporter
+from cntlora_core.reading import reason
+
+Work = Callable[[Any, Reporter], None]
+Value = TypeVar("Value")
+_ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+_TELL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a task ended.
+
+    Attributes:
+        task: Its number among the tasks.
+        error: What went wrong, in words; None where nothing did.
+        traceback: Where; empty where that is not known.
+    """
+
+    task: int
+    error: str | None = None
+    traceback: str = ""
+
+
+def guarded(work: Work, task: Any, number: int, reporter: Reporter) -> Outcome:
+    """Do a task; what it raises becomes words."""
+    try:
+        work(task, reporter)
+    except Exception as error:
+        words = f"{type(error).__name__}: {reason(error)}"
+        return Outcome(number, words, "".join(traceback.format_exception(error)))
+    return Outcome(number)
+
+
+def run_in_processes(
+    work: Work, tasks: Sequence[Any], workers: int, reporter: Reporter, stage: str
+) -> Iterator[Outcome]:
+    """Do all tasks, each in a process of one thread; yields how each ended, as they end.
+
+    A task that raises, or whose process is killed, does not keep the others from being done.
+
+    Args:
+        work: ``work(task, reporter)``, a function of a module.
+        tasks: What can be pickled.
+        workers: Processes at once.
+        reporter: Told of the tasks done, by this process; what it raises ends all processes.
+        stage: What is done, for the reporter.
+    """
+    waiting = list(range(len(tasks)))[::-1]
+    busy: dict[Connection, _Worker] = {}
+    fractions: dict[int, float] = {}
+    done = 0
+    workers = max(1, min(workers, len(tasks)))
+    slots = list(range(workers))
+    try:
+        while waiting or busy:
+            while waiting and slots:
+                worker = _Worker(work, slots.pop(0))
+                busy[worker.connection] = worker
+                worker.give(waiting.pop(), tasks)
+            for connection in wait(list(busy), timeout=_TELL_SECONDS):
+                worker = busy[connection]  # pyright: ignore[reportArgumentType]
+                said = worker.hear()
+                if isinstance(said, float):
+                    fractions[worker.task] = said
+                    continue
+                fractions.pop(worker.task, None)
+                done += 1
+                alive = worker.process.is_alive() and not worker.dead
+                if alive and waiting:
+                    worker.give(waiting.pop(), tasks)
+                else:
+                    worker.end()
+                    del busy[worker.connection]
+                    slots.append(worker.slot)
+                yield said
+            reporter(stage, done, len(tasks), {"within": sum(fractions.values())})
+    finally:
+        for worker in busy.values():
+            worker.end()
+
+
+class _Worker:
+    """A process, and the task that it was given last."""
+
+    def __init__(self, work: Work, slot: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.slot, self.task, self.dead = slot, -1, False
+        self.process = context.Process(target=_serve, args=(work, theirs, os.getpid()), daemon=True)
+        with _environment(_ONE_THREAD | _one_gpu(slot)):
+            self.process.start()
+        theirs.close()
+
+    def give(self, number: int, tasks: Sequence[Any]) -> None:
+        self.task = number
+        with suppress(OSError):  # it has died: hear() will tell
+            self.connection.send((number, tasks[number]))
+
+    def hear(self) -> Outcome | float:
+        """How its task ended, or how much of it is done."""
+        try:
+            return self.connection.recv()
+        except (EOFError, OSError):
+            self.dead = True
+            self.process.join()
+            code = self.process.exitcode or 0
+            how = f"by signal {-code}" if code < 0 else f"with status {code}"
+            return Outcome(self.task, f"its process was ended {how}")
+
+    def end(self) -> None:
+        self.connection.close()
+        self.process.join(0.1)
+        if self.process.is_alive():
+            self.process.terminate()
+            self.process.join(5)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+
+
+def _serve(work: Work, connection: Connection, parent: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C ends
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    while True:
+        try:
+            number, task = connection.recv()
+            connection.send(guarded(work, task, number, _teller(connection, parent)))
+        except (EOFError, OSError):
+            return
+
+
+def _teller(connection: Connection, parent: int) -> Reporter:
+    """Tells the parent of training steps; ends this process when the parent is no more."""
+    told = 0.0
+
+    def tell(stage: str, done: int, total: int, values: dict[str, Any]) -> None:
+        nonlocal told
+        if os.getppid() != parent:
+            os._exit(1)
+        if stage == "training" and time.monotonic() - told > _TELL_SECONDS:
+            told = time.monotonic()
+            connection.send(done / total)
+
+    return tell
+
+
+def _one_gpu(slot: int) -> dict[str, str]:
+    import torch
+
+    count = torch.cuda.device_count()
+    if count < 2 or "CUDA_VISIBLE_DEVICES" in os.environ:
+        return {}
+    return {"CUDA_VISIBLE_DEVICES": str(slot % count)}
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def run_on_ray(
+    work: Work, tasks: Sequence[Any], address: str, reporter: Reporter, stage: str
+) -> Iterator[Outcome]:
+    """As :func:`run_in_processes`, as remote tasks of one core each on a Ray cluster.
+
+    Args:
+        work: Must be importable on every node, and see the same files.
+        tasks: What can be pickled.
+        address: Of the cluster; ``local`` starts one here, ``auto`` finds the one that runs here.
+        reporter: As above.
+        stage: As above.
+
+    Raises:
+        ImportError: without Ray.
+    """
+    try:
+        import ray  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ImportError("--ray needs Ray: pip install 'cntlora[bench]'") from error
+    if not ray.is_initialized():
+        ray.init(address=address, runtime_env={"env_vars": _ONE_THREAD}, log_to_driver=False)
+    gpus = 1 if ray.cluster_resources().get("GPU") else 0
+    remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(_guarded_silently)
+    waiting = {remote.remote(work, task, number): number for number, task in enumerate(tasks)}
+    done = 0
+    try:
+        while waiting:
+            reporter(stage, done, len(tasks), {})
+            ready, _ = ray.wait(list(waiting), timeout=_TELL_SECONDS)
+            for reference in ready:
+                number = waiting.pop(reference)
+                try:
+                    outcome = ray.get(reference)
+                except Exception as error:  # the task's process or its node is no more
+                    outcome = Outcome(number, f"{type(error).__name__}: {reason(error)}")
+                done += 1
+                yield outcome
+        reporter(stage, done, len(tasks), {})
+    finally:
+        for reference in waiting:
+            ray.cancel(reference, force=True)
+
+
+def _guarded_silently(work: Work, task: Any, number: int) -> Outcome:
+    from cntlora_core.progress import silent
+
+    return guarded(work, task, number, silent)
