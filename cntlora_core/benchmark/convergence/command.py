@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,6 +21,8 @@ from cntlora_core.progress import Reporter, silent
 if TYPE_CHECKING:
     from cntlora_core.benchmark.convergence.pool import Outcome, Work
     from cntlora_core.benchmark.convergence.run import Task
+
+    _Each = Callable[[Work, list[Task], str], Iterator[Outcome]]
 
 
 @dataclass(frozen=True)
@@ -84,19 +87,19 @@ def run_convergence(settings: ConvergenceBenchmark, reporter: Reporter = silent)
 
     grid = read_grid(settings.grid, subject_names)
     folder = require_writable_folder(settings.output).resolve()
-    with only_run_in(folder):
+    with only_run_in(folder), _doer(settings, reporter) as each:
         tasks = tasks_of(grid, folder, reporter)
         missing = [task for task in tasks if not is_done(task)]
         if known := len(tasks) - len(missing):
             note = f"{known} of {len(tasks)} runs are there already"
             reporter("runs", 0, 0, {"note": note})
         classes = first_of_each_class(missing)
-        for outcome in _each(settings, prepare, classes, reporter, "generating class images"):
+        for outcome in each(prepare, classes, "generating class images"):
             if outcome.error is not None:
                 note = f"{classes[outcome.task].run.subject}: {outcome.error}"
                 reporter("generating class images", 0, 0, {"note": note})
         failed = 0
-        for outcome in _each(settings, execute, missing, reporter, "runs"):
+        for outcome in each(execute, missing, "runs"):
             task = missing[outcome.task]
             if outcome.error is None:
                 continue
@@ -176,16 +179,17 @@ def describe(task: Task) -> str:
     )
 
 
-def _each(
-    settings: ConvergenceBenchmark, work: Work, tasks: list[Task], reporter: Reporter, stage: str
-) -> Iterator[Outcome]:
-    from cntlora_core.benchmark.convergence.pool import run_in_processes, run_on_ray
+@contextmanager
+def _doer(settings: ConvergenceBenchmark, reporter: Reporter) -> Iterator[_Each]:
+    """What does tasks: processes of this machine for the length of the block, or a cluster."""
+    from cntlora_core.benchmark.convergence.pool import ProcessPool, run_on_ray
 
-    if not tasks:
-        return iter(())
-    if settings.ray is not None:
-        return run_on_ray(work, tasks, settings.ray, reporter, stage)
-    return run_in_processes(work, tasks, settings.workers or _default_workers(), reporter, stage)
+    address = settings.ray
+    if address is not None:
+        yield lambda work, tasks, stage: run_on_ray(work, tasks, address, reporter, stage)
+        return
+    with ProcessPool(settings.workers or _default_workers()) as pool:
+        yield lambda work, tasks, stage: pool.run(work, tasks, reporter, stage)
 
 
 def _default_workers() -> int:

@@ -157,7 +157,7 @@ class Run:
             found |= {name: getattr(adapter.cntlora, name) for name in _CNTLORA}
         found |= {name: getattr(prior, name) for name in _PRIOR}
         found |= {name: getattr(training, name) for name in _TRAINING}
-        return json.loads(json.dumps(found))
+        return {name: _plain(value) for name, value in found.items()}
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Run:
@@ -299,6 +299,13 @@ def _by_subject(values: dict[str, Any], bench: Bench, subjects_of: Any) -> Itera
             yield Run.of(values | {"subject": name})
     else:
         yield Run.of(values)
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back; 8.0 and 8 are one value."""
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _place(given: str, folder: Path) -> str:

@@ -7,18 +7,23 @@ import os
 import signal
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from typing import Any, TypeVar
+from typing import Any
 
 from cntlora_core.progress import Reporter
 from cntlora_core.reading import reason
 
 Work = Callable[[Any, Reporter], None]
-Value = TypeVar("Value")
-_ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+_QUIET_AND_ALONE = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
 _TELL_SECONDS = 0.5
 
 
@@ -47,70 +52,81 @@ def guarded(work: Work, task: Any, number: int, reporter: Reporter) -> Outcome:
     return Outcome(number)
 
 
-def run_in_processes(
-    work: Work, tasks: Sequence[Any], workers: int, reporter: Reporter, stage: str
-) -> Iterator[Outcome]:
-    """Do all tasks, each in a process of one thread; yields how each ended, as they end.
-
-    A task that raises, or whose process is killed, does not keep the others from being done.
+class ProcessPool:
+    """Processes of one thread each, for as long as the block lasts; they start when needed.
 
     Args:
-        work: ``work(task, reporter)``, a function of a module.
-        tasks: What can be pickled.
-        workers: Processes at once.
-        reporter: Told of the tasks done, by this process; what it raises ends all processes.
-        stage: What is done, for the reporter.
+        workers: How many at most.
     """
-    waiting = list(range(len(tasks)))[::-1]
-    busy: dict[Connection, _Worker] = {}
-    fractions: dict[int, float] = {}
-    done = 0
-    workers = max(1, min(workers, len(tasks)))
-    slots = list(range(workers))
-    try:
-        while waiting or busy:
-            while waiting and slots:
-                worker = _Worker(work, slots.pop(0))
-                busy[worker.connection] = worker
-                worker.give(waiting.pop(), tasks)
-            for connection in wait(list(busy), timeout=_TELL_SECONDS):
-                worker = busy[connection]  # pyright: ignore[reportArgumentType]
+
+    def __init__(self, workers: int) -> None:
+        self._slots = list(range(workers))
+        self._idle: list[_Worker] = []
+        self._busy: dict[Any, _Worker] = {}
+
+    def __enter__(self) -> ProcessPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in (*self._idle, *self._busy.values()):
+            worker.end()
+
+    def run(
+        self, work: Work, tasks: Sequence[Any], reporter: Reporter, stage: str
+    ) -> Iterator[Outcome]:
+        """Do all tasks; yields how each ended, as they end.
+
+        A task that raises, or whose process is killed, does not keep the others from being done.
+
+        Args:
+            work: ``work(task, reporter)``, a function of a module.
+            tasks: What can be pickled.
+            reporter: Told of the tasks done; what it raises is to end the block.
+            stage: What is done, for the reporter.
+        """
+        waiting = list(range(len(tasks)))[::-1]
+        fractions: dict[int, float] = {}
+        done = 0
+        while waiting or self._busy:
+            while waiting and (self._idle or self._slots):
+                worker = self._idle.pop() if self._idle else _Worker(self._slots.pop(0))
+                self._busy[worker.connection] = worker
+                number = waiting.pop()
+                worker.give(work, number, tasks[number])
+            for connection in wait(list(self._busy), timeout=_TELL_SECONDS):
+                worker = self._busy[connection]
                 said = worker.hear()
                 if isinstance(said, float):
                     fractions[worker.task] = said
                     continue
                 fractions.pop(worker.task, None)
                 done += 1
-                alive = worker.process.is_alive() and not worker.dead
-                if alive and waiting:
-                    worker.give(waiting.pop(), tasks)
-                else:
+                del self._busy[connection]
+                if worker.dead:
                     worker.end()
-                    del busy[worker.connection]
-                    slots.append(worker.slot)
+                    self._slots.append(worker.slot)
+                else:
+                    self._idle.append(worker)
                 yield said
             reporter(stage, done, len(tasks), {"within": sum(fractions.values())})
-    finally:
-        for worker in busy.values():
-            worker.end()
 
 
 class _Worker:
     """A process, and the task that it was given last."""
 
-    def __init__(self, work: Work, slot: int) -> None:
+    def __init__(self, slot: int) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.slot, self.task, self.dead = slot, -1, False
-        self.process = context.Process(target=_serve, args=(work, theirs, os.getpid()), daemon=True)
-        with _environment(_ONE_THREAD | _one_gpu(slot)):
+        self.process = context.Process(target=_serve, args=(theirs, os.getpid()), daemon=True)
+        with _environment(_QUIET_AND_ALONE | _one_gpu(slot)):
             self.process.start()
         theirs.close()
 
-    def give(self, number: int, tasks: Sequence[Any]) -> None:
+    def give(self, work: Work, number: int, task: Any) -> None:
         self.task = number
         with suppress(OSError):  # it has died: hear() will tell
-            self.connection.send((number, tasks[number]))
+            self.connection.send((work, number, task))
 
     def hear(self) -> Outcome | float:
         """How its task ended, or how much of it is done."""
@@ -125,21 +141,21 @@ class _Worker:
 
     def end(self) -> None:
         self.connection.close()
-        self.process.join(0.1)
-        if self.process.is_alive():
-            self.process.terminate()
-            self.process.join(5)
+        self.process.terminate()
+        self.process.join(5)
         if self.process.is_alive():
             self.process.kill()
             self.process.join()
 
 
-def _serve(work: Work, connection: Connection, parent: int) -> None:
+def _serve(connection: Connection, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C ends
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
     while True:
         try:
-            number, task = connection.recv()
+            work, number, task = connection.recv()
             connection.send(guarded(work, task, number, _teller(connection, parent)))
         except (EOFError, OSError):
             return
@@ -186,7 +202,7 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 def run_on_ray(
     work: Work, tasks: Sequence[Any], address: str, reporter: Reporter, stage: str
 ) -> Iterator[Outcome]:
-    """As :func:`run_in_processes`, as remote tasks of one core each on a Ray cluster.
+    """As :meth:`ProcessPool.run`, as remote tasks of one core each on a Ray cluster.
 
     Args:
         work: Must be importable on every node, and see the same files.
@@ -203,7 +219,7 @@ def run_on_ray(
     except ImportError as error:
         raise ImportError("--ray needs Ray: pip install 'cntlora[bench]'") from error
     if not ray.is_initialized():
-        ray.init(address=address, runtime_env={"env_vars": _ONE_THREAD}, log_to_driver=False)
+        ray.init(address=address, runtime_env={"env_vars": _QUIET_AND_ALONE}, log_to_driver=False)
     gpus = 1 if ray.cluster_resources().get("GPU") else 0
     remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(_guarded_silently)
     waiting = {remote.remote(work, task, number): number for number, task in enumerate(tasks)}
