@@ -32,9 +32,9 @@ from cntlora_core.benchmark.init_settings import InitBenchmark
 from cntlora_core.benchmark.init_worker import (
     InitTask,
     check_method,
-    peak_bytes,
     task_to_json,
 )
+from cntlora_core.benchmark.peak import peak_bytes
 from cntlora_core.runtime.console import result_console
 from cntlora_core.runtime.files import format_bytes, require_writable_folder, write_json_atomic
 from cntlora_core.runtime.progress import Reporter, silent

@@ -9,11 +9,9 @@ came. Bare forward passes over the same batches are timed in the same process, b
 from __future__ import annotations
 
 import gc
-import resource
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from json import loads
@@ -30,6 +28,7 @@ from torch.nn import Linear
 
 from cntlora_core.benchmark.init_cases import INIT_CASES, InitCase, batches_of, build_case
 from cntlora_core.benchmark.init_settings import CaseName
+from cntlora_core.benchmark.peak import peak_bytes, reset_peak
 from cntlora_core.config import CNTLoRAConfig
 from cntlora_core.layers.attachment import find_attachment_points
 from cntlora_core.methods.peft_model import collect_moments, get_cntlora_model
@@ -242,29 +241,6 @@ def _own_facts(
         "distinct_inputs": len(moments),
         "moment_bytes": sum(m.matrix.numel() * m.matrix.element_size() for m in moments),
     }
-
-
-def reset_peak() -> None:
-    """Forget the peak of this process's resident memory so far, where the system can (Linux)."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_bytes(process: str = "self") -> int:
-    """Peak resident memory of a process since `reset_peak`; elsewhere than on Linux, of all time.
-
-    Raises:
-        OSError: there is no such process, or its memory cannot be read.
-    """
-    status = Path(f"/proc/{process}/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    if process != "self":
-        raise OSError(f"the memory of process {process} cannot be read")
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def task_to_json(task: InitTask) -> dict[str, Any]:

@@ -20,7 +20,8 @@ from cntlora_core.benchmark.init_scaling import (
     run_scaling,
 )
 from cntlora_core.benchmark.init_settings import CASES, DIRECT, InitBenchmark
-from cntlora_core.benchmark.init_worker import InitTask, measure, peak_bytes, reset_peak
+from cntlora_core.benchmark.init_worker import InitTask, measure
+from cntlora_core.benchmark.peak import peak_bytes, reset_peak
 from cntlora_core.cli import main
 
 

@@ -60,8 +60,8 @@ def random_directions(factors: Factors, generator: torch.Generator) -> Factors:
     Where there are more ranks than features the directions are as near to orthonormal as they get:
     of length 1, not orthogonal.
     """
-    down = _orthonormal(*factors.down.shape, generator) * factors.down.norm(dim=1, keepdim=True)
-    up = _orthonormal(*factors.up.T.shape, generator).T * factors.up.norm(dim=0, keepdim=True)
+    down = _orthonormal(factors.down, generator) * factors.down.norm(dim=1, keepdim=True)
+    up = _orthonormal(factors.up.T, generator).T * factors.up.norm(dim=0, keepdim=True)
     return dataclasses.replace(factors, down=down.contiguous(), up=up.contiguous())
 
 
@@ -73,8 +73,9 @@ def plain_norms(factors: Factors) -> Factors:
     )
 
 
-def _orthonormal(count: int, width: int, generator: torch.Generator) -> torch.Tensor:
-    """(count, width): rows of length 1, orthogonal to each other where count <= width."""
+def _orthonormal(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """As many and as wide rows, of length 1, orthogonal to each other where width allows."""
+    count, width = like.shape
     normal = torch.randn(width, count, generator=generator, dtype=torch.float64)
     if count > width:
         return (normal / normal.norm(dim=0)).T.float()

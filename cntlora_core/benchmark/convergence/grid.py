@@ -26,7 +26,7 @@ from cntlora_core.reading import reading, user_path
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib
+    import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
 ALL_SUBJECTS = "all"
 _OWN = ("subject", "photos", "control_of", "resolution", "flip")

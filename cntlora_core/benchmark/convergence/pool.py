@@ -96,7 +96,7 @@ class ProcessPool:
             for connection in wait(list(self._busy), timeout=_TELL_SECONDS):
                 worker = self._busy[connection]
                 said = worker.hear()
-                if isinstance(said, float):
+                if not isinstance(said, Outcome):
                     fractions[worker.task] = said
                     continue
                 fractions.pop(worker.task, None)

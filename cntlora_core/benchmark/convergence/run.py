@@ -7,6 +7,8 @@ import functools
 import hashlib
 import json
 import math
+import os
+import platform
 import subprocess
 import time
 from collections.abc import Iterator
@@ -24,8 +26,7 @@ from cntlora_core.benchmark.convergence.controls import controlled
 from cntlora_core.benchmark.convergence.grid import Bench, Run
 from cntlora_core.benchmark.convergence.measure import Measurements
 from cntlora_core.benchmark.convergence.subjects import BenchSubject, bench_subject
-from cntlora_core.benchmark.init import machine
-from cntlora_core.benchmark.init_worker import peak_bytes, reset_peak
+from cntlora_core.benchmark.peak import peak_bytes, reset_peak
 from cntlora_core.data.latents import encode_latents
 from cntlora_core.diffusion.pipeline import StableDiffusionParts, load_stable_diffusion
 from cntlora_core.diffusion.prior import class_images
@@ -240,7 +241,18 @@ def _execute(task: Task, folder: Path, reporter: Reporter) -> None:
         "cpu_seconds": clock.cpu_seconds,
         "peak_bytes": part["peak_bytes"],
         "continued_after": part.get("continued", []),
-        "versions": {"cntlora": __version__, "diffusers": version("diffusers"), **machine()},
+        "versions": {
+            "python": platform.python_version(),
+            "cntlora": __version__,
+            **{name: version(name) for name in ("torch", "diffusers", "transformers", "peft")},
+        },
+        "machine": {
+            "system": platform.system(),
+            "processor": platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": count,
+            "device": device.type,
+        },
         "revision": _revision(),
     }
     write_json_atomic(folder / RECORD_NAME, record)

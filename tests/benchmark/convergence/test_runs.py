@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
+import multiprocessing
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -51,15 +49,20 @@ method = "plain-norms"
 steps = 1
 """
 
-COMMAND = "import sys\nfrom cntlora_core.cli import main\nsys.exit(main(sys.argv[1:]))"
 
-
-def wait_for(path: Path, process: subprocess.Popen, seconds: float = 300) -> None:
+def killed_when(path: Path, settings: ConvergenceBenchmark, seconds: float = 300) -> None:
+    """Run the grid in a process of its own, which is killed as soon as the file is there."""
+    fork = multiprocessing.get_context("fork")  # the imports are done already
+    process = fork.Process(target=run_convergence, args=(settings,))
+    process.start()
     end = time.monotonic() + seconds
     while not path.exists():
-        assert process.poll() is None, "the command ended before it could be killed"
+        assert process.is_alive(), "the grid ended before it could be killed"
         assert time.monotonic() < end
         time.sleep(0.02)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
 
 
 @pytest.fixture
@@ -72,17 +75,14 @@ def grid_file(tmp_path: Path) -> Path:
 def test_a_grid_that_was_killed_goes_on_and_one_that_fails_blocks_none(grid_file, tmp_path):
     out = tmp_path / "out"
     cross, bad, control = tasks_of(read_grid(grid_file), out)
-    words = ["bench", "convergence", str(grid_file), "--output", str(out), "--workers", "1"]
-    process = subprocess.Popen([sys.executable, "-c", COMMAND, *words], stderr=subprocess.DEVNULL)
-    wait_for(cross.place / "state.safetensors", process)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    settings = ConvergenceBenchmark(grid_file, out, workers=1)
+    killed_when(cross.place / "state.safetensors", settings)
     assert not is_done(cross)
 
     told = []
     with pytest.raises(ValueError, match="1 of 3 runs failed"):
         run_convergence(
-            ConvergenceBenchmark(grid_file, out, workers=1),
+            settings,
             lambda stage, done, total, values: told.append(values.get("note", "")),
         )
     assert any("lora_orthogonal" in note and "even rank" in note for note in told)
