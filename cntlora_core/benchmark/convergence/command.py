@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from cntlora_core.flags import UserPath
-from cntlora_core.progress import Reporter, silent
+from cntlora_core.commands.flags import UserPath
+from cntlora_core.runtime.progress import Reporter, silent
 
 if TYPE_CHECKING:
     from cntlora_core.benchmark.convergence.pool import Outcome, Work
@@ -66,7 +66,7 @@ def run_convergence(settings: ConvergenceBenchmark, reporter: Reporter = silent)
     from cntlora_core.benchmark.convergence.run import FAILURE_NAME, execute, prepare
     from cntlora_core.benchmark.convergence.subjects import subject_names
     from cntlora_core.diffusion.running import only_run_in
-    from cntlora_core.files import require_writable_folder, write_json_atomic
+    from cntlora_core.runtime.files import require_writable_folder, write_json_atomic
 
     grid = read_grid(settings.grid, subject_names)
     folder = require_writable_folder(settings.output).resolve()

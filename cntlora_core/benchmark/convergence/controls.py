@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from cntlora_core.adapter import AdapterPlan
+    from cntlora_core.adapter.inject import AdapterPlan
+    from cntlora_core.closed_form.factorization import Factors
     from cntlora_core.diffusion.stages import Start
-    from cntlora_core.factorization import Factors
 
 RANDOM_DIRECTIONS, PLAIN_NORMS = "random-directions", "plain-norms"
 CONTROLS = (RANDOM_DIRECTIONS, PLAIN_NORMS)
@@ -33,7 +33,7 @@ def controlled(start: Start, control: str, seed: int) -> Start:
     Raises:
         ValueError: for a name that is no control, or an adapter that is no LoRA.
     """
-    from cntlora_core.adapter import AdapterPlan
+    from cntlora_core.adapter.inject import AdapterPlan
 
     if control not in CONTROLS:
         raise ValueError(f"there is no control {control!r}; there are {', '.join(CONTROLS)}")
@@ -41,7 +41,7 @@ def controlled(start: Start, control: str, seed: int) -> Start:
         raise ValueError(f"the control {control!r} is made of a LoRA: use adapter='lora'")
     plan: AdapterPlan = start.plan
     if control == RANDOM_DIRECTIONS:
-        from cntlora_core.factorization import seeded_generator
+        from cntlora_core.closed_form.factorization import seeded_generator
 
         factors = {
             name: random_directions(own, seeded_generator(seed, number))

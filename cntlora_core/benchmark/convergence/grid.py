@@ -21,7 +21,7 @@ from cntlora_core.diffusion.settings import (
 )
 from cntlora_core.methods import get_method
 from cntlora_core.metrics.encoders import CLIP, DINO, SMALL
-from cntlora_core.reading import reading, user_path
+from cntlora_core.runtime.reading import reading, user_path
 
 if sys.version_info >= (3, 11):
     import tomllib

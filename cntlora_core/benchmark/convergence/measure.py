@@ -19,7 +19,7 @@ from cntlora_core.diffusion.initialize import NoisedBatch, NoisedPhotos
 from cntlora_core.diffusion.pipeline import StableDiffusionParts
 from cntlora_core.diffusion.sampler import draw
 from cntlora_core.metrics import Encoders, load_encoders, measure, subject_features
-from cntlora_core.progress import Reporter, silent
+from cntlora_core.runtime.progress import Reporter, silent
 
 NOISE_SEED = 2026
 """Seed of the noise and timesteps of loss and drift, the same for all runs."""
@@ -144,7 +144,7 @@ def right_backgrounds(
 
     Only prompts that end in a plain background or a scene count; None where none does.
     """
-    from cntlora_core.mini.evaluate import JUDGED_NAMES, as_batch, judge, rows_of_prompts
+    from cntlora_core.mini.making.evaluate import JUDGED_NAMES, as_batch, judge, rows_of_prompts
 
     chosen = [
         # The name is that of any object which the classifier knows: backgrounds alone are asked.
@@ -167,7 +167,7 @@ def _encoders(dino: str, clip: str, device: str) -> Encoders:
 
 @functools.lru_cache(maxsize=1)
 def _classifier() -> Any:
-    from cntlora_core.mini.evaluate import load_judge
+    from cntlora_core.mini.making.evaluate import load_judge
 
     return load_judge()
 

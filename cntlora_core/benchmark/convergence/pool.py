@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from cntlora_core.progress import Reporter
-from cntlora_core.reading import reason
+from cntlora_core.runtime.progress import Reporter
+from cntlora_core.runtime.reading import reason
 
 Work = Callable[[Any, Reporter], None]
 _QUIET_AND_ALONE = {
@@ -243,6 +243,6 @@ def run_on_ray(
 
 
 def _guarded_silently(work: Work, task: Any, number: int) -> Outcome:
-    from cntlora_core.progress import silent
+    from cntlora_core.runtime.progress import silent
 
     return guarded(work, task, number, silent)

@@ -41,10 +41,10 @@ from cntlora_core.diffusion.stages import (
 )
 from cntlora_core.diffusion.state import TrainingState
 from cntlora_core.diffusion.trainer import SubjectTrainer
-from cntlora_core.files import atomic_write, folder_within, write_json_atomic
-from cntlora_core.memory import freed_memory_kept
-from cntlora_core.progress import Reporter, silent
-from cntlora_core.threads import threads, threads_for
+from cntlora_core.runtime.files import atomic_write, folder_within, write_json_atomic
+from cntlora_core.runtime.memory import freed_memory_kept
+from cntlora_core.runtime.progress import Reporter, silent
+from cntlora_core.runtime.threads import threads, threads_for
 
 RUNS_NAME, RECORD_NAME, PART_NAME, FAILURE_NAME = "runs", "run.json", "part.json", "failed.json"
 SHEET_SIDE = 128

@@ -13,7 +13,7 @@ from cntlora_core.benchmark.convergence.grid import Bench, Run
 from cntlora_core.data.photos import PhotoSet, load_photos
 from cntlora_core.diffusion.settings import SubjectSettings
 from cntlora_core.diffusion.stages import Subject, read_subject
-from cntlora_core.reading import reading, user_path
+from cntlora_core.runtime.reading import reading, user_path
 
 PROMPTS_NAME = "prompts_and_classes.txt"
 LIVE_CLASSES = ("cat", "dog")

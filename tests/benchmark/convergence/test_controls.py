@@ -10,7 +10,7 @@ from cntlora_core.benchmark.convergence.controls import (
     plain_norms,
     random_directions,
 )
-from cntlora_core.factorization import Factors, plain_factors
+from cntlora_core.closed_form.factorization import Factors, plain_factors
 
 
 @pytest.fixture

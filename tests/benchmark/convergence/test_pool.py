@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cntlora_core.benchmark.convergence.pool import ProcessPool
-from cntlora_core.progress import silent
+from cntlora_core.runtime.progress import silent
 
 WORK = """
 import os, signal
