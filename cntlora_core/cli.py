@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from cntlora_core.benchmark.convergence.command import ConvergenceBenchmark
+from cntlora_core.benchmark.convergence.command import ConvergenceBenchmark, ConvergenceReport
 from cntlora_core.benchmark.init_settings import InitBenchmark
 from cntlora_core.benchmark.lava.settings import LavaBenchmark
 from cntlora_core.commands.evaluate import Evaluate
@@ -290,18 +290,33 @@ class BenchConvergence(ConvergenceBenchmark):
 
 
 @dataclass(frozen=True)
+class BenchReport(ConvergenceReport):
+    __doc__ = ConvergenceReport.__doc__
+
+    def after_cancel(self) -> str:
+        return ""
+
+    def run(self, _reporter: ConsoleReporter) -> None:
+        from cntlora_core.benchmark.convergence.report import write_report
+
+        for path in write_report(self):
+            print(path)
+
+
+@dataclass(frozen=True)
 class Bench:
     """Measure, against named peers, in one run.
 
     Attributes:
         what: init: the start of an adapter. lava: adapters that keep a convolution's dimensions.
-            convergence: trainings from many initialisations.
+            convergence: trainings from many initialisations. report: its tables and plots.
     """
 
     what: Annotated[
         Annotated[BenchInit, tyro.conf.subcommand("init")]
         | Annotated[BenchLava, tyro.conf.subcommand("lava")]
-        | Annotated[BenchConvergence, tyro.conf.subcommand("convergence")],
+        | Annotated[BenchConvergence, tyro.conf.subcommand("convergence")]
+        | Annotated[BenchReport, tyro.conf.subcommand("report")],
         tyro.conf.arg(name=""),
     ]
 

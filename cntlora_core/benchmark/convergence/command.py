@@ -1,4 +1,4 @@
-"""``cntlora bench convergence``: what it is asked for, and how its runs are done.
+"""``cntlora bench convergence`` and ``cntlora bench report``: what is asked for, what is run.
 
 Imports nothing slow, for the command's help.
 """
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
@@ -50,6 +50,23 @@ class ConvergenceBenchmark:
             raise ValueError(f"workers must be at least 1, got {self.workers}")
         if self.workers is not None and self.ray is not None:
             raise ValueError("give --workers or --ray: a cluster runs as many as it has cores")
+
+
+@dataclass(frozen=True)
+class ConvergenceReport:
+    """Tables and plots of the runs in a folder of `cntlora bench convergence`.
+
+    Leaves report.md with its pictures, and report.html, one page that holds everything.
+
+    Attributes:
+        folder: The folder.
+        baselines: Methods that all others are compared with.
+        choose_by: By which metric, at the last step, the best learning rate of a method is chosen.
+    """
+
+    folder: tyro.conf.Positional[UserPath]
+    baselines: tuple[str, ...] = ("lora", "eva")
+    choose_by: Literal["loss", "dino", "clip_i"] = "loss"
 
 
 def run_convergence(settings: ConvergenceBenchmark, reporter: Reporter = silent) -> int:

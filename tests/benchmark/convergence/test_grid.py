@@ -123,7 +123,7 @@ def test_keys_differ_where_results_do(tmp_path, more):
 
 def test_the_grids_that_come_along_can_be_read():
     for path in GRIDS.glob("*.toml"):
-        grid = read_grid(path, subject_names)
+        grid = read_grid(path, lambda _bench: ["dog"])
         assert grid.runs
         for run in grid.runs:
             assert run.control or run.method in METHODS
