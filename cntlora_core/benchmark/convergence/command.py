@@ -127,19 +127,22 @@ def tasks_of(grid: Any, folder: Path, reporter: Reporter = silent) -> list[Task]
     """
     from cntlora_core import mini
     from cntlora_core.benchmark.convergence.run import Task, run_key
-    from cntlora_core.benchmark.convergence.subjects import BenchSubject, bench_subject
+    from cntlora_core.benchmark.convergence.subjects import bench_subject
     from cntlora_core.diffusion.pipeline import model_fingerprint
 
     bench = grid.bench
     model = model_fingerprint(mini.model_path() if bench.small else bench.model, reporter)
-    subjects: dict[tuple[Any, ...], BenchSubject] = {}
+    # Of each subject what tells it apart, not its photos: thirty subjects' fill gigabytes.
+    subjects: dict[tuple[Any, ...], tuple[dict[str, Any], str]] = {}
     tasks: dict[str, Task] = {}
     for run in grid.runs:
-        place = (run.subject, run.photos, run.resolution, run.flip)
+        place = (run.subject, run.photos)
         if place not in subjects:
-            subjects[place] = bench_subject(bench, run)
-        key = run_key(run, bench, subjects[place], model)
-        tasks.setdefault(key, Task(folder, key, run, bench))
+            found = bench_subject(bench, run)
+            subjects[place] = found.identity(), found.subject.prompts.class_prompt
+        identity, class_prompt = subjects[place]
+        key = run_key(run, bench, identity, model)
+        tasks.setdefault(key, Task(folder, key, run, bench, class_prompt))
     return list(tasks.values())
 
 
@@ -155,18 +158,12 @@ def is_done(task: Task) -> bool:
 
 def first_of_each_class(tasks: list[Task]) -> list[Task]:
     """One task for each set of class images that the tasks share."""
-    from cntlora_core.benchmark.convergence.subjects import bench_subject
-
-    nouns: dict[str, str] = {}
     found: dict[str, Task] = {}
     for task in tasks:
-        run = task.run
-        if run.subject not in nouns:
-            nouns[run.subject] = bench_subject(task.bench, run).subject.prompts.class_prompt
-        values = run.values()
+        values = task.run.values()
         shared = {k: v for k, v in values.items() if k.startswith(("class_", "num_class_"))}
         shared |= {name: values[name] for name in ("resolution", "precision")}
-        found.setdefault(json.dumps([nouns[run.subject], shared], sort_keys=True), task)
+        found.setdefault(json.dumps([task.class_prompt, shared], sort_keys=True), task)
     return list(found.values())
 
 

@@ -30,7 +30,7 @@ def plot_courses(configs: Sequence[Config], path: Path) -> bool:
     columns = min(3, len(shown))
     lines = math.ceil(len(shown) / columns)
     figure = Figure(figsize=(5 * columns, 3.6 * lines + 1), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False).ravel()
+    axes = figure.subplots(lines, columns, squeeze=False).ravel().tolist()
     for axis, metric in zip(axes, shown):
         for colour, config in zip(_colours(len(configs)), configs, strict=True):
             steps, means, widths = _course(config, metric)

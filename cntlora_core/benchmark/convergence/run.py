@@ -60,12 +60,14 @@ class Task:
         key: Hash of all that determines the run, its folder's name.
         run: Its settings.
         bench: What all runs share.
+        class_prompt: The prompt of its class images.
     """
 
     folder: Path
     key: str
     run: Run
     bench: Bench
+    class_prompt: str
 
     @property
     def place(self) -> Path:
@@ -73,13 +75,13 @@ class Task:
         return self.folder / RUNS_NAME / self.key
 
 
-def run_key(run: Run, bench: Bench, subject: BenchSubject, model: str) -> str:
+def run_key(run: Run, bench: Bench, subject: dict[str, Any], model: str) -> str:
     """16 hex digits over all that determines a run and its measurements, by content: no paths.
 
     Args:
         run: The run.
         bench: What all runs share.
-        subject: Its subject.
+        subject: Identity of its subject, as :meth:`BenchSubject.identity` gives it.
         model: Fingerprint of the model.
     """
     measure = dataclasses.asdict(bench.measure) | {
@@ -88,7 +90,7 @@ def run_key(run: Run, bench: Bench, subject: BenchSubject, model: str) -> str:
     content = {
         "algorithm": ALGORITHM,
         "model": model,
-        "subject": subject.identity(),
+        "subject": subject,
         "settings": {k: v for k, v in run.values().items() if k not in ("subject", "photos")},
         "measure": {k: v for k, v in measure.items() if k not in ("dino", "clip", "batch_size")},
     }
