@@ -74,8 +74,8 @@ class MeasureSettings:
 
     steps: tuple[int, ...] = (25, 50, 100, 200, 300, 500, 700, 1000)
     pictures_at: tuple[int, ...] = (100, 300, 1000)
-    loss_passes: int = 6
-    drift_images: int = 16
+    loss_passes: int = 4
+    drift_images: int = 12
     drift_passes: int = 1
     prompts: tuple[str, ...] = ()
     per_prompt: int = 4
@@ -209,6 +209,8 @@ class Bench:
         token: The word that stands for a subject of DreamBooth's data set.
         held_out: How many photos of a subject of DreamBooth's data set, the last, are kept from
             training for measuring; the published protocol keeps none.
+        cache: Folder for class images and encoded photos, which several output folders may share;
+            default: the output folder's own.
         device: Where to train; default: CUDA, then MPS, then the CPU.
         save_every: Steps between states from which a run that was killed goes on.
         measure: What is measured.
@@ -218,6 +220,7 @@ class Bench:
     dreambooth: str | None = None
     token: str = "sks"
     held_out: int = 0
+    cache: str | None = None
     device: str | None = None
     save_every: int = 100
     measure: MeasureSettings = field(default_factory=MeasureSettings)
@@ -271,6 +274,8 @@ def read_grid(path: Path, subjects_of: Any = None) -> Grid:
     for name in ("model", "dreambooth"):
         if name in content:
             content[name] = _place(content[name], path.parent)
+    if "cache" in content:
+        content["cache"] = str((path.parent / user_path(content["cache"])).resolve())
     for name in ("dino", "clip"):
         if name in measure:
             measure[name] = _place(measure[name], path.parent)

@@ -25,6 +25,7 @@ _QUIET_AND_ALONE = {
     "TRANSFORMERS_VERBOSITY": "error",
 }
 _TELL_SECONDS = 0.5
+_TOLD = ("training", "drawing class images")
 
 
 @dataclass(frozen=True)
@@ -162,14 +163,14 @@ def _serve(connection: Connection, parent: int) -> None:
 
 
 def _teller(connection: Connection, parent: int) -> Reporter:
-    """Tells the parent of training steps; ends this process when the parent is no more."""
+    """Tells the parent how far a task is; ends this process when the parent is no more."""
     told = 0.0
 
     def tell(stage: str, done: int, total: int, values: dict[str, Any]) -> None:
         nonlocal told
         if os.getppid() != parent:
             os._exit(1)
-        if stage == "training" and time.monotonic() - told > _TELL_SECONDS:
+        if stage in _TOLD and total and time.monotonic() - told > _TELL_SECONDS:
             told = time.monotonic()
             connection.send(done / total)
 

@@ -41,7 +41,12 @@ from cntlora_core.diffusion.stages import (
 )
 from cntlora_core.diffusion.state import TrainingState
 from cntlora_core.diffusion.trainer import SubjectTrainer
-from cntlora_core.runtime.files import atomic_write, folder_within, write_json_atomic
+from cntlora_core.runtime.files import (
+    atomic_write,
+    folder_within,
+    require_writable_folder,
+    write_json_atomic,
+)
 from cntlora_core.runtime.memory import freed_memory_kept
 from cntlora_core.runtime.progress import Reporter, silent
 from cntlora_core.runtime.threads import threads, threads_for
@@ -122,9 +127,7 @@ def prepare(task: Task, reporter: Reporter = silent) -> None:
     parts = _load(task.bench, task.run)
     subject = bench_subject(task.bench, task.run)
     photos = _class_photos(parts, task, subject, reporter)
-    encode_class_images(
-        parts, subject.subject, photos, cache=_cache(task.folder), reporter=reporter
-    )
+    encode_class_images(parts, subject.subject, photos, cache=_cache(task), reporter=reporter)
 
 
 def execute(task: Task, reporter: Reporter = silent) -> None:
@@ -152,16 +155,16 @@ def _execute(task: Task, folder: Path, reporter: Reporter) -> None:
         subject = bench_subject(bench, run)
     count, source, fingerprint = threads_for(parts.unet), parts.source, parts.fingerprint
     with clock.timed("encoding"):
-        encoded = encode_subject(parts, subject.subject, cache=_cache(task.folder))
+        encoded = encode_subject(parts, subject.subject, cache=_cache(task))
         photos = _class_photos(parts, task, subject, reporter)
-        others = encode_class_images(parts, subject.subject, photos, cache=_cache(task.folder))
+        others = encode_class_images(parts, subject.subject, photos, cache=_cache(task))
         held_out = None
         if subject.held_out is not None:
             held_out = encode_latents(
                 subject.held_out,
                 parts.vae,
                 resolution=training_resolution(parts, subject.subject.settings),
-                cache_dir=folder_within(_cache(task.folder), "latents"),
+                cache_dir=folder_within(_cache(task), "latents"),
                 vae_fingerprint=fingerprint,
             )
     with clock.timed("measuring"), threads(count):
@@ -284,14 +287,16 @@ def _class_photos(
     return class_images(
         parts,
         subject.subject.prompts.class_prompt,
-        dataclasses.replace(task.run.prior, cache=str(_cache(task.folder))),
+        dataclasses.replace(task.run.prior, cache=str(_cache(task))),
         resolution=training_resolution(parts, subject.subject.settings),
         reporter=reporter,
     )
 
 
-def _cache(folder: Path) -> Path:
-    return folder_within(folder, "cache")
+def _cache(task: Task) -> Path:
+    if task.bench.cache is not None:
+        return require_writable_folder(task.bench.cache)
+    return folder_within(task.folder, "cache")
 
 
 def _save_sheet(folder: Path, step: int, images: list[Image.Image], bench: Bench) -> str:

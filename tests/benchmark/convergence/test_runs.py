@@ -22,6 +22,7 @@ from cntlora_core.benchmark.convergence.grid import read_grid
 from cntlora_core.benchmark.convergence.run import execute
 
 GRID = """
+cache = "shared"
 save_every = 1
 [base]
 subject = "penguin"
@@ -78,6 +79,8 @@ def test_a_grid_that_was_killed_goes_on_and_one_that_fails_blocks_none(grid_file
     settings = ConvergenceBenchmark(grid_file, out, workers=1)
     killed_when(cross.place / "state.safetensors", settings)
     assert not is_done(cross)
+    generated = sorted((tmp_path / "shared").glob("class_images/*/*.png"))
+    assert len(generated) == 2
 
     told = []
     with pytest.raises(ValueError, match="1 of 3 runs failed"):
