@@ -19,6 +19,7 @@ from cntlora_core.commands.flags import UserPath
 from cntlora_core.runtime.progress import Reporter, silent
 
 if TYPE_CHECKING:
+    from cntlora_core.benchmark.convergence.grid import Grid
     from cntlora_core.benchmark.convergence.pool import Outcome, Work
     from cntlora_core.benchmark.convergence.run import Task
 
@@ -87,7 +88,7 @@ def run_convergence(settings: ConvergenceBenchmark, reporter: Reporter = silent)
 
     grid = read_grid(settings.grid, subject_names)
     folder = require_writable_folder(settings.output).resolve()
-    with only_run_in(folder), _doer(settings, reporter) as each:
+    with only_run_in(folder), _doer(settings, grid.bench.device, reporter) as each:
         tasks = tasks_of(grid, folder, reporter)
         missing = [task for task in tasks if not is_done(task)]
         if known := len(tasks) - len(missing):
@@ -119,7 +120,7 @@ def run_convergence(settings: ConvergenceBenchmark, reporter: Reporter = silent)
     return len(tasks)
 
 
-def tasks_of(grid: Any, folder: Path, reporter: Reporter = silent) -> list[Task]:
+def tasks_of(grid: Grid, folder: Path, reporter: Reporter = silent) -> list[Task]:
     """The tasks of a grid, no two of one key.
 
     Raises:
@@ -177,7 +178,9 @@ def describe(task: Task) -> str:
 
 
 @contextmanager
-def _doer(settings: ConvergenceBenchmark, reporter: Reporter) -> Iterator[_Each]:
+def _doer(
+    settings: ConvergenceBenchmark, device: str | None, reporter: Reporter
+) -> Iterator[_Each]:
     """What does tasks: processes of this machine for the length of the block, or a cluster."""
     from cntlora_core.benchmark.convergence.pool import ProcessPool, run_on_ray
 
@@ -185,11 +188,12 @@ def _doer(settings: ConvergenceBenchmark, reporter: Reporter) -> Iterator[_Each]
     if address is not None:
         yield lambda work, tasks, stage: run_on_ray(work, tasks, address, reporter, stage)
         return
-    with ProcessPool(settings.workers or _default_workers()) as pool:
+    with ProcessPool(settings.workers or _default_workers(device)) as pool:
         yield lambda work, tasks, stage: pool.run(work, tasks, reporter, stage)
 
 
-def _default_workers() -> int:
+def _default_workers(device: str | None) -> int:
     import torch
 
-    return torch.cuda.device_count() or os.cpu_count() or 1
+    gpus = 0 if device == "cpu" else torch.cuda.device_count()
+    return gpus or os.cpu_count() or 1

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -243,6 +243,9 @@ class Bench:
         return self.measure.dino or dino, self.measure.clip or clip
 
 
+SubjectsOf = Callable[[Bench], Sequence[str]]
+
+
 @dataclass(frozen=True)
 class Grid:
     """A grid file.
@@ -256,7 +259,7 @@ class Grid:
     runs: tuple[Run, ...]
 
 
-def read_grid(path: Path, subjects_of: Any = None) -> Grid:
+def read_grid(path: Path, subjects_of: SubjectsOf | None = None) -> Grid:
     """Read a grid file; relative paths in it count from its folder.
 
     Args:
@@ -298,7 +301,9 @@ def expand(table: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         yield dict(zip(table, values, strict=True))
 
 
-def _by_subject(values: dict[str, Any], bench: Bench, subjects_of: Any) -> Iterator[Run]:
+def _by_subject(
+    values: dict[str, Any], bench: Bench, subjects_of: SubjectsOf | None
+) -> Iterator[Run]:
     if values.get("subject") == ALL_SUBJECTS and subjects_of is not None:
         for name in subjects_of(bench):
             yield Run.of(values | {"subject": name})

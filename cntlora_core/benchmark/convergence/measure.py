@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -175,12 +175,15 @@ def _classifier() -> Any:
 def _joined(batches: NoisedPhotos, size: int) -> list[NoisedBatch]:
     """The single samples, joined to batches."""
     samples = list(batches)
-    take: Callable[[str, list[NoisedBatch]], Tensor] = lambda name, some: torch.cat(  # noqa: E731
-        [getattr(sample, name) for sample in some]
-    )
+    parts = [samples[i : i + size] for i in range(0, len(samples), size)]
     return [
-        NoisedBatch(*(take(name, part) for name in ("latents", "timesteps", "tokens", "target")))
-        for part in (samples[i : i + size] for i in range(0, len(samples), size))
+        NoisedBatch(
+            latents=torch.cat([sample.latents for sample in part]),
+            timesteps=torch.cat([sample.timesteps for sample in part]),
+            tokens=torch.cat([sample.tokens for sample in part]),
+            target=torch.cat([sample.target for sample in part]),
+        )
+        for part in parts
     ]
 
 
