@@ -127,3 +127,12 @@ def test_the_grids_that_come_along_can_be_read():
         assert grid.runs
         for run in grid.runs:
             assert run.control or run.method in METHODS
+
+
+def test_the_classifier_can_tell_all_backgrounds_of_the_grids_for_the_small_model():
+    from cntlora_core.mini.making.evaluate import rows_of_prompts
+
+    for name in ("smoke", "rates", "main"):
+        prompts = read_grid(GRIDS / f"{name}.toml").bench.measure.prompts
+        spoken = [prompt.format("sks boot") for prompt in prompts]
+        assert None not in rows_of_prompts(spoken, "boot")
