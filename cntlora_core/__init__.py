@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from cntlora_core.adapter.inject import match_convolutions
     from cntlora_core.adapter.resume import load_initialized
     from cntlora_core.adapter.trainer_callback import ConvertedCheckpoints
+    from cntlora_core.initialization.report import InitializationReport
     from cntlora_core.methods.peft_model import (
         InitReport,
         get_cntlora_model,
@@ -23,6 +24,7 @@ __all__ = [
     "ConversionReport",
     "ConvertedCheckpoints",
     "InitReport",
+    "InitializationReport",
     "convert_adapter",
     "get_cntlora_model",
     "initialize_lora_cntlora_weights",
@@ -36,6 +38,7 @@ _MODULES = {
     "ConversionReport": "adapter.conversion",
     "ConvertedCheckpoints": "adapter.trainer_callback",
     "InitReport": "methods.peft_model",
+    "InitializationReport": "initialization.report",
     "convert_adapter": "adapter.conversion",
     "get_cntlora_model": "methods.peft_model",
     "initialize_lora_cntlora_weights": "methods.peft_model",

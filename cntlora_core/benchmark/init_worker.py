@@ -235,7 +235,7 @@ def _own_facts(
     points = find_attachment_points(base, case.lora_config(quick))
     moments = collect_moments(base, points, batches[:1]).moments
     return {
-        "capture_seconds": found.capture_seconds,
+        "capture_seconds": found.pass_seconds,
         "solve_seconds": found.solve_seconds,
         "points": found.points,
         "distinct_inputs": len(moments),

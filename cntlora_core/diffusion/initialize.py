@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,24 +12,18 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from cntlora_core.adapter.inject import plan_adapter
 from cntlora_core.data.captions import encode_prompts
 from cntlora_core.data.latents import LatentSet
 from cntlora_core.diffusion.objective import training_target
 from cntlora_core.diffusion.settings import AdapterSettings
-from cntlora_core.initialization.across_processes import plan_from_first
-from cntlora_core.initialization.plan import check_points
+from cntlora_core.initialization.report import InitializationReport
 from cntlora_core.layers.attachment import AttachmentPoint, find_attachment_points
-from cntlora_core.methods import Limits, StartReport, StartRequest, get_method
-from cntlora_core.methods.peft_model import InitReport, collect_moments, report_of
-from cntlora_core.runtime.memory import give_back_freed_memory
-from cntlora_core.runtime.processes import Processes
+from cntlora_core.methods import Limits, StartRequest, get_method
 from cntlora_core.runtime.progress import Reporter, silent, stage_progress
 from cntlora_core.runtime.seeds import torch_seed
 
 if TYPE_CHECKING:
     from cntlora_core.diffusion.adapters import Plan
-    from cntlora_core.lava.start import LavaReport
 
 UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -127,7 +120,7 @@ def initialize_adapter(
     *,
     seed: int = 0,
     reporter: Reporter = silent,
-) -> tuple[Plan, InitReport | StartReport | LavaReport | None]:
+) -> tuple[Plan, InitializationReport | None]:
     """Plan the adapter of both models under one rank budget, on the base models as they are.
 
     Args:
@@ -160,23 +153,24 @@ def initialize_adapter(
     passes_progress = stage_progress(reporter, f"reading {method.needs}")
     solve_progress = stage_progress(reporter, "solving for the start")
     if settings.adapter == "lava":
-        from cntlora_core.diffusion.initialize_lava import lava_modules, plan_lava
+        from cntlora_core.diffusion.initialize_lava import lava_config, lava_modules
+        from cntlora_core.lava.start import plan_lava
 
-        return plan_lava(
+        plan, report = plan_lava(
             models,
             lava_modules(unet, text_encoder, settings, UNET_TARGETS, TEXT_ENCODER_TARGETS),
-            batches,
-            forward,
-            settings,
-            seed=seed,
-            passes_progress=passes_progress,
+            None if method.name == "lora" else batches,
+            lava_config(settings),
+            dataclasses.replace(settings.cntlora, seed=settings.cntlora.seed + seed),
+            forward_fn=forward,
+            progress=passes_progress,
             solve_progress=solve_progress,
         )
-    points = diffusion_attachment_points(unet, text_encoder, settings)
-    if method.plan is not None:
+    else:
+        assert method.plan is not None
         request = StartRequest(
             model=models,
-            points=points,
+            points=diffusion_attachment_points(unet, text_encoder, settings),
             rank=settings.rank,
             scaling=settings.scaling,
             batches=batches,
@@ -184,32 +178,12 @@ def initialize_adapter(
             loss_fn=lambda models, batch: torch.nn.functional.mse_loss(
                 forward(models, batch).float(), batch.target.to(parameter.device)
             ),
+            cntlora_config=settings.cntlora,
             seed=seed,
             limits=Limits(max_seconds=60 * settings.init_minutes),
             passes_progress=passes_progress,
             solve_progress=solve_progress,
         )
-        started = method.plan(request)
-        return started.plan, None if method.name == "lora" else started.report
-    cntlora = dataclasses.replace(settings.cntlora, seed=settings.cntlora.seed + seed)
-    check_points(points, cntlora, {p.name: settings.rank for p in points})
-    start = time.perf_counter()
-    captured = collect_moments(
-        models, points, batches, forward_fn=forward, progress=passes_progress
-    )
-    give_back_freed_memory()  # activations: what comes next needs much less
-    middle = time.perf_counter()
-    plan = plan_from_first(
-        lambda: plan_adapter(
-            points,
-            captured,
-            cntlora,
-            rank=settings.rank,
-            scaling=settings.scaling,
-            progress=solve_progress,
-            release=True,
-        ),
-        Processes(),
-    )
-    end = time.perf_counter()
-    return plan, report_of(plan, captured, cntlora, middle - start, end - middle)
+        planned = method.plan(request)
+        plan, report = planned.plan, planned.report
+    return plan, None if method.name == "lora" else report

@@ -26,8 +26,7 @@ from cntlora_core.diffusion.initialize import initialize_adapter
 from cntlora_core.diffusion.pipeline import StableDiffusionParts
 from cntlora_core.diffusion.settings import AdapterSettings, SubjectSettings
 from cntlora_core.diffusion.trainer import TrainingData
-from cntlora_core.methods import StartReport
-from cntlora_core.methods.peft_model import InitReport
+from cntlora_core.initialization.report import InitializationReport
 from cntlora_core.runtime.files import folder_within
 from cntlora_core.runtime.memory import freed_memory_kept
 from cntlora_core.runtime.progress import Reporter, silent, stage_progress
@@ -35,7 +34,6 @@ from cntlora_core.runtime.threads import threads, threads_for
 
 if TYPE_CHECKING:
     from cntlora_core.diffusion.adapters import Plan
-    from cntlora_core.lava.start import LavaReport
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,7 +184,7 @@ class Start:
     adapter: AdapterSettings
     seed: int
     model: str
-    report: InitReport | StartReport | LavaReport | None
+    report: InitializationReport | None
 
     def require_model(self, parts: StableDiffusionParts) -> None:
         """Refuse another model than the one that the start was made on.

@@ -3,50 +3,63 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from cntlora_core.activations.capture import CapturedMoments
 from cntlora_core.config import CNTLoRAConfig
-from cntlora_core.initialization.plan import AdapterPlan
 
 ROUNDING_TO_MENTION = 2e-3
 """Relative loss of a rewritten base weight above which a person should know of it."""
 
 
 @dataclass(frozen=True)
-class InitReport:
-    """What an initialisation did.
+class InitializationReport:
+    """What an initialisation did: the part that every method has, CNTLoRA's, and LAVA's.
 
     Attributes:
-        points: How many attachment points there are.
-        distinct_inputs: How many different tensors they read.
-        rows: By point, how many rows (tokens) its second moment was taken over.
-        ranks: By point.
+        method: Its name.
+        ranks: By attachment point; empty where a method has no rank.
+        pass_seconds: Passes over the data, with what is accumulated while they run.
+        solve_seconds: Decompositions, ranks, factors, and all else.
         filled: By point, how many ranks start as plain LoRA, since the data supports no more
             directions or the closed form changes nothing there; where there are any.
-        capture_seconds: Forward passes and sums.
-        solve_seconds: Eigenproblems, ranks and factors.
-        config: The settings.
         rounding: The most that a rewritten base weight lost by rounding to its data type, relative
             to its norm; 0 where no base was rewritten.
+        notes: What a person should know.
+        config: CNTLoRA's settings; None where the closed forms had no part in it. What follows is
+            then empty.
+        rows: By point, how many rows (tokens) its second moment was taken over.
+        distinct_inputs: How many different tensors the points read.
         processes: How many processes read the data; ``rows`` counts all of theirs.
         solver_error: About the largest angle, in radians, between the directions that were found
             at a point's input and its true eigenvectors (root mean square over its directions); 0
             where all eigenproblems were solved in full, as with ``solver="exact"``.
+        errors: Of LAVA, by convolution: error of its terms against the closed form's delta,
+            relative.
+        relative_error: The same of all deltas together, matrices (which have none) included.
+        plain: Of LAVA, by module that started plain: why.
     """
 
-    points: int
-    distinct_inputs: int
-    rows: dict[str, int]
+    method: str
     ranks: dict[str, int]
-    filled: dict[str, int]
-    capture_seconds: float
+    pass_seconds: float
     solve_seconds: float
-    config: CNTLoRAConfig
+    filled: dict[str, int] = field(default_factory=dict)
     rounding: float = 0.0
+    notes: tuple[str, ...] = ()
+    config: CNTLoRAConfig | None = None
+    rows: dict[str, int] = field(default_factory=dict)
+    distinct_inputs: int = 0
     processes: int = 1
     solver_error: float = 0.0
+    errors: dict[str, float] = field(default_factory=dict)
+    relative_error: float = 0.0
+    plain: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def points(self) -> int:
+        """How many attachment points there are."""
+        return len(self.ranks)
 
     @property
     def never_called(self) -> list[str]:
@@ -56,51 +69,47 @@ class InitReport:
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON values."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return values | {"config": self.config.describe()}
+        config = self.config.describe() if self.config is not None else None
+        return {"points": self.points} | values | {"config": config}
 
     def summary(self) -> str:
         """One sentence for a person."""
-        low, high = min(self.ranks.values()), max(self.ranks.values())
-        text = (
-            f"{self.points} attachment points, {self.distinct_inputs} distinct inputs, "
-            f"ranks {low} to {high}; {self.capture_seconds:.1f} s of forward passes, "
-            f"{self.solve_seconds:.1f} s of linear algebra (solver {self.config.solver}"
+        text = self.method
+        if self.ranks:
+            low, high = min(self.ranks.values()), max(self.ranks.values())
+            text += f": {self.points} attachment points, "
+            text += f"{self.distinct_inputs} distinct inputs, " if self.distinct_inputs else ""
+            text += f"rank {low}" if low == high else f"ranks {low} to {high}"
+        text += (
+            f"; {self.pass_seconds:.1f} s of passes over the data, "
+            f"{self.solve_seconds:.1f} s of linear algebra"
         )
-        text += f", directions off by {self.solver_error:.1%})" if self.solver_error else ")"
+        if self.config is not None:
+            text += f" (solver {self.config.solver}"
+            text += f", directions off by {self.solver_error:.1%})" if self.solver_error else ")"
+        parts = [text, *self.notes]
         if self.filled:
-            text += (
-                f"; at {len(self.filled)} points the data supported fewer directions than ranks, "
+            parts.append(
+                f"at {len(self.filled)} points the data supported fewer directions than ranks, "
                 f"or nothing to change ({sum(self.filled.values())} directions start as plain LoRA)"
             )
         if self.never_called:
-            text += (
-                f"; {len(self.never_called)} of {self.points} points never called, for example "
+            parts.append(
+                f"{len(self.never_called)} of {self.points} points never called, for example "
                 f"{self.never_called[0]!r}"
             )
         if self.rounding > ROUNDING_TO_MENTION:
-            text += (
-                f"; rounding the rewritten base weight lost up to {self.rounding:.1%} of it: keep "
-                "the base in float32, or use preserve_output=False"
+            parts.append(
+                f"rounding the rewritten base weight lost up to {self.rounding:.1%} of it: keep "
+                f"the base in float32{', or use preserve_output=False' if self.config else ''}"
             )
-        return text
-
-
-def report_of(
-    plan: AdapterPlan,
-    captured: CapturedMoments,
-    config: CNTLoRAConfig,
-    capture_seconds: float,
-    solve_seconds: float,
-) -> InitReport:
-    """The report on a plan that was made from these moments."""
-    return InitReport(
-        points=len(plan.factors),
-        distinct_inputs=len(captured.moments),
-        rows={name: captured.of(name).count for name in plan.factors},
-        ranks=plan.ranks,
-        filled=plan.filled,
-        capture_seconds=capture_seconds,
-        solve_seconds=solve_seconds,
-        config=config,
-        solver_error=plan.solver_error,
-    )
+        if self.errors:
+            low, high = min(self.errors.values()), max(self.errors.values())
+            parts.append(
+                f"the terms of {len(self.errors)} convolutions miss {low:.0%} to {high:.0%} of "
+                f"their deltas (all together {self.relative_error:.0%})"
+            )
+        if self.plain:
+            name, why = next(iter(self.plain.items()))
+            parts.append(f"{len(self.plain)} modules start plain, for example {name!r}: {why}")
+        return "; ".join(parts)

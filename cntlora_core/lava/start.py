@@ -4,75 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from peft import PeftModel
 from torch import nn
 
 from cntlora_core.activations.capture import ForwardFn
-from cntlora_core.activations.collection import ProgressFn, collect_moments
+from cntlora_core.activations.collection import ProgressFn
 from cntlora_core.activations.token_masks import MaskFn
 from cntlora_core.config import CNTLoRAConfig
-from cntlora_core.initialization.across_processes import plan_from_first
-from cntlora_core.initialization.plan import AdapterPlan, check_points, plan_adapter
-from cntlora_core.initialization.report import InitReport, report_of
+from cntlora_core.initialization.plan import AdapterPlan
+from cntlora_core.initialization.report import InitializationReport
+from cntlora_core.initialization.solve import solve
 from cntlora_core.lava.closed_form import closed_form_points, lava_plan
 from cntlora_core.lava.config import LavaConfig
 from cntlora_core.lava.factors import LavaPlan
 from cntlora_core.lava.inject import adaptable_modules, inject_lava
 from cntlora_core.lava.model import rank_and_alpha
-from cntlora_core.layers.weights import check_rewritable
 from cntlora_core.runtime.processes import Processes
-
-
-@dataclass(frozen=True)
-class LavaReport:
-    """What a start did.
-
-    Attributes:
-        start: The closed form's own report; None where every module starts plain.
-        errors: By convolution: error of its terms against the closed form's delta, relative.
-        relative_error: The same of all deltas together, matrices (which have none) included.
-        plain: By module that started plain: why.
-    """
-
-    start: InitReport | None
-    errors: dict[str, float]
-    relative_error: float
-    plain: dict[str, str]
-
-    @property
-    def rounding(self) -> float:
-        """The most that a rewritten weight lost by rounding; see :class:`InitReport`."""
-        return self.start.rounding if self.start else 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as plain JSON values."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return values | {"start": self.start.to_dict() if self.start else None}
-
-    def summary(self) -> str:
-        """One sentence for a person."""
-        parts = [self.start.summary()] if self.start else []
-        if self.errors:
-            low, high = min(self.errors.values()), max(self.errors.values())
-            parts.append(
-                f"the terms of {len(self.errors)} convolutions miss {low:.0%} to {high:.0%} of "
-                f"their deltas (all together {self.relative_error:.0%})"
-            )
-        if self.plain:
-            name, why = next(iter(self.plain.items()))
-            parts.append(f"{len(self.plain)} modules start plain, for example {name!r}: {why}")
-        return "; ".join(parts) or "a plain start"
-
-
-def lava_report(plan: LavaPlan, start: InitReport | None, plain: Mapping[str, str]) -> LavaReport:
-    """The report on a plan."""
-    errors = {n: f.error for n, f in plan.factors.items() if f.size and len(f.spatial)}
-    return LavaReport(start, errors, plan.relative_error, dict(plain))
 
 
 def get_lava_model(
@@ -106,8 +56,8 @@ def get_lava_model(
         sum_across_processes: See there.
 
     Returns:
-        A :class:`peft.PeftModel`; its ``lava_report`` is a :class:`LavaReport`, its ``lava_plans``
-        hold the :class:`LavaPlan` of each adapter.
+        A :class:`peft.PeftModel`; its ``lava_report`` is an :class:`.InitializationReport`, its
+        ``lava_plans`` hold the :class:`LavaPlan` of each adapter.
 
     Raises:
         ValueError, TypeError, FloatingPointError: as there.
@@ -119,82 +69,99 @@ def get_lava_model(
             "rank_budget='ranks' or 'fixed'"
         )
     processes = Processes(sum_across_processes)
-
-    def prepare() -> _Task:
-        return _Task(model, lava_config, config)
-
-    task = processes.run(prepare, "preparing the start")
-    processes.require_same(task.settings(), "configuration")
-    began = time.perf_counter()
-    start, closed_form = None, AdapterPlan({}, config.preserve_output)
-    if task.points:
-        captured = collect_moments(
-            model,
-            task.points,
-            dataloader,
-            forward_fn=forward_fn,
-            mask_fn=mask_fn,
-            progress=progress,
-            processes=processes,
-        )
-        middle = time.perf_counter()
-        closed_form = plan_from_first(
-            lambda: plan_adapter(
-                task.points, captured, config, rank=task.wanted(), scaling=task.scalings
-            ),
-            processes,
-        )
-        end = time.perf_counter()
-        start = report_of(closed_form, captured, config, middle - began, end - middle)
-        start = dataclasses.replace(start, processes=processes.count)
-    plan = task.carry(closed_form)
+    modules = processes.run(lambda: adaptable_modules(model, lava_config), "preparing the start")
+    plan, report = plan_lava(
+        model,
+        modules,
+        dataloader,
+        lava_config,
+        config,
+        forward_fn=forward_fn,
+        mask_fn=mask_fn,
+        progress=progress,
+        processes=processes,
+    )
     wrapped, rounding = processes.run(
         lambda: inject_lava(model, lava_config, plan, method=config.constraint),
         "wrapping the model",
     )
-    if start is not None:
-        start = dataclasses.replace(start, rounding=max(rounding.values(), default=0.0))
+    report = dataclasses.replace(report, rounding=max(rounding.values(), default=0.0))
     object.__setattr__(wrapped, "lava_plans", {"default": plan})
-    object.__setattr__(wrapped, "lava_report", lava_report(plan, start, task.plain))
+    object.__setattr__(wrapped, "lava_report", report)
     return wrapped
 
 
-class _Task:
-    """What is to be solved: checked when it is made, before any forward pass."""
+def plan_lava(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    batches: Iterable[Any] | None,
+    lava_config: LavaConfig,
+    config: CNTLoRAConfig,
+    *,
+    forward_fn: ForwardFn | None = None,
+    mask_fn: MaskFn | None = None,
+    progress: ProgressFn | None = None,
+    solve_progress: ProgressFn | None = None,
+    processes: Processes | None = None,
+) -> tuple[LavaPlan, InitializationReport]:
+    """Ranks and starting factors of all modules, on the base model as it is.
 
-    def __init__(self, model: nn.Module, lava_config: LavaConfig, config: CNTLoRAConfig) -> None:
-        self.lava_config, self.config = lava_config, config
-        self.modules = adaptable_modules(model, lava_config)
-        self.points, self.plain = closed_form_points(self.modules, config)
-        found = {name: rank_and_alpha(lava_config, name) for name in self.modules}
-        self.ranks = {name: rank for name, (rank, _) in found.items()}
-        self.scalings = {name: alpha / rank for name, (rank, alpha) in found.items()}
-        if self.points:
-            check_points(self.points, config, self.wanted())
-        if config.preserve_output:
-            check_rewritable(model, {p.name: p.module for p in self.points})
+    Args:
+        model: What ``forward_fn`` is given.
+        modules: What gets an adapter, by its name within the model.
+        batches: What the closed form reads; None for a plain start everywhere.
+        lava_config: The adapter's settings.
+        config: The closed form's.
+        forward_fn: As in :func:`~cntlora_core.initialization.solve.solve`, like all that follows.
+        mask_fn: See there.
+        progress: See there.
+        solve_progress: See there.
+        processes: See there.
 
-    def wanted(self) -> dict[str, int]:
-        """Ranks of the closed form; a narrow module's delta has fewer than LAVA has terms."""
-        fixed = self.config.rank_budget == "fixed"
-        return {
-            p.name: min(self.ranks[p.name], p.max_rank) if fixed else self.ranks[p.name]
-            for p in self.points
-        }
-
-    def settings(self) -> str:
-        """What must be alike on all processes."""
-        values = [self.config.describe(), self.ranks, self.scalings]
-        return json.dumps(values, sort_keys=True)
-
-    def carry(self, closed_form: AdapterPlan) -> LavaPlan:
-        shared = self.config.rank_budget != "fixed"
-        return lava_plan(
-            self.modules,
-            closed_form,
-            self.lava_config,
-            ranks=self.ranks | (closed_form.ranks if shared else {}),
-            scalings=self.scalings,
-            split=self.config.split,
-            seed=self.config.seed,
+    Raises:
+        ValueError, TypeError, FloatingPointError: as there.
+    """
+    processes = processes or Processes()
+    found = {name: rank_and_alpha(lava_config, name) for name in modules}
+    ranks = {name: rank for name, (rank, _) in found.items()}
+    scalings = {name: alpha / rank for name, (rank, alpha) in found.items()}
+    processes.require_same(json.dumps([config.describe(), found], sort_keys=True), "configuration")
+    points, plain = closed_form_points(modules, config)
+    closed_form = AdapterPlan({}, config.preserve_output and batches is not None)
+    report = InitializationReport(config.constraint, ranks, 0.0, 0.0)
+    if points and batches is not None:
+        fixed = config.rank_budget == "fixed"
+        wanted = {p.name: ranks[p.name] for p in points}
+        if fixed:  # a narrow module's delta has fewer ranks than LAVA has terms
+            wanted = {p.name: min(ranks[p.name], p.max_rank) for p in points}
+        closed_form, report = solve(
+            model,
+            points,
+            batches,
+            config,
+            rank=wanted,
+            scaling={p.name: scalings[p.name] for p in points},
+            forward_fn=forward_fn,
+            mask_fn=mask_fn,
+            progress=progress,
+            solve_progress=solve_progress,
+            processes=processes,
         )
+        ranks |= {} if fixed else closed_form.ranks
+    plan = lava_plan(
+        modules,
+        closed_form,
+        lava_config,
+        ranks=ranks,
+        scalings=scalings,
+        split=config.split,
+        seed=config.seed,
+    )
+    return plan, dataclasses.replace(
+        report,
+        ranks=plan.ranks,
+        filled=plan.filled,
+        errors={n: f.error for n, f in plan.factors.items() if f.size and len(f.spatial)},
+        relative_error=plan.relative_error,
+        plain=plain,
+    )

@@ -8,7 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from cntlora_core.methods.base import Limits, Method, StartReport, StartRequest
+from cntlora_core.initialization.report import InitializationReport
+from cntlora_core.methods.base import Limits, Method, StartRequest
 from cntlora_core.methods.registry import METHODS, get_method, image_file_methods
 
 if TYPE_CHECKING:
@@ -19,10 +20,10 @@ _HOMES = {"NotConvergedError": "eva", "StartedAdapter": "start", "start_adapter"
 
 __all__ = [
     "METHODS",
+    "InitializationReport",
     "Limits",
     "Method",
     "NotConvergedError",
-    "StartReport",
     "StartRequest",
     "StartedAdapter",
     "get_method",

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from cntlora_core.config import CNTLoRAConfig
+from cntlora_core.initialization.report import InitializationReport
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -91,51 +92,11 @@ class StartRequest:
 
 
 @dataclass(frozen=True)
-class StartReport:
-    """What a start did.
-
-    Attributes:
-        method: Its name.
-        ranks: By attachment point; empty where a method has no rank.
-        pass_seconds: Passes over the data, with what is summed up while they run.
-        solve_seconds: Decompositions, factors, and all else.
-        filled: By point, how many directions start as plain LoRA for want of data.
-        rounding: The most that a rewritten base weight lost by rounding to its data type, relative
-            to its norm.
-        notes: What a person should know.
-    """
-
-    method: str
-    ranks: dict[str, int]
-    pass_seconds: float
-    solve_seconds: float
-    filled: dict[str, int] = field(default_factory=dict)
-    rounding: float = 0.0
-    notes: tuple[str, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    def summary(self) -> str:
-        """One sentence for a person."""
-        text = self.method
-        if self.ranks:
-            low, high = min(self.ranks.values()), max(self.ranks.values())
-            text += f": {len(self.ranks)} attachment points, "
-            text += f"rank {low}" if low == high else f"ranks {low} to {high}"
-        text += (
-            f"; {self.pass_seconds:.1f} s of passes over the data, "
-            f"{self.solve_seconds:.1f} s of linear algebra"
-        )
-        return "; ".join([text, *self.notes])
-
-
-@dataclass(frozen=True)
 class PlannedStart:
     """The start of every attachment point, before any module is wrapped."""
 
     plan: AdapterPlan
-    report: StartReport
+    report: InitializationReport
 
 
 @dataclass(frozen=True)
@@ -151,7 +112,7 @@ class WrappedModel:
     """
 
     model: nn.Module
-    report: StartReport
+    report: InitializationReport
     plan: AdapterPlan | None = None
     after_step: Callable[[int], None] | None = None
 

@@ -6,11 +6,14 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from cntlora_core.config import CNTLoRAConfig, Constraint
-from cntlora_core.methods.base import Method, StartReport, StartRequest, WrapFn, WrappedModel
+from cntlora_core.methods.base import Method, PlanFn, PlannedStart, StartRequest
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from peft import LoraConfig
-    from torch import nn
+
+    from cntlora_core.layers.attachment import AttachmentPoint
 
 PAPER = "arXiv 2507.08044"
 
@@ -32,38 +35,50 @@ def settings_for(constraint: Constraint, config: CNTLoRAConfig | None) -> CNTLoR
     return dataclasses.replace(config, constraint=constraint)
 
 
-def _wrap(constraint: Constraint) -> WrapFn:
-    def wrap(model: nn.Module, lora_config: LoraConfig, request: StartRequest) -> WrappedModel:
-        from cntlora_core.methods.peft_model import InitReport, get_cntlora_model
+def ranks_and_scalings(
+    lora_config: LoraConfig, points: Sequence[AttachmentPoint], config: CNTLoRAConfig
+) -> tuple[dict[str, int], dict[str, float]]:
+    """Rank and scaling of each point as peft would give them.
+
+    Raises:
+        ValueError: if ``rank_budget`` would overwrite patterns of the configuration's own.
+    """
+    from cntlora_core.adapter.inject import configured_ranks
+
+    if config.rank_budget != "fixed" and (lora_config.rank_pattern or lora_config.alpha_pattern):
+        raise ValueError(
+            "the configuration has a rank_pattern or alpha_pattern of its own, which the "
+            f"ranks of rank_budget={config.rank_budget!r} would overwrite: leave them out, or "
+            "use rank_budget='fixed'"
+        )
+    return configured_ranks(lora_config, [p.name for p in points])
+
+
+def _plan(constraint: Constraint) -> PlanFn:
+    def plan(request: StartRequest) -> PlannedStart:
+        from cntlora_core.initialization.solve import solve
 
         config = settings_for(constraint, request.cntlora_config)
         config = dataclasses.replace(config, seed=config.seed + request.seed)
         assert request.batches is not None
-        started = get_cntlora_model(
-            model,
-            lora_config,
-            config,
+        rank, scaling = request.rank, request.scaling
+        if request.lora_config is not None:
+            rank, scaling = ranks_and_scalings(request.lora_config, request.points, config)
+        planned = solve(
+            request.model,
+            request.points,
             request.batches,
+            config,
+            rank=rank,
+            scaling=scaling,
             forward_fn=request.forward_fn,
             mask_fn=request.mask_fn,
             progress=request.passes_progress,
+            solve_progress=request.solve_progress,
         )
-        report = started.cntlora_report
-        assert isinstance(report, InitReport)
-        return WrappedModel(
-            started,
-            StartReport(
-                method=constraint,
-                ranks=report.ranks,
-                pass_seconds=report.capture_seconds,
-                solve_seconds=report.solve_seconds,
-                filled=report.filled,
-                rounding=report.rounding,
-            ),
-            plan=started.cntlora_plan,  # pyright: ignore[reportArgumentType]
-        )
+        return PlannedStart(*planned)
 
-    return wrap
+    return plan
 
 
 def _method(constraint: Constraint, description: str) -> Method:
@@ -76,7 +91,7 @@ def _method(constraint: Constraint, description: str) -> Method:
         b_starts_at_zero=False,
         family="cntlora",
         image_file="trained minus start",
-        wrap=_wrap(constraint),
+        plan=_plan(constraint),
     )
 
 

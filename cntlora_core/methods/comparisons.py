@@ -18,7 +18,8 @@ from peft import (
 )
 from torch import nn
 
-from cntlora_core.methods.base import StartReport, StartRequest, WrappedModel
+from cntlora_core.initialization.report import InitializationReport
+from cntlora_core.methods.base import StartRequest, WrappedModel
 from cntlora_core.methods.from_weights import pattern_of
 
 INITIAL_RANK_FACTOR = 1.5
@@ -134,7 +135,7 @@ def wrap_full(model: nn.Module, _lora_config: LoraConfig, _request: StartRequest
                     f"weights train in {parameter.dtype}: small steps are rounded away; load the "
                     "model in float32, or train under autocast"
                 )
-    return WrappedModel(model, StartReport("full", {}, 0.0, 0.0, notes=tuple(notes)))
+    return WrappedModel(model, InitializationReport("full", {}, 0.0, 0.0, notes=tuple(notes)))
 
 
 def _wrapped(
@@ -143,4 +144,6 @@ def _wrapped(
     start = time.perf_counter()
     peft_model = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
     ranks = {point.name: request.rank for point in request.points}
-    return WrappedModel(peft_model, StartReport(name, ranks, 0.0, time.perf_counter() - start))
+    return WrappedModel(
+        peft_model, InitializationReport(name, ranks, 0.0, time.perf_counter() - start)
+    )

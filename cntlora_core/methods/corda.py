@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from cntlora_core.activations.capture import length_of
 from cntlora_core.adapter.inject import AdapterPlan
-from cntlora_core.methods.base import PlannedStart, StartReport, StartRequest
+from cntlora_core.initialization.report import InitializationReport
+from cntlora_core.methods.base import PlannedStart, StartRequest
 from cntlora_core.methods.from_weights import factors_by_peft, require_rank
 from cntlora_core.methods.rows import RowPasses, StandIn, repeatable, stand_in_names
 
@@ -84,7 +85,7 @@ def plan_corda(request: StartRequest, mode: Literal["ipm", "kpm"]) -> PlannedSta
                 request.solve_progress(done, len(request.points))
     plan = AdapterPlan(factors, rewrites_base=True)
     rest = time.perf_counter() - started - seconds["passes"]
-    return PlannedStart(plan, StartReport(name, plan.ranks, seconds["passes"], rest))
+    return PlannedStart(plan, InitializationReport(name, plan.ranks, seconds["passes"], rest))
 
 
 def _preprocess() -> Any:

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from cntlora_core.activations.capture import length_of
 from cntlora_core.adapter.inject import AdapterPlan
 from cntlora_core.closed_form.factorization import Factors
-from cntlora_core.methods.base import PlannedStart, StartReport, StartRequest
+from cntlora_core.initialization.report import InitializationReport
+from cntlora_core.methods.base import PlannedStart, StartRequest
 from cntlora_core.methods.from_weights import require_rank
 from cntlora_core.methods.rows import RowPasses, StandIn, repeatable, stand_in_names
 
@@ -86,7 +87,7 @@ def plan_eva(request: StartRequest) -> PlannedStart:
     seconds = time.perf_counter() - started
     return PlannedStart(
         plan,
-        StartReport(
+        InitializationReport(
             NAME, plan.ranks, feed.passes.seconds, seconds - feed.passes.seconds, notes=tuple(notes)
         ),
     )

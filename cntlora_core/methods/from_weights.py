@@ -23,8 +23,9 @@ from torch.nn import Linear
 
 from cntlora_core.adapter.inject import AdapterPlan, adapter_weights, plan_plain_lora
 from cntlora_core.closed_form.factorization import Factors
+from cntlora_core.initialization.report import InitializationReport
 from cntlora_core.layers.attachment import AttachmentPoint
-from cntlora_core.methods.base import PlannedStart, StartReport, StartRequest
+from cntlora_core.methods.base import PlannedStart, StartRequest
 from cntlora_core.runtime.seeds import torch_seed
 
 TOLERANCE = 1e-3
@@ -171,5 +172,5 @@ def pattern_of(points: Sequence[AttachmentPoint]) -> str:
     return "|".join(re.escape(point.name) for point in points)
 
 
-def _report(name: str, plan: AdapterPlan, seconds: float) -> StartReport:
-    return StartReport(name, plan.ranks, pass_seconds=0.0, solve_seconds=seconds)
+def _report(name: str, plan: AdapterPlan, seconds: float) -> InitializationReport:
+    return InitializationReport(name, plan.ranks, pass_seconds=0.0, solve_seconds=seconds)

@@ -14,8 +14,9 @@ from transformers.pytorch_utils import Conv1D
 
 from cntlora_core.activations.capture import ForwardFn, default_forward, length_of
 from cntlora_core.adapter.inject import AdapterPlan
+from cntlora_core.initialization.report import InitializationReport
 from cntlora_core.layers.attachment import AttachmentPoint
-from cntlora_core.methods.base import PlannedStart, StartReport, StartRequest
+from cntlora_core.methods.base import PlannedStart, StartRequest
 from cntlora_core.methods.from_weights import factors_by_peft, pattern_of, require_rank, seeded
 from cntlora_core.methods.rows import repeatable
 
@@ -73,7 +74,7 @@ def plan_lora_ga(request: StartRequest) -> PlannedStart:
                 request.solve_progress(done, len(request.points))
     plan = AdapterPlan(factors, rewrites_base=True)
     rest = time.perf_counter() - started - seconds["passes"]
-    return PlannedStart(plan, StartReport(NAME, plan.ranks, seconds["passes"], rest))
+    return PlannedStart(plan, InitializationReport(NAME, plan.ranks, seconds["passes"], rest))
 
 
 def _gradients(

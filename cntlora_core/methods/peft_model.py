@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from peft import LoraConfig, PeftModel
@@ -20,19 +18,16 @@ from cntlora_core.adapter.inject import (
     adapter_layers,
     check_lora_config,
     check_materialised,
-    configured_ranks,
     copy_factors,
     inject_adapter,
     stored_plan,
 )
 from cntlora_core.adapter.record import base_is_rewritten, record_of
 from cntlora_core.config import CNTLoRAConfig
-from cntlora_core.initialization.across_processes import plan_from_first
-from cntlora_core.initialization.plan import check_points, plan_adapter
-from cntlora_core.initialization.report import ROUNDING_TO_MENTION, InitReport, report_of
+from cntlora_core.initialization.report import ROUNDING_TO_MENTION, InitializationReport
+from cntlora_core.initialization.solve import solve
 from cntlora_core.layers.attachment import AttachmentPoint, attachment_point, find_attachment_points
-from cntlora_core.layers.weights import check_rewritable
-from cntlora_core.runtime.memory import give_back_freed_memory
+from cntlora_core.methods.cntlora import ranks_and_scalings
 from cntlora_core.runtime.processes import Processes
 
 __all__ = [
@@ -43,8 +38,11 @@ __all__ = [
     "default_mask",
     "get_cntlora_model",
     "initialize_lora_cntlora_weights",
-    "report_of",
 ]
+
+InitReport = InitializationReport
+_Wanted = tuple[list[AttachmentPoint], dict[str, int], dict[str, float]]
+"""Attachment points, and by point its rank and its scaling."""
 
 REWRITING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Values of peft's ``init_lora_weights`` that change the base weight."""
@@ -88,7 +86,7 @@ def get_cntlora_model(
         sum_across_processes: False for a process that works by itself within a process group.
 
     Returns:
-        A :class:`peft.PeftModel`; its ``cntlora_report`` is an :class:`InitReport`, its
+        A :class:`peft.PeftModel`; its ``cntlora_report`` is an :class:`InitializationReport`, its
         ``cntlora_plan`` the :class:`AdapterPlan` with the starting factors.
 
     Raises:
@@ -102,8 +100,8 @@ def get_cntlora_model(
     config = cntlora_config or CNTLoRAConfig()
     processes = Processes(sum_across_processes)
 
-    def prepare() -> _Task:
-        _check_model(model)
+    def prepare() -> _Wanted:
+        check_not_distributed(model)
         check_lora_config(lora_config, config.preserve_output)
         if isinstance(lora_config.init_lora_weights, str):
             raise ValueError(
@@ -111,19 +109,21 @@ def get_cntlora_model(
                 "CNTLoRA's: leave it out"
             )
         points = find_attachment_points(model, lora_config)
-        ranks, scalings = configured_ranks(lora_config, [p.name for p in points])
-        if config.rank_budget != "fixed" and (
-            lora_config.rank_pattern or lora_config.alpha_pattern
-        ):
-            raise ValueError(
-                "the configuration has a rank_pattern or alpha_pattern of its own, which the "
-                f"ranks of rank_budget={config.rank_budget!r} would overwrite: leave them out, or "
-                "use rank_budget='fixed'"
-            )
-        return _Task(model, points, ranks, scalings, config)
+        return points, *ranks_and_scalings(lora_config, points, config)
 
-    task = processes.run(prepare, "preparing the start")
-    plan, report = task.solve(dataloader, forward_fn, mask_fn, progress, processes)
+    points, ranks, scalings = processes.run(prepare, "preparing the start")
+    plan, report = solve(
+        model,
+        points,
+        dataloader,
+        config,
+        rank=ranks,
+        scaling=scalings,
+        forward_fn=forward_fn,
+        mask_fn=mask_fn,
+        progress=progress,
+        processes=processes,
+    )
     peft_model, rounding = processes.run(
         lambda: inject_adapter(model, lora_config, plan, method=config.constraint),
         "wrapping the model",
@@ -165,7 +165,7 @@ def initialize_lora_cntlora_weights(
     config = cntlora_config or CNTLoRAConfig(rank_budget="fixed")
     processes = Processes(sum_across_processes)
 
-    def prepare() -> _Task:
+    def prepare() -> _Wanted:
         if config.rank_budget != "fixed":
             raise ValueError(
                 "the model is wrapped already, so its ranks stand: "
@@ -183,11 +183,22 @@ def initialize_lora_cntlora_weights(
             raise ValueError(f"adapter {adapter_name!r} has no layer that a start is known for")
         ranks = {name: layer.r[adapter_name] for name, layer in layers.items()}
         scalings = {name: layer.scaling[adapter_name] for name, layer in layers.items()}
-        return _Task(peft_model, points, ranks, scalings, config)
+        return points, ranks, scalings
 
-    task = processes.run(prepare, "preparing the start")
+    points, ranks, scalings = processes.run(prepare, "preparing the start")
     with peft_model.disable_adapter():
-        plan, report = task.solve(dataloader, forward_fn, mask_fn, progress, processes)
+        plan, report = solve(
+            peft_model,
+            points,
+            dataloader,
+            config,
+            rank=ranks,
+            scaling=scalings,
+            forward_fn=forward_fn,
+            mask_fn=mask_fn,
+            progress=progress,
+            processes=processes,
+        )
     rounding = processes.run(
         lambda: copy_factors(peft_model, plan, adapter_name, config.constraint),
         "copying the start",
@@ -196,62 +207,12 @@ def initialize_lora_cntlora_weights(
     return _with_report(peft_model, plan, report, rounding)
 
 
-class _Task:
-    """What is to be solved: checked when it is made, before any forward pass."""
+def check_not_distributed(model: nn.Module) -> None:
+    """Refuse a model that is wrapped for training already.
 
-    def __init__(
-        self,
-        model: nn.Module,
-        points: Sequence[AttachmentPoint],
-        ranks: Mapping[str, int],
-        scalings: Mapping[str, float],
-        config: CNTLoRAConfig,
-    ) -> None:
-        check_points(points, config, ranks)
-        if config.preserve_output:
-            check_rewritable(model, {p.name: p.module for p in points})
-        self.model, self.points, self.config = model, points, config
-        self.ranks, self.scalings = ranks, scalings
-
-    def solve(
-        self,
-        dataloader: Iterable[Any],
-        forward_fn: ForwardFn | None,
-        mask_fn: MaskFn | None,
-        progress: ProgressFn | None,
-        processes: Processes,
-    ) -> tuple[AdapterPlan, InitReport]:
-        settings = json.dumps([self.config.describe(), self.ranks, self.scalings], sort_keys=True)
-        processes.require_same(settings, "configuration")
-        start = time.perf_counter()
-        captured = collect_moments(
-            self.model,
-            self.points,
-            dataloader,
-            forward_fn=forward_fn,
-            mask_fn=mask_fn,
-            progress=progress,
-            processes=processes,
-        )
-        give_back_freed_memory()  # activations: what comes next needs much less
-        middle = time.perf_counter()
-        plan = plan_from_first(
-            lambda: plan_adapter(
-                self.points,
-                captured,
-                self.config,
-                rank=self.ranks,
-                scaling=self.scalings,
-                release=True,
-            ),
-            processes,
-        )
-        end = time.perf_counter()
-        report = report_of(plan, captured, self.config, middle - start, end - middle)
-        return plan, dataclasses.replace(report, processes=processes.count)
-
-
-def _check_model(model: nn.Module) -> None:
+    Raises:
+        ValueError: if it is.
+    """
     if isinstance(model, DistributedDataParallel):
         raise ValueError(
             "the model is wrapped in DistributedDataParallel: give the model within (model.module) "
@@ -260,7 +221,7 @@ def _check_model(model: nn.Module) -> None:
 
 
 def _check_wrapped(peft_model: PeftModel, adapter_name: str, config: CNTLoRAConfig) -> None:
-    _check_model(peft_model)
+    check_not_distributed(peft_model)
     if not isinstance(peft_model, PeftModel):
         raise TypeError(
             f"expected a peft.PeftModel, got a {type(peft_model).__name__}; for a base model use "
@@ -305,7 +266,10 @@ def _check_wrapped(peft_model: PeftModel, adapter_name: str, config: CNTLoRAConf
 
 
 def _with_report(
-    peft_model: PeftModel, plan: AdapterPlan, report: InitReport, rounding: dict[str, float]
+    peft_model: PeftModel,
+    plan: AdapterPlan,
+    report: InitializationReport,
+    rounding: dict[str, float],
 ) -> PeftModel:
     report = dataclasses.replace(report, rounding=max(rounding.values(), default=0.0))
     object.__setattr__(peft_model, "cntlora_plan", plan)

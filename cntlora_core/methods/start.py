@@ -12,14 +12,17 @@ from typing import Any
 from peft import LoraConfig, PeftModel
 from torch import nn
 
+from cntlora_core.activations.capture import ForwardFn
+from cntlora_core.activations.collection import ProgressFn
 from cntlora_core.activations.token_masks import MaskFn
 from cntlora_core.adapter.conversion import save_converted
 from cntlora_core.adapter.inject import AdapterPlan, check_lora_config, inject_adapter
 from cntlora_core.config import CNTLoRAConfig
+from cntlora_core.initialization.report import InitializationReport
 from cntlora_core.layers.attachment import find_attachment_points
-from cntlora_core.methods.base import Limits, Method, StartReport, StartRequest, WrappedModel
+from cntlora_core.methods.base import Limits, Method, StartRequest, WrappedModel
 from cntlora_core.methods.from_weights import seeded
-from cntlora_core.methods.peft_model import ForwardFn, ProgressFn
+from cntlora_core.methods.peft_model import check_not_distributed
 from cntlora_core.methods.registry import get_method
 
 _INITS = {"corda_ipm": "corda", "corda_kpm": "corda", "lora_gaussian": "gaussian"}
@@ -41,7 +44,7 @@ class StartedAdapter:
 
     model: nn.Module
     method: Method
-    report: StartReport
+    report: InitializationReport
     plan: AdapterPlan | None
     _after_step: Callable[[int], None] | None = field(default=None, repr=False)
 
@@ -129,6 +132,7 @@ def start_adapter(
         >>> started.save_pretrained("adapter")
     """
     chosen = get_method(method) if isinstance(method, str) else method
+    check_not_distributed(model)
     _check(chosen, lora_config, dataloader, cntlora_config)
     root = lora_config.r**0.5 if lora_config.use_rslora else lora_config.r
     points = [] if chosen.name == "full" else find_attachment_points(model, lora_config)

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from cntlora_core import CNTLoRAConfig, get_cntlora_model, initialize_lora_cntlora_weights
 from cntlora_core.adapter.inject import adapter_layers
-from cntlora_core.initialization.across_processes import plan_from_first
+from cntlora_core.initialization.solve import plan_from_first
 from cntlora_core.runtime.processes import Processes
 
 FIXED = CNTLoRAConfig(rank_budget="fixed")

@@ -63,7 +63,7 @@ def test_photos_to_lora_at_full_size(checkpoint, photos, tmp_path, resolution, s
     print(
         f"\n{resolution} px: peak {measured['peak_bytes'] / 1e9:.2f} GB, last step "
         f"{ends[-1] - ends[-2]:.1f} s, {init['distinct_inputs']} distinct inputs, "
-        f"{init['capture_seconds']:.0f} s of forward passes, "
+        f"{init['pass_seconds']:.0f} s of forward passes, "
         f"{init['solve_seconds']:.0f} s of linear algebra"
     )
     assert init["points"] == 176

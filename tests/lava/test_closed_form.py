@@ -102,7 +102,7 @@ def test_too_wide_convolutions_start_plain(net, x):
     model = get_lava_model(net, config(target_modules=["first"]), settings, [])
     assert "18 unfolded features" in model.lava_report.plain["first"]
     assert torch.equal(model(x), before)
-    assert model.lava_report.start is None
+    assert model.lava_report.config is None
 
 
 def test_ranks_above_what_the_data_supports_are_filled(net):
