@@ -143,11 +143,11 @@ def _shift_within(subspace: PrincipalSubspace, config: CNTLoRAConfig) -> Tensor:
         matrix = torch.as_tensor(config.shift_matrix).detach().to(vectors)
         return vectors.T @ matrix @ vectors
     if isinstance(config.shift, str):
-        return _normal_shift(subspace.rank, config.seed)
+        return normal_shift(subspace.rank, config.seed)
     return torch.full_like(subspace.values, float(config.shift))
 
 
-def _normal_shift(rank: int, seed: int) -> Tensor:
+def normal_shift(rank: int, seed: int) -> Tensor:
     """``V.T @ K @ V`` for a K of independent standard normal entries.
 
     An orthonormal V leaves such a matrix's distribution unchanged, so the (rank, rank) block is
