@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import time
 import traceback
 import warnings
@@ -25,6 +26,7 @@ _QUIET_AND_ALONE = {
     "TRANSFORMERS_VERBOSITY": "error",
 }
 _TELL_SECONDS = 0.5
+_SECONDS_TO_END = 10.0
 _TOLD = ("training", "drawing class images")
 
 
@@ -69,7 +71,10 @@ class ProcessPool:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for worker in (*self._idle, *self._busy.values()):
+        workers = (*self._idle, *self._busy.values())
+        for worker in workers:
+            worker.process.terminate()
+        for worker in workers:
             worker.end()
 
     def run(
@@ -143,7 +148,7 @@ class _Worker:
     def end(self) -> None:
         self.connection.close()
         self.process.terminate()
-        self.process.join(5)
+        self.process.join(_SECONDS_TO_END)
         if self.process.is_alive():
             self.process.kill()
             self.process.join()
@@ -151,7 +156,7 @@ class _Worker:
 
 def _serve(connection: Connection, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C ends
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # a state is saved
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     while True:

@@ -169,7 +169,7 @@ def _execute(task: Task, folder: Path, reporter: Reporter) -> None:
             )
     with clock.timed("measuring"), threads(count):
         measurements = Measurements(parts, subject, held_out, others.latents, bench)
-    state, part = _begun(folder, task)
+    state, part = begun(folder, task) or (None, {})
     if state is None:
         with clock.timed("initialization"):
             start = plan_start(
@@ -227,8 +227,8 @@ def _execute(task: Task, folder: Path, reporter: Reporter) -> None:
         before = time.process_time()
 
     with threads(count), freed_memory_kept(device.type == "cpu"):
-        if trainer.step == 0:
-            after_step(0)
+        if trainer.step not in [row["step"] for row in part["rows"]]:
+            after_step(trainer.step)
         trainer.run(reporter=reporter, state_path=folder / STATE_NAME, after_step=after_step)
     clock.seconds["training"] = sum(record["seconds"] for record in trainer.history)
     record = {
@@ -263,16 +263,19 @@ def _execute(task: Task, folder: Path, reporter: Reporter) -> None:
     write_json_atomic(folder / RECORD_NAME, record)
 
 
-def _begun(folder: Path, task: Task) -> tuple[TrainingState | None, dict[str, Any]]:
-    """State and measurements of this run, if it was begun and both are whole."""
+def begun(folder: Path, task: Task) -> tuple[TrainingState, dict[str, Any]] | None:
+    """State and measurements of a run in its folder, if it was begun and both are whole."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         part = json.loads((folder / PART_NAME).read_text("utf-8"))
         state = TrainingState.load(folder / STATE_NAME)
         part["rows"] = [row for row in part["rows"] if row["step"] <= state.step]
+        found = [row["step"] for row in part["rows"]]
         wanted = [s for s in task.bench.measure.at(task.run.training.steps) if s <= state.step]
-        if state.settings["key"] == task.key and [row["step"] for row in part["rows"]] == wanted:
+        # A state may have been saved because a measurement after its step was cut short.
+        whole = found in (wanted, [step for step in wanted if step < state.step])
+        if whole and state.settings["key"] == task.key:
             return state, part
-    return None, {}
+    return None
 
 
 def _load(bench: Bench, run: Run) -> StableDiffusionParts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,20 @@ from cntlora_core.benchmark.convergence.pool import ProcessPool
 from cntlora_core.runtime.progress import silent
 
 WORK = """
-import os, signal
+import os, signal, time
 
 def work(task, reporter):
     kind, path = task
     if kind == "raise":
         raise ValueError("no such thing")
+    if kind == "wait":
+        try:
+            reporter("training", 1, 2, {})
+            time.sleep(60)
+        except BaseException as error:
+            with open(path, "w") as file:
+                file.write(type(error).__name__)
+            raise
     if kind == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     reporter("training", 1, 2, {})
@@ -53,11 +62,14 @@ def test_all_others_are_done(work, tmp_path: Path):
     assert told[1][1] == told[2][1]
 
 
-def test_what_the_reporter_raises_ends_the_processes(work, tmp_path: Path):
-    def stop(*_):
-        raise KeyboardInterrupt
+def test_what_the_reporter_raises_ends_the_processes_which_can_save_what_they_have(work, tmp_path):
+    def stop(_stage, _done, _total, values):
+        if values["within"]:
+            raise KeyboardInterrupt
 
-    tasks = [("write", str(tmp_path / str(i))) for i in range(2)]
+    path = tmp_path / "ended"
+    began = time.monotonic()
     with pytest.raises(KeyboardInterrupt), ProcessPool(1) as pool:
-        list(pool.run(work, tasks, stop, "work"))
-    assert not pool._idle or not pool._idle[0].process.is_alive()
+        list(pool.run(work, [("wait", str(path))], stop, "work"))
+    assert time.monotonic() - began < 50
+    assert path.read_text() == "SystemExit"

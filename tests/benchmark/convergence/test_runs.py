@@ -10,8 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
+from cntlora_core.adapter.inject import AdapterPlan
 from cntlora_core.benchmark.convergence.command import (
     ConvergenceBenchmark,
     is_done,
@@ -19,7 +21,9 @@ from cntlora_core.benchmark.convergence.command import (
     tasks_of,
 )
 from cntlora_core.benchmark.convergence.grid import read_grid
-from cntlora_core.benchmark.convergence.run import execute
+from cntlora_core.benchmark.convergence.run import begun, execute
+from cntlora_core.closed_form.factorization import Factors
+from cntlora_core.diffusion.state import TrainingState
 
 GRID = """
 cache = "shared"
@@ -121,6 +125,33 @@ def test_a_grid_that_was_killed_goes_on_and_one_that_fails_blocks_none(grid_file
     first = json.loads((control.place / "run.json").read_text())
     assert first["settings"]["control_of"] == "cross"
     assert first["ranks"] == record["ranks"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "key", "kept"),
+    [
+        ([0, 1, 2], "own", [0, 1, 2]),
+        ([0, 1, 2, 4], "own", [0, 1, 2]),  # measured after the last state: measured again
+        ([0, 1], "own", [0, 1]),  # stopped while it was measured after step 2
+        ([0], "own", None),
+        ([0, 1, 2], "another", None),
+    ],
+)
+def test_a_run_goes_on_only_with_all_its_measurements(grid_file, tmp_path, rows, key, kept):
+    cross = tasks_of(read_grid(grid_file), tmp_path)[0]
+    assert begun(tmp_path, cross) is None
+    down, up = torch.ones(1, 2), torch.zeros(2, 1)
+    TrainingState(
+        step=2,
+        plan=AdapterPlan({"layer": Factors(down, up, 1.0)}, rewrites_base=False),
+        parameters={"layer.down": down, "layer.up": up},
+        moments={},
+        history=[],
+        settings={"key": cross.key if key == "own" else key},
+    ).save(tmp_path / "state.safetensors")
+    (tmp_path / "part.json").write_text(json.dumps({"rows": [{"step": step} for step in rows]}))
+    found = begun(tmp_path, cross)
+    assert (found and [row["step"] for row in found[1]["rows"]]) == kept
 
 
 @pytest.mark.slow
