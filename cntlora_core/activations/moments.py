@@ -162,7 +162,8 @@ def _add_symmetric_product(total: Tensor, rows: Tensor) -> None:
     """Add ``rows.T @ rows`` to the blocks of ``total`` on and above its diagonal.
 
     Halves are halved again down to `_LEAF` columns, so that of a wide product little more than half
-    is computed; BLAS's own symmetric update takes longer than that (docs/initialization_speed.md).
+    is computed; BLAS's own symmetric update takes longer than that
+    (docs/experiments/initialization_speed.md).
     """
     width = rows.shape[1]
     if width <= _LEAF:

@@ -2,7 +2,7 @@
 
 Every measurement is a process of its own (`init_worker`), so that peaks of memory are its own and a
 start that does not end can be ended. What the numbers mean is told in
-docs/initialization_speed.md.
+docs/experiments/initialization_speed.md.
 """
 
 from __future__ import annotations

@@ -71,35 +71,6 @@ def plot_scaling(result: Mapping[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
-def plot_tried(result: Mapping[str, Any], path: Path) -> None:
-    """Time of every alternative, relative to what is used, with its error; one panel a group."""
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for entry in result["tried"]:
-        groups.setdefault(f"{entry['what']}, {entry['problem']}", []).append(entry)
-    rows = -(-len(groups) // 2)
-    height = sum(max(len(entries) for entries in groups.values()) for _ in range(rows))
-    figure = Figure(figsize=(13, 0.9 * rows + 0.24 * height), layout="constrained")
-    axes = figure.subplots(rows, 2, squeeze=False).ravel().tolist()
-    for axis in axes[len(groups) :]:
-        axis.set_axis_off()
-    for axis, (title, entries) in zip(axes, groups.items()):
-        for row, entry in enumerate(entries):
-            ratio = entry.get("over_used")
-            if ratio is None:
-                axis.text(0, row, f" {entry['skipped'][:34]} ...", va="center", fontsize=7)
-                continue
-            axis.barh(row, ratio, color=_ALGEBRA if entry["used"] else _FORWARD)
-            error = entry.get("error")
-            said = f" {ratio:.2f}" + ("" if error is None else f", error {error:.0e}")
-            axis.text(ratio, row, said, va="center", fontsize=7)
-        axis.set_yticks(range(len(entries)), [e["variant"] for e in entries], fontsize=7)
-        axis.set_ylim(len(entries) - 0.4, -0.6)
-        axis.set_xlabel("time over that of what is used", fontsize=7)
-        axis.set_xlim(0, 1.45 * max(entry.get("over_used", 0.0) for entry in entries))
-        axis.set_title(title, fontsize=8, loc="left")
-    _save(figure, path)
-
-
 def _save(figure: Figure, path: Path) -> None:
     FigureCanvasAgg(figure)
     with atomic_write(path) as temporary:

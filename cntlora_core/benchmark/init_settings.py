@@ -29,7 +29,6 @@ class InitBenchmark:
         model: A checkpoint for the one case that is chosen; default: random weights.
         quick: Tiny models, to see that everything runs.
         scaling: Instead of the cases: how the cost grows with images, rank, width and depth.
-        tried: Instead of the cases: alternatives for the sums and the linear algebra.
         threads: Threads of torch; default: torch's own choice.
         seed: Seed of random weights and data.
     """
@@ -43,7 +42,6 @@ class InitBenchmark:
     model: Path | None = None
     quick: bool = False
     scaling: bool = False
-    tried: bool = False
     threads: int | None = None
     seed: int = 0
 
@@ -65,5 +63,3 @@ class InitBenchmark:
             raise ValueError(
                 "model belongs to one case: choose it with --cases, and leave --quick out"
             )
-        if self.scaling and self.tried:
-            raise ValueError("scaling and tried are two runs: choose one of them")

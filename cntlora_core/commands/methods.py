@@ -1,14 +1,37 @@
-"""The registry for people and for programs: a table, and JSON."""
+"""``cntlora methods``: the registry for people and for programs, a table and JSON."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from cntlora_core.methods.base import Method
 from cntlora_core.methods.registry import METHODS
+from cntlora_core.runtime.progress import Reporter
+
+
+@dataclass(frozen=True)
+class Methods:
+    """The ways to start an adapter: what each reads, what it changes, what a file can hold of it.
+
+    Attributes:
+        json: Print the whole records, as JSON.
+    """
+
+    json: bool = False
+
+    def after_cancel(self) -> str:
+        return ""
+
+    def run(self, _reporter: Reporter) -> None:
+        if self.json:
+            print(methods_json())
+            return
+        Console(emoji=False).print(methods_table())
 
 
 def methods_table() -> Table:

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from cntlora_core.benchmark import init_tried
 from cntlora_core.benchmark.init import run_cases, run_worker, summarise
 from cntlora_core.benchmark.init_cases import INIT_CASES, batches_of, build_case
 from cntlora_core.benchmark.init_scaling import (
@@ -189,34 +188,6 @@ def test_the_exponent_of_a_power_law():
     assert growth_exponent(values, [1.0, 1.0, 4.0, 8.0, 16.0]) == pytest.approx(1.0)
 
 
-def test_alternatives_agree_with_what_is_used(tmp_path: Path):
-    settings = InitBenchmark(output=tmp_path, quick=True, repeats=1, tried=True)
-    entries = init_tried.run_tried(settings)["tried"]
-    assert (tmp_path / "tried.png").stat().st_size > 1000
-    for entry in entries:
-        if "skipped" in entry:
-            assert "scipy" in entry["variant"]
-            continue
-        rough = "float16" in entry["variant"] or "svd_lowrank" in entry["variant"]
-        limit = 2e-2 if rough or "iteration" in entry["variant"] else 1e-3
-        assert entry["error"] < limit, entry
-    assert {e["what"] for e in entries if e["used"]} == {e["what"] for e in entries}
-
-
-def test_the_operator_error_is_that_of_the_dense_operators():
-    torch.manual_seed(0)
-
-    def dense(pairs: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        return (pairs[1] * init_tried.identity_gains(pairs[0])) @ pairs[1].T
-
-    pairs = [
-        (torch.rand(3).double() + 0.1, torch.linalg.qr(torch.randn(6, 3).double()).Q)
-        for _ in range(2)
-    ]
-    expected = (dense(pairs[0]) - dense(pairs[1])).norm() / dense(pairs[1]).norm()
-    assert init_tried.operator_error(*pairs) == pytest.approx(float(expected), rel=1e-9)
-
-
 @pytest.mark.parametrize(
     ("values", "words"),
     [
@@ -226,7 +197,6 @@ def test_the_operator_error_is_that_of_the_dense_operators():
         ({"threads": 0}, "threads"),
         ({"cases": ()}, "cases is empty"),
         ({"model": Path("x")}, "one case"),
-        ({"scaling": True, "tried": True}, "choose one"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(values: dict[str, Any], words: str):

@@ -1,7 +1,7 @@
 """Seconds a step and peak memory of ComfyUI's own TrainLoraNode and of ours, in one server.
 
     COMFYUI_PATH=... COMFYUI_PYTHON=... python -m tests.comfyui.bench_training \\
-        --checkpoint SD15.safetensors --output docs/comfyui_training.json
+        --checkpoint SD15.safetensors --output docs/experiments/comfyui_training.json
 
 Same model, photos, resolution, rank, optimizer and float32, batch 1, on the CPU. TrainLoraNode
 adapts every linear layer and convolution of the UNet and has neither class images nor a trained

@@ -1,0 +1,63 @@
+"""``cntlora train``: photos in, a LoRA file out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from cntlora_core.diffusion.settings import (
+    AdapterSettings,
+    JobSettings,
+    OutputSettings,
+    PriorSettings,
+    SubjectSettings,
+    TrainingSettings,
+)
+from cntlora_core.runtime.progress import Reporter
+
+
+@dataclass(frozen=True)
+class Train:
+    """Teach a Stable Diffusion 1.5 model a subject: photos in, a LoRA file out.
+
+    Attributes:
+        model: Stable Diffusion 1.5 as one .safetensors file, a diffusers folder or a hub id.
+        resume: Go on with the run in the output folder: an interrupted one to its end, a finished
+            one to more steps, or to a LoRA file of another name, layout or precision.
+        overwrite: Start anew even where the output folder holds a run.
+    """
+
+    model: str
+    subject: Annotated[SubjectSettings, tyro.conf.arg(name="")]
+    output: Annotated[OutputSettings, tyro.conf.arg(name="")]
+    prior: Annotated[PriorSettings, tyro.conf.arg(name="")] = field(default_factory=PriorSettings)
+    adapter: Annotated[AdapterSettings, tyro.conf.arg(name="")] = field(
+        default_factory=AdapterSettings
+    )
+    training: Annotated[TrainingSettings, tyro.conf.arg(name="")] = field(
+        default_factory=TrainingSettings
+    )
+    resume: bool = False
+    overwrite: bool = False
+
+    def after_cancel(self) -> str:
+        """What to do next, for a person who has pressed Ctrl-C."""
+        from cntlora_core.diffusion.job import STATE_NAME
+
+        if (Path(self.output.output) / STATE_NAME).exists():
+            return "; the run goes on with --resume"
+        return " before the first step; class images and encoded photos are kept for next time"
+
+    def run(self, reporter: Reporter) -> None:
+        from cntlora_core.diffusion.job import personalise
+
+        settings = JobSettings(
+            self.model, self.subject, self.output, self.prior, self.adapter, self.training
+        )
+        result = personalise(
+            settings, resume=self.resume, overwrite=self.overwrite, reporter=reporter
+        )
+        print(result.lora)
