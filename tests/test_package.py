@@ -16,6 +16,12 @@ import pytest
 from setuptools import Distribution
 
 ROOT = Path(__file__).parent.parent
+AS_INSTALLED = """
+import sys  # without the way back to the checkout that an editable installation makes
+sys.meta_path = [finder for finder in sys.meta_path if "__editable__" not in finder.__module__]
+from cntlora_core.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
 RESEARCH = ("cntlora_core/benchmark", "cntlora_core/mini/making")
 
 
@@ -83,7 +89,7 @@ def test_bench_says_where_it_can_be_run(packaged: set[str], tmp_path: Path) -> N
         (tmp_path / name).symlink_to(ROOT / name)
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "cntlora_core.cli", *arguments]
+        command = [sys.executable, "-c", AS_INSTALLED, *arguments]
         environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
         return subprocess.run(
             command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
