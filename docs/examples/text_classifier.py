@@ -23,7 +23,7 @@ def texts(count: int, seed: int) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": row, "labels": row[0] % CLASSES} for row in ids]
 
 
-def main(output: Path, steps: int = 60) -> float:
+def main(output: Path, steps: int = 150) -> float:
     """Train, save an adapter that fits the stock encoder, and return the validation loss."""
     torch.manual_seed(0)
     encoder = BertForSequenceClassification(
@@ -34,9 +34,12 @@ def main(output: Path, steps: int = 60) -> float:
             num_attention_heads=2,
             intermediate_size=64,
             num_labels=CLASSES,
+            initializer_range=0.2,  # of a model whose weights say something without pre-training
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
         )
     )
-    training, validation = texts(256, seed=1), texts(64, seed=2)
+    training, validation = texts(1024, seed=1), texts(64, seed=2)
     few = [
         {"input_ids": torch.stack([text["input_ids"] for text in training[i : i + 16]])}
         for i in range(0, 64, 16)
@@ -44,7 +47,7 @@ def main(output: Path, steps: int = 60) -> float:
     model = get_cntlora_model(
         encoder,
         LoraConfig(
-            r=4, lora_alpha=8, target_modules=["query", "value"], modules_to_save=["classifier"]
+            r=8, lora_alpha=16, target_modules=["query", "value"], modules_to_save=["classifier"]
         ),
         CNTLoRAConfig(constraint="cross"),
         few,
@@ -52,7 +55,7 @@ def main(output: Path, steps: int = 60) -> float:
     arguments = TrainingArguments(
         str(output / "checkpoints"),
         max_steps=steps,
-        learning_rate=5e-3,
+        learning_rate=1e-2,
         per_device_train_batch_size=16,
         use_cpu=True,
         report_to=[],
