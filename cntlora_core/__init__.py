@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 from cntlora_core.config import CNTLoRAConfig
 
 if TYPE_CHECKING:
-    from cntlora_core.adapter.conversion import ConversionReport, convert_adapter, save_converted
     from cntlora_core.adapter.inject import match_convolutions
-    from cntlora_core.adapter.resume import load_initialized
-    from cntlora_core.adapter.trainer_callback import ConvertedCheckpoints
     from cntlora_core.initialization.report import InitializationReport
     from cntlora_core.methods.peft_model import (
         InitReport,
         get_cntlora_model,
         initialize_lora_cntlora_weights,
     )
+    from cntlora_core.saving.conversion import ConversionReport, convert_adapter, save_converted
+    from cntlora_core.saving.resume import load_initialized
+    from cntlora_core.saving.trainer_callback import ConvertedCheckpoints
 
 __all__ = [
     "CNTLoRAConfig",
@@ -35,16 +35,16 @@ __all__ = [
 __version__ = "0.1.0"
 
 _MODULES = {
-    "ConversionReport": "adapter.conversion",
-    "ConvertedCheckpoints": "adapter.trainer_callback",
+    "ConversionReport": "saving.conversion",
+    "ConvertedCheckpoints": "saving.trainer_callback",
     "InitReport": "methods.peft_model",
     "InitializationReport": "initialization.report",
-    "convert_adapter": "adapter.conversion",
+    "convert_adapter": "saving.conversion",
     "get_cntlora_model": "methods.peft_model",
     "initialize_lora_cntlora_weights": "methods.peft_model",
-    "load_initialized": "adapter.resume",
+    "load_initialized": "saving.resume",
     "match_convolutions": "adapter.inject",
-    "save_converted": "adapter.conversion",
+    "save_converted": "saving.conversion",
 }
 
 

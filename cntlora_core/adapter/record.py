@@ -16,20 +16,15 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from cntlora_core.closed_form.factorization import Factors
 from cntlora_core.initialization.plan import AdapterPlan
 from cntlora_core.runtime.files import save_safetensors_atomic
 from cntlora_core.runtime.thread_pool import map_in_threads
-
-if TYPE_CHECKING:
-    from cntlora_core.lava.factors import LavaFactors, LavaPlan
 
 RECORD_FILE = "cntlora_initialization.safetensors"
 FORMAT = "cntlora-initialization-1"
@@ -46,12 +41,13 @@ class InitializationRecord:
     """What was taken out of a base model's weights, and which weights those were.
 
     Attributes:
-        plan: The initial factors of every adapted layer, as the adapter took them.
+        plan: The initial factors of every adapted layer, as the adapter took them: an
+            :class:`AdapterPlan`, or the LavaPlan of LAVA.
         method: The name of the initialisation.
         fingerprints: By rewritten layer, :func:`fingerprint` of its weight before.
     """
 
-    plan: AdapterPlan | LavaPlan
+    plan: Any
     method: str
     fingerprints: dict[str, str]
 
@@ -75,54 +71,29 @@ class InitializationRecord:
         metadata = {"format": FORMAT, "header": json.dumps(header)}
         return save_safetensors_atomic(tensors, Path(folder) / RECORD_FILE, metadata)
 
-    @classmethod
-    def load(cls, folder: str | Path) -> InitializationRecord:
-        """Read the record that lies in a folder.
 
-        Raises:
-            FileNotFoundError: if there is none.
-            ValueError: if the file is damaged, or of another format.
-        """
-        path = Path(folder) / RECORD_FILE
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{path} is missing: it holds the initialisation that was taken out of the base "
-                "model, without which the adapter beside it fits no model. It is saved along with "
-                "the adapter: copy it from there"
-            )
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise ValueError(f"its format is {metadata.get('format')!r}, not {FORMAT!r}")
-                header = json.loads(metadata["header"])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            plan = _plan_of(header, tensors)
-            return cls(plan, header["method"], dict(header["fingerprints"]))
-        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is no record of an initialisation: {error}") from error
+@dataclass(frozen=True)
+class Converted:
+    """An adapter for the stock base, in memory.
+
+    Attributes:
+        tensors: By their names in peft's file.
+        scalings: By layer.
+        ranks: By layer.
+        trained_ranks: By layer.
+        relative_error: Frobenius error of the whole adapter from truncation; 0 for an exact one.
+    """
+
+    tensors: dict[str, Tensor]
+    scalings: dict[str, float]
+    ranks: dict[str, int]
+    trained_ranks: dict[str, int]
+    relative_error: float
 
 
-def _numbers(factors: Factors | LavaFactors) -> dict[str, float]:
+def _numbers(factors: Any) -> dict[str, float]:
     values = {field.name: getattr(factors, field.name) for field in dataclasses.fields(factors)}
     return {name: value for name, value in values.items() if isinstance(value, (int, float))}
-
-
-def _plan_of(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> AdapterPlan | LavaPlan:
-    layers = header["layers"]
-    if header["adapter"] == "lora":
-        return AdapterPlan(
-            {n: Factors(tensors[f"{n}.down"], tensors[f"{n}.up"], **v) for n, v in layers.items()},
-            rewrites_base=True,
-        )
-    from cntlora_core.lava.factors import LavaFactors, LavaPlan
-
-    factors = {}
-    for name, numbers in layers.items():
-        spatial = [tensors[key] for k in "YX" if (key := f"{name}.{k}") in tensors]
-        u, v = tensors[f"{name}.U"], tensors[f"{name}.V"]
-        factors[name] = LavaFactors(u, v, tuple(spatial), **numbers)
-    return LavaPlan(factors, rewrites_base=True)
 
 
 def fingerprint(weight: Tensor) -> str:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from cntlora_core import mini
-from cntlora_core.commands.flags import UserPath
 from cntlora_core.diffusion.settings import (
     AdapterSettings,
     JobSettings,
@@ -20,6 +19,7 @@ from cntlora_core.diffusion.settings import (
     SubjectSettings,
     TrainingSettings,
 )
+from cntlora_core.runtime.flags import UserPath
 from cntlora_core.runtime.progress import Reporter, silent
 
 SHEET_NAME = "before_and_after.png"

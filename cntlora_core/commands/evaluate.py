@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from cntlora_core import mini
-from cntlora_core.commands.flags import UserPath
 from cntlora_core.diffusion.settings import Precision, SamplingSettings
+from cntlora_core.runtime.flags import UserPath
 from cntlora_core.runtime.progress import Reporter
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import tyro
 
-from cntlora_core.commands.flags import UserPath
+from cntlora_core.runtime.flags import UserPath
 from cntlora_core.runtime.progress import Reporter, stage_progress
 
 

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import tyro
 
-from cntlora_core.commands.flags import UserPath
 from cntlora_core.diffusion.settings import Precision, SamplingSettings
+from cntlora_core.runtime.flags import UserPath
 from cntlora_core.runtime.progress import Reporter
 
 MOST_PER_PROMPT = 100_000

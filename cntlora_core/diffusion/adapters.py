@@ -2,21 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from peft import LoraConfig
 from torch import Tensor, nn
 
 from cntlora_core.adapter.inject import AdapterPlan, adapter_layers, adapter_weights, inject_adapter
-from cntlora_core.diffusion.initialize import text_encoder_lora_config, unet_lora_config
 from cntlora_core.diffusion.settings import AdapterSettings
 
 if TYPE_CHECKING:
+    from cntlora_core.lava import LavaConfig
     from cntlora_core.lava.factors import LavaPlan
 
     Plan = AdapterPlan | LavaPlan
 else:
     Plan = AdapterPlan
+
+
+UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+
+def unet_lora_config(settings: AdapterSettings) -> LoraConfig:
+    """peft's configuration for the denoiser's attention."""
+    return _lora_config(settings, UNET_TARGETS)
+
+
+def text_encoder_lora_config(settings: AdapterSettings) -> LoraConfig:
+    """peft's configuration for the text encoder's attention."""
+    return _lora_config(settings, TEXT_ENCODER_TARGETS)
+
+
+def _lora_config(settings: AdapterSettings, targets: Sequence[str]) -> LoraConfig:
+    return LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.lora_alpha,  # pyright: ignore[reportArgumentType]
+        target_modules=list(targets),
+    )
+
+
+def lava_config(settings: AdapterSettings) -> LavaConfig:
+    """LAVA's configuration; a plan says which modules it is for, at which ranks."""
+    from cntlora_core.lava import LavaConfig
+
+    return LavaConfig(
+        r=settings.rank,
+        lava_alpha=settings.lora_alpha,
+        orthogonality=settings.orthogonality,
+        orthogonal_factors=list(settings.orthogonal_factors),
+    )
 
 
 def inject_plan(
@@ -37,7 +72,6 @@ def inject_plan(
             config = (unet_lora_config if model is unet else text_encoder_lora_config)(settings)
             rounding |= inject_adapter(model, config, part)[1]
         else:
-            from cntlora_core.diffusion.initialize_lava import lava_config
             from cntlora_core.lava.inject import inject_lava
 
             rounding |= inject_lava(model, lava_config(settings), part)[1]

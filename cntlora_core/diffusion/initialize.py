@@ -5,15 +5,22 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from cntlora_core.data.captions import encode_prompts
 from cntlora_core.data.latents import LatentSet
+from cntlora_core.diffusion.adapters import (
+    TEXT_ENCODER_TARGETS,
+    UNET_TARGETS,
+    Plan,
+    lava_config,
+    text_encoder_lora_config,
+    unet_lora_config,
+)
 from cntlora_core.diffusion.objective import training_target
 from cntlora_core.diffusion.settings import AdapterSettings
 from cntlora_core.initialization.report import InitializationReport
@@ -21,30 +28,6 @@ from cntlora_core.layers.attachment import AttachmentPoint, find_attachment_poin
 from cntlora_core.methods import Limits, StartRequest, get_method
 from cntlora_core.runtime.progress import Reporter, silent, stage_progress
 from cntlora_core.runtime.seeds import torch_seed
-
-if TYPE_CHECKING:
-    from cntlora_core.diffusion.adapters import Plan
-
-UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
-TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
-
-
-def unet_lora_config(settings: AdapterSettings) -> LoraConfig:
-    """peft's configuration for the denoiser's attention."""
-    return _lora_config(settings, UNET_TARGETS)
-
-
-def text_encoder_lora_config(settings: AdapterSettings) -> LoraConfig:
-    """peft's configuration for the text encoder's attention."""
-    return _lora_config(settings, TEXT_ENCODER_TARGETS)
-
-
-def _lora_config(settings: AdapterSettings, targets: Sequence[str]) -> LoraConfig:
-    return LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.lora_alpha,  # pyright: ignore[reportArgumentType]
-        target_modules=list(targets),
-    )
 
 
 def diffusion_attachment_points(
@@ -153,7 +136,7 @@ def initialize_adapter(
     passes_progress = stage_progress(reporter, f"reading {method.needs}")
     solve_progress = stage_progress(reporter, "solving for the start")
     if settings.adapter == "lava":
-        from cntlora_core.diffusion.initialize_lava import lava_config, lava_modules
+        from cntlora_core.diffusion.initialize_lava import lava_modules
         from cntlora_core.lava.start import plan_lava
 
         plan, report = plan_lava(

@@ -5,18 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from cntlora_core.diffusion.settings import AdapterSettings
-from cntlora_core.lava import LavaConfig
 from cntlora_core.lava.layer import check_adaptable
-
-
-def lava_config(settings: AdapterSettings) -> LavaConfig:
-    """peft's configuration; a plan says which modules it is for, at which ranks."""
-    return LavaConfig(
-        r=settings.rank,
-        lava_alpha=settings.lora_alpha,
-        orthogonality=settings.orthogonality,
-        orthogonal_factors=list(settings.orthogonal_factors),
-    )
 
 
 def lava_modules(

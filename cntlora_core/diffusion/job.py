@@ -13,10 +13,10 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from cntlora_core.data.photos import PhotoSet
-from cntlora_core.diffusion.export import ExportReport, export_lora
+from cntlora_core.diffusion.export import export_lora
 from cntlora_core.diffusion.pipeline import StableDiffusionParts, load_stable_diffusion
 from cntlora_core.diffusion.prior import cache_folder, class_images
-from cntlora_core.diffusion.record import ModelFacts, file_metadata, run_record
+from cntlora_core.diffusion.record import JobResult, ModelFacts, file_metadata, run_record
 from cntlora_core.diffusion.resume import (
     RECORD_NAME,
     STATE_NAME,
@@ -57,29 +57,6 @@ from cntlora_core.runtime.progress import Reporter, silent, stage_progress
 from cntlora_core.runtime.threads import threads, threads_for
 
 LOSS_NAME, RANKS_NAME, SAMPLES_NAME = "loss.png", "ranks.png", "samples"
-
-
-@dataclass(frozen=True)
-class JobResult:
-    """What a run left behind.
-
-    Attributes:
-        lora: The LoRA file (a folder in peft's layout).
-        folder: The folder with everything.
-        export: What the file holds.
-        initialization: Report of the start; None for a plain one.
-        history: One record per step.
-        seconds: Time spent by stage.
-        notes: What a person should know: skipped files, cut prompts and the like.
-    """
-
-    lora: Path
-    folder: Path
-    export: ExportReport
-    initialization: dict[str, Any] | None
-    history: list[dict[str, float]]
-    seconds: dict[str, float]
-    notes: tuple[str, ...]
 
 
 @dataclass

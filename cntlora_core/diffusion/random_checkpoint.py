@@ -21,13 +21,13 @@ from typing import Literal
 import torch
 
 from cntlora_core.diffusion.checkpoint import PARTS
-from cntlora_core.diffusion.original_layout import save_single_file
 from cntlora_core.diffusion.pipeline import (
     SD15_CONFIGS,
     StableDiffusionParts,
     assemble,
     build_model,
 )
+from cntlora_core.diffusion.single_file import save_single_file
 
 Layout = Literal["single", "diffusers", "both"]
 

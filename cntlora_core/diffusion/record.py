@@ -20,7 +20,30 @@ from cntlora_core.diffusion.trainer import SubjectTrainer
 from cntlora_core.lora_file.writing import modelspec_metadata
 
 if TYPE_CHECKING:
-    from cntlora_core.diffusion.job import JobResult
+    from cntlora_core.diffusion.export import ExportReport
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """What a run left behind.
+
+    Attributes:
+        lora: The LoRA file (a folder in peft's layout).
+        folder: The folder with everything.
+        export: What the file holds.
+        initialization: Report of the start; None for a plain one.
+        history: One record per step.
+        seconds: Time spent by stage.
+        notes: What a person should know: skipped files, cut prompts and the like.
+    """
+
+    lora: Path
+    folder: Path
+    export: ExportReport
+    initialization: dict[str, Any] | None
+    history: list[dict[str, float]]
+    seconds: dict[str, float]
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)

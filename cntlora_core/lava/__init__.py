@@ -23,7 +23,6 @@ from cntlora_core.lava.layer import LavaLayer  # noqa: E402
 from cntlora_core.lava.model import LavaModel  # noqa: E402
 
 if TYPE_CHECKING:
-    from cntlora_core.lava.conversion import save_converted
     from cntlora_core.lava.mixed import MixedLavaModel, get_mixed_model
     from cntlora_core.lava.orthogonality import OrthogonalityLoss, orthogonality_loss
     from cntlora_core.lava.start import get_lava_model
@@ -38,23 +37,23 @@ __all__ = [
     "get_lava_model",
     "get_mixed_model",
     "orthogonality_loss",
-    "save_converted",
+    "save_converted",  # pyright: ignore[reportUnsupportedDunderAll]
     "with_orthogonality",
 ]
 
 _MODULES = {
-    "MixedLavaModel": "mixed",
-    "OrthogonalityLoss": "orthogonality",
-    "get_lava_model": "start",
-    "get_mixed_model": "mixed",
-    "orthogonality_loss": "orthogonality",
-    "save_converted": "conversion",
-    "with_orthogonality": "trainer",
+    "MixedLavaModel": "lava.mixed",
+    "OrthogonalityLoss": "lava.orthogonality",
+    "get_lava_model": "lava.start",
+    "get_mixed_model": "lava.mixed",
+    "orthogonality_loss": "lava.orthogonality",
+    "save_converted": "saving.conversion",
+    "with_orthogonality": "lava.trainer",
 }
 
 
 def __getattr__(name: str) -> Any:
     module = _MODULES.get(name)
     if module is not None:
-        return getattr(import_module(f"cntlora_core.lava.{module}"), name)
+        return getattr(import_module(f"cntlora_core.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

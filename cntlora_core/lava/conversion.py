@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cntlora_core.adapter.conversion import Converted, save_converted
+from cntlora_core.adapter.record import Converted
 from cntlora_core.lava import functional
 from cntlora_core.lava.cp import decompose
 from cntlora_core.lava.factors import LavaFactors, LavaPlan, difference
 from cntlora_core.lora_file.names import PEFT_PREFIX
 
-__all__ = ["brought_back", "save_converted", "subtracted_lava"]
+__all__ = ["brought_back", "subtracted_lava"]
 
 
 def subtracted_lava(tensors: dict[str, Tensor], plan: LavaPlan, compress: bool) -> Converted:

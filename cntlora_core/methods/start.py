@@ -15,7 +15,6 @@ from torch import nn
 from cntlora_core.activations.capture import ForwardFn
 from cntlora_core.activations.collection import ProgressFn
 from cntlora_core.activations.token_masks import MaskFn
-from cntlora_core.adapter.conversion import save_converted
 from cntlora_core.adapter.inject import AdapterPlan, check_lora_config, inject_adapter
 from cntlora_core.config import CNTLoRAConfig
 from cntlora_core.initialization.report import InitializationReport
@@ -24,6 +23,7 @@ from cntlora_core.methods.base import Limits, Method, StartRequest, WrappedModel
 from cntlora_core.methods.from_weights import seeded
 from cntlora_core.methods.peft_model import check_not_distributed
 from cntlora_core.methods.registry import get_method
+from cntlora_core.saving.conversion import save_converted
 
 _INITS = {"corda_ipm": "corda", "corda_kpm": "corda", "lora_gaussian": "gaussian"}
 _INITS |= {"lora_orthogonal": "orthogonal"}

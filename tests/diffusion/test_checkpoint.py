@@ -24,7 +24,8 @@ from cntlora_core.diffusion.checkpoint import (
     read_header,
     require_sd15,
 )
-from cntlora_core.diffusion.original_layout import original_key, to_original_layout
+from cntlora_core.diffusion.original_layout import original_key
+from cntlora_core.diffusion.single_file import to_original_layout
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from cntlora_core.commands.flags import UserPath
+from cntlora_core.runtime.flags import UserPath
 from cntlora_core.runtime.progress import Reporter, silent
 
 if TYPE_CHECKING:

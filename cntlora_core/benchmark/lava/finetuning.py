@@ -24,7 +24,7 @@ from cntlora_core.runtime.files import save_safetensors_atomic, write_json_atomi
 from cntlora_core.runtime.progress import Reporter
 
 if TYPE_CHECKING:
-    from cntlora_core.benchmark.lava.text import TextNetwork
+    from cntlora_core.benchmark.lava.networks import TextNetwork
 
 MethodName = Literal["head", "full", "lora", "lava", "lava_term", "lava_wide"]
 METHODS: tuple[MethodName, ...] = get_args(MethodName)

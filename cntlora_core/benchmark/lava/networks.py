@@ -170,3 +170,22 @@ def adapted_modules(network: nn.Module) -> dict[str, nn.Module]:
         for name, module in network.named_modules()
         if (isinstance(module, nn.Conv2d) if endings is None else name.endswith(endings))
     }
+
+
+class TextNetwork(nn.Module):
+    """An encoder, the mean of its token states, and a linear head."""
+
+    adapted_endings = (".query", ".key", ".value")
+
+    def __init__(self, encoder: nn.Module, width: int, classes: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(n, length), 0 where there is no token -> (n, classes)."""
+        mask = tokens != 0
+        longest = int(mask.sum(1).max())
+        tokens, mask = tokens[:, :longest], mask[:, :longest]
+        states = self.encoder(input_ids=tokens, attention_mask=mask.long())[0]
+        return self.head((states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))

@@ -15,7 +15,7 @@ from cntlora_core.config import CNTLoRAConfig, Constraint
 from cntlora_core.lava import LavaConfig, OrthogonalityLoss, get_lava_model
 
 if TYPE_CHECKING:
-    from cntlora_core.benchmark.lava.text import TextNetwork
+    from cntlora_core.benchmark.lava.networks import TextNetwork
 
 
 def started(

@@ -6,32 +6,13 @@ import dataclasses
 import random
 
 import torch
-from torch import Tensor, nn
 
 from cntlora_core.benchmark.lava.finetuning import Task
+from cntlora_core.benchmark.lava.networks import TextNetwork
 from cntlora_core.benchmark.lava.pictures import Pictures
 from cntlora_core.benchmark.lava.settings import LavaBenchmark
 
 _LENGTH = 24  # tokens; most definitions are shorter
-
-
-class TextNetwork(nn.Module):
-    """An encoder, the mean of its token states, and a linear head."""
-
-    adapted_endings = (".query", ".key", ".value")
-
-    def __init__(self, encoder: nn.Module, width: int, classes: int) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.head = nn.Linear(width, classes)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(n, length), 0 where there is no token -> (n, classes)."""
-        mask = tokens != 0
-        longest = int(mask.sum(1).max())
-        tokens, mask = tokens[:, :longest], mask[:, :longest]
-        states = self.encoder(input_ids=tokens, attention_mask=mask.long())[0]
-        return self.head((states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
 
 
 def prepare_text_task(settings: LavaBenchmark) -> Task:

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from cntlora_core.diffusion.checkpoint import PARTS
-from cntlora_core.diffusion.original_layout import save_single_file
 from cntlora_core.diffusion.pipeline import SD15_CONFIGS, StableDiffusionParts, load_parts
 from cntlora_core.diffusion.random_checkpoint import random_parts, save_diffusers_folder
+from cntlora_core.diffusion.single_file import save_single_file
 
 NARROW = {
     "unet": {

@@ -12,8 +12,8 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from cntlora_core.diffusion.checkpoint import PARTS, CheckpointError
-from cntlora_core.diffusion.original_layout import save_single_file, to_original_layout
 from cntlora_core.diffusion.pipeline import StableDiffusionParts, load_stable_diffusion
+from cntlora_core.diffusion.single_file import save_single_file, to_original_layout
 
 from .conftest import assert_same, load_narrow
 

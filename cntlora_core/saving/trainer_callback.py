@@ -11,8 +11,9 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from cntlora_core.adapter.conversion import convert_adapter
 from cntlora_core.adapter.record import RECORD_FILE, InitializationRecord, record_of
+from cntlora_core.saving.conversion import convert_adapter
+from cntlora_core.saving.record_reading import load_record
 
 TOLERANCE = 1e-3
 """How far two initialisations may be apart, relative to their norm, and count as one."""
@@ -53,7 +54,7 @@ class ConvertedCheckpoints(TrainerCallback):
         checkpoint = _checkpoint(args, state)
         for folder in _initialised(checkpoint) if state.global_step else ():
             name = "default" if folder == checkpoint else folder.name
-            if not _has_initialisation(model, name, InitializationRecord.load(folder)):
+            if not _has_initialisation(model, name, load_record(folder)):
                 raise ValueError(
                     f"{checkpoint} was trained on another initialisation than this model's, whose "
                     "weights it does not fit: make the model by "

@@ -8,10 +8,12 @@ from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from cntlora_core.adapter.conversion import read_adapter_config
 from cntlora_core.adapter.inject import AdapterPlan, inject_adapter, match_convolutions
 from cntlora_core.adapter.record import InitializationRecord, fingerprints_of, is_marked
+from cntlora_core.lava.inject import inject_lava
 from cntlora_core.lora_file.reading import PEFT_CONFIG, PEFT_WEIGHTS
+from cntlora_core.saving.conversion import read_adapter_config
+from cntlora_core.saving.record_reading import load_record
 
 
 def load_initialized(
@@ -42,15 +44,13 @@ def load_initialized(
     """
     folder = Path(folder)
     values = read_adapter_config(folder)
-    if values.get("peft_type") == "LAVA":
-        import cntlora_core.lava  # noqa: F401  (makes it known to peft)
     if not is_marked(values):
         model = PeftModel.from_pretrained(
             base, folder, adapter_name=adapter_name, is_trainable=is_trainable
         )
         match_convolutions(model)
         return model
-    record = InitializationRecord.load(folder)
+    record = load_record(folder)
     _check_base(base, record, folder)
     for field in ("init_lora_weights", "init_weights"):
         if field in values:
@@ -64,8 +64,6 @@ def load_initialized(
     if isinstance(plan, AdapterPlan):
         model = inject_adapter(base, config, plan, adapter_name, record.method)[0]  # pyright: ignore[reportArgumentType]
     else:
-        from cntlora_core.lava.inject import inject_lava
-
         model = inject_lava(base, config, plan, adapter_name, record.method)[0]  # pyright: ignore[reportArgumentType]
     if (folder / PEFT_WEIGHTS).is_file():
         model.load_adapter(str(folder), adapter_name, is_trainable=is_trainable)

@@ -17,11 +17,13 @@ from torch import Tensor
 from cntlora_core.adapter.inject import AdapterPlan, alpha_of, anchored
 from cntlora_core.adapter.record import (
     RECORD_FILE,
+    Converted,
     InitializationRecord,
     OnRewrittenBase,
     is_marked,
 )
 from cntlora_core.closed_form.factorization import Factors
+from cntlora_core.lava.conversion import subtracted_lava
 from cntlora_core.lora_file.algebra import (
     LoRALayer,
     LoRALayers,
@@ -38,6 +40,7 @@ from cntlora_core.runtime.files import (
     save_safetensors_atomic,
     write_json_atomic,
 )
+from cntlora_core.saving.record_reading import load_record
 
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
 MODEL_CARD = "README.md"
@@ -55,25 +58,6 @@ class ConversionReport:
     """
 
     path: Path
-    ranks: dict[str, int]
-    trained_ranks: dict[str, int]
-    relative_error: float
-
-
-@dataclass(frozen=True)
-class Converted:
-    """An adapter for the stock base, in memory.
-
-    Attributes:
-        tensors: By their names in peft's file.
-        scalings: By layer.
-        ranks: By layer.
-        trained_ranks: By layer.
-        relative_error: As in :class:`ConversionReport`.
-    """
-
-    tensors: dict[str, Tensor]
-    scalings: dict[str, float]
     ranks: dict[str, int]
     trained_ranks: dict[str, int]
     relative_error: float
@@ -173,7 +157,7 @@ def _convert(source: Path, folder: Path, compress: bool, card: Path) -> Conversi
     except SafetensorError as error:
         raise ValueError(f"{weights} is damaged: {error}") from error
     if is_marked(config):
-        record = InitializationRecord.load(source)
+        record = load_record(source)
         try:
             converted, values = _subtracted(tensors, record, compress, config)
         except (KeyError, ValueError) as error:
@@ -206,8 +190,6 @@ def _subtracted(
     if isinstance(record.plan, AdapterPlan):
         converted, field = _subtracted_lora(tensors, record.plan, compress), "init_lora_weights"
     else:
-        from cntlora_core.lava.conversion import subtracted_lava
-
         converted, field = subtracted_lava(tensors, record.plan, compress), "init_weights"
     root = config.get("use_rslora", False)
     return converted, {
