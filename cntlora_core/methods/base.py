@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from torch import nn
 
+    from cntlora_core.activations.capture import ForwardFn
+    from cntlora_core.activations.collection import ProgressFn
     from cntlora_core.activations.token_masks import MaskFn
     from cntlora_core.adapter.inject import AdapterPlan
     from cntlora_core.layers.attachment import AttachmentPoint
-    from cntlora_core.methods.peft_model import ForwardFn, ProgressFn
 
 Family = Literal["cntlora", "peft"]
 Needs = Literal["nothing", "activations", "gradients"]
