@@ -8,7 +8,7 @@ import signal
 import pytest
 from rich.console import Console
 
-from cntlora_core import console
+from cntlora_core.runtime import console
 from cntlora_core.runtime.console import Cancelled, ConsoleReporter
 
 

@@ -332,7 +332,7 @@ def test_wrong_arguments(vae, tmp_path):
 
 
 def test_full_disk_is_said_before_encoding(vae, count, tmp_path, monkeypatch):
-    from cntlora_core import files
+    from cntlora_core.runtime import files
 
     monkeypatch.setattr(files, "_free_bytes", lambda _: 3000)
     with pytest.raises(OSError, match=r"Needed: 9\.2 kB; free: 3\.0 kB"):

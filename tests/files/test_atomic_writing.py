@@ -11,7 +11,7 @@ import stat
 import pytest
 from safetensors import SafetensorError
 
-from cntlora_core import files
+from cntlora_core.runtime import files
 from cntlora_core.runtime.files import (
     atomic_write,
     folder_within,

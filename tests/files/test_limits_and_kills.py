@@ -12,7 +12,7 @@ import time
 import torch
 from safetensors.torch import load_file
 
-from cntlora_core import files
+from cntlora_core.runtime import files
 from cntlora_core.runtime.files import save_safetensors_atomic, write_json_atomic
 
 from .conftest import names, posix

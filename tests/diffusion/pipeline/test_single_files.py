@@ -145,7 +145,7 @@ def test_saving_honours_the_umask_and_leaves_nothing_behind(
     def full_disk(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("cntlora_core.diffusion.original_layout.save_file", full_disk)
+    monkeypatch.setattr("cntlora_core.diffusion.single_file.save_file", full_disk)
     with pytest.raises(OSError, match="the disk is full"):
         save_single_file(made, path)
     assert path.read_bytes() == before
