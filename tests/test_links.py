@@ -29,3 +29,11 @@ def test_links_lead_somewhere(page: Path) -> None:
         target = page.parent / name if name else page
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
+
+
+def test_the_map_names_every_folder() -> None:
+    text = (ROOT / "docs/architecture.md").read_text("utf-8")
+    named = {name.split("/")[0] for name in re.findall(r"^\| `([a-z_/]+)/` ", text, re.MULTILINE)}
+    assert named == {init.parent.name for init in (ROOT / "cntlora_core").glob("*/__init__.py")}
+    for module in re.findall(r"`([a-z_]+/[a-z_/]+\.py)`", text):
+        assert (ROOT / "cntlora_core" / module).exists() or (ROOT / module).exists(), module

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 
 from cntlora_core.benchmark.init_cases import INIT_CASES
@@ -36,7 +37,7 @@ from cntlora_core.benchmark.init_worker import (
 )
 from cntlora_core.benchmark.peak import peak_bytes
 from cntlora_core.runtime.console import result_console
-from cntlora_core.runtime.files import format_bytes, require_writable_folder, write_json_atomic
+from cntlora_core.runtime.files import require_writable_folder, write_json_atomic
 from cntlora_core.runtime.progress import Reporter, silent
 
 TARGETS = {"total_over_forwards": 1.15, "times_faster": 10.0, "memory_over_moments": 1.10}
@@ -179,7 +180,7 @@ def _in_words(run: dict[str, Any]) -> str:
         return f"did not end in {run['limit']:g} s ({run.get('forwards_run', 0)} forward passes)"
     return (
         f"{run['total_seconds']:.1f} s, bare forward passes {run['forward_seconds']:.1f} s, "
-        f"peak {format_bytes(run['method_peak'])} against {format_bytes(run['forward_peak'])}"
+        f"peak {decimal(run['method_peak'])} against {decimal(run['forward_peak'])}"
     )
 
 
@@ -286,7 +287,7 @@ def _cells(found: dict[str, Any]) -> list[str]:
         number("total_over_forwards", "{:.3f}"),
         ("> " if over else "") + number("linear_algebra_seconds", "{:.2f}"),
         number("times_faster", "{:.1f}") or number("times_faster_at_least", "> {:.1f}"),
-        "" if memory is None else format_bytes(max(memory, 0)),
+        "" if memory is None else decimal(max(memory, 0)),
         number("memory_over_moments", "{:.2f}"),
     ]
 

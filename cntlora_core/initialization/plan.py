@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from rich.filesize import decimal
 from torch import nn
 
 from cntlora_core.activations.capture import CapturedMoments
@@ -21,7 +22,6 @@ from cntlora_core.closed_form.ranks import RankOffer, allocate_ranks
 from cntlora_core.config import CNTLoRAConfig
 from cntlora_core.layers.attachment import AttachmentPoint
 from cntlora_core.layers.weights import check_readable
-from cntlora_core.runtime.files import format_bytes
 from cntlora_core.runtime.seeds import torch_seed
 from cntlora_core.runtime.thread_pool import map_in_threads
 
@@ -177,7 +177,7 @@ def check_points(
             raise ValueError(
                 f"{point.name!r} is a convolution whose unfolded input has {width} features "
                 f"({' x '.join(str(n) for n in conv.weight.shape[1:])}): its second moment "
-                f"would be {width} x {width}, {format_bytes(4 * width**2)}, and solving it takes "
+                f"would be {width} x {width}, {decimal(4 * width**2)}, and solving it takes "
                 f"several times that. Leave it out with exclude_modules, or allow it with "
                 f"max_unfolded_width={width} (now {config.max_unfolded_width})"
             )

@@ -20,6 +20,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.filesize import decimal
+
 from cntlora_core.runtime.reading import user_path
 
 if TYPE_CHECKING:
@@ -63,7 +65,7 @@ def atomic_write(path: str | Path, *, needed_bytes: int | None = None) -> Iterat
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(target)
         if needed_bytes is not None and needed_bytes > (free := _free_bytes(target.parent)):
-            raise _disk_full(errno.ENOSPC, target, format_bytes(needed_bytes), free)
+            raise _disk_full(errno.ENOSPC, target, decimal(needed_bytes), free)
         temp, descriptor = _create_temp(target)
     except OSError as error:
         if error.strerror is None:  # ours
@@ -79,7 +81,7 @@ def atomic_write(path: str | Path, *, needed_bytes: int | None = None) -> Iterat
         if number in _FULL_DISK:
             written = temp.stat().st_size if temp.exists() else 0
             temp.unlink(missing_ok=True)  # before measuring what is free without it
-            needed = format_bytes(needed_bytes) if needed_bytes else f"over {format_bytes(written)}"
+            needed = decimal(needed_bytes) if needed_bytes else f"over {decimal(written)}"
             raise _disk_full(number, target, needed, _free_bytes(target.parent)) from error
         if number in (errno.EACCES, errno.EPERM) and target.exists():
             raise _os_error(
@@ -167,7 +169,7 @@ def require_writable_folder(path: str | Path, needed_bytes: int = 0) -> Path:
     except OSError as error:
         raise _folder_error(folder, error) from error
     if needed_bytes > (free := _free_bytes(folder)):
-        raise _disk_full(errno.ENOSPC, folder, format_bytes(needed_bytes), free)
+        raise _disk_full(errno.ENOSPC, folder, decimal(needed_bytes), free)
     return folder
 
 
@@ -273,15 +275,6 @@ def user_cache() -> Path:
         ) from error
 
 
-def format_bytes(count: float) -> str:
-    """A size for people: `1.5 GB` (decimal units, as disks are sold)."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
 def _checked_target(path: str | Path) -> Path:
     if not str(path).strip():
         raise ValueError("the file's name is empty: give the file to write")
@@ -375,7 +368,7 @@ def _disk_full(number: int, path: Path, needed: str, free: int) -> OSError:
     return _os_error(
         OSError,
         number,
-        f"cannot write {path}: {_FULL_DISK[number]}. Needed: {needed}; free: {format_bytes(free)}. "
+        f"cannot write {path}: {_FULL_DISK[number]}. Needed: {needed}; free: {decimal(free)}. "
         "What was there before is untouched. Free some space or choose another folder.",
     )
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cntlora_core.runtime.files import distinct_names, format_bytes, safe_name
+from cntlora_core.runtime.files import distinct_names, safe_name
 
 
 @pytest.mark.parametrize(
@@ -92,9 +92,3 @@ def test_distinct_names_differ_whatever_the_texts(texts, limit):
 
 def test_distinct_names_are_the_plain_ones_where_those_differ():
     assert distinct_names(["a dog", "a cat"]) == ["a_dog", "a_cat"]
-
-
-def test_format_bytes():
-    assert [format_bytes(n) for n in (0, 999, 1000, 1_500_000, 2_000_000_000, 3 * 10**12)] == [
-        "0 bytes", "999 bytes", "1.0 kB", "1.5 MB", "2.0 GB", "3.0 TB",
-    ]  # fmt: skip

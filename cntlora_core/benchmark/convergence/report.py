@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.filesize import decimal
+
 from cntlora_core.benchmark.convergence.command import ConvergenceReport
 from cntlora_core.benchmark.convergence.document import (
     Block,
@@ -32,7 +34,7 @@ from cntlora_core.benchmark.convergence.results import (
     load_records,
 )
 from cntlora_core.benchmark.convergence.statistics import Estimate, estimate, paired, steps_to
-from cntlora_core.runtime.files import format_bytes, require_writable_folder
+from cntlora_core.runtime.files import require_writable_folder
 
 REPORT_NAME, PLOTS_NAME = "report", "plots"
 SUBJECTS_SHOWN = 3
@@ -258,7 +260,7 @@ def _price(configs: Sequence[Config]) -> Iterator[Block]:
                 f"{1000 * training / config.total:.0f}",
                 f"{measuring:.1f}",
                 f"{mean([seconds(r, 'images') for r in runs]):.1f}",
-                format_bytes(peak),
+                decimal(peak),
             ]
         )
     yield Table(
