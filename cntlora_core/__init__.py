@@ -8,8 +8,12 @@ from typing import TYPE_CHECKING, Any
 from cntlora_core.config import CNTLoRAConfig
 
 if TYPE_CHECKING:
+    from cntlora_core.activations.capture import CapturedMoments
+    from cntlora_core.activations.collection import collect_moments
     from cntlora_core.adapter.inject import match_convolutions
+    from cntlora_core.initialization.plan import AdapterPlan
     from cntlora_core.initialization.report import InitializationReport
+    from cntlora_core.layers.attachment import find_attachment_points
     from cntlora_core.methods.peft_model import (
         InitReport,
         get_cntlora_model,
@@ -20,12 +24,16 @@ if TYPE_CHECKING:
     from cntlora_core.saving.trainer_callback import ConvertedCheckpoints
 
 __all__ = [
+    "AdapterPlan",
     "CNTLoRAConfig",
+    "CapturedMoments",
     "ConversionReport",
     "ConvertedCheckpoints",
     "InitReport",
     "InitializationReport",
+    "collect_moments",
     "convert_adapter",
+    "find_attachment_points",
     "get_cntlora_model",
     "initialize_lora_cntlora_weights",
     "load_initialized",
@@ -35,11 +43,15 @@ __all__ = [
 __version__ = "0.1.0"
 
 _MODULES = {
+    "AdapterPlan": "initialization.plan",
+    "CapturedMoments": "activations.capture",
     "ConversionReport": "saving.conversion",
     "ConvertedCheckpoints": "saving.trainer_callback",
     "InitReport": "methods.peft_model",
     "InitializationReport": "initialization.report",
+    "collect_moments": "activations.collection",
     "convert_adapter": "saving.conversion",
+    "find_attachment_points": "layers.attachment",
     "get_cntlora_model": "methods.peft_model",
     "initialize_lora_cntlora_weights": "methods.peft_model",
     "load_initialized": "saving.resume",

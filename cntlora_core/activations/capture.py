@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,11 @@ from torch import Tensor, nn
 from cntlora_core.activations.moments import Moment, SecondMoment
 from cntlora_core.activations.token_masks import MaskFn, TokenMasks
 from cntlora_core.layers.attachment import AttachmentPoint
+from cntlora_core.runtime.reading import is_finite
+from cntlora_core.runtime.reading import reading as reading_file
+from cntlora_core.runtime.tensor_file import read_tensors, write_tensors
 
+_FORMAT = "cntlora-moments-1"
 ForwardFn = Callable[[nn.Module, Any], Any]
 RunFn = Callable[[Any], None]
 """``run(batch)`` is one forward pass."""
@@ -115,6 +120,49 @@ class CapturedMoments:
 
     def of(self, name: str) -> Moment:
         return self.moments[self.input_of[name]]
+
+    def save(self, path: str | Path) -> Path:
+        """Write the moments to a safetensors file; returns its path.
+
+        Raises:
+            OSError: as :func:`~cntlora_core.runtime.files.atomic_write`.
+        """
+        taken = [(m.count, m.rounding) for m in self.moments]
+        tensors = {str(i): m.matrix for i, m in enumerate(self.moments)}
+        return write_tensors(path, _FORMAT, {"moments": taken, "input_of": self.input_of}, tensors)
+
+    @classmethod
+    def load(cls, path: str | Path) -> CapturedMoments:
+        """Read moments that :meth:`save` wrote.
+
+        Raises:
+            ValueError: if the file is damaged, or of another kind.
+            FileNotFoundError: if there is none.
+        """
+        with reading_file(path, "second moments"):
+            header, tensors = read_tensors(path, _FORMAT)
+            taken = [Moment(tensors[str(i)], *rest) for i, rest in enumerate(header["moments"])]
+            found = cls(tuple(taken), dict(header["input_of"]))
+            for name in found.input_of:
+                matrix = found.of(name).matrix
+                if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not is_finite(matrix):
+                    raise ValueError(f"the second moment of {name!r} is no finite square matrix")
+            return found
+
+    def require(self, points: Sequence[AttachmentPoint]) -> None:
+        """Refuse points that these are not the moments of.
+
+        Raises:
+            ValueError: if a point has no moment, or one of another width than it reads.
+        """
+        for point in points:
+            width = self.of(point.name).width if point.name in self.input_of else None
+            if width != point.in_features:
+                found = "none" if width is None else f"one of width {width}"
+                raise ValueError(
+                    f"the moments have {found} for {point.name!r}, which reads "
+                    f"{point.in_features} features: collect them with this model's points"
+                )
 
 
 @dataclass(frozen=True)

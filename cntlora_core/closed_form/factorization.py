@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +40,11 @@ class Factors:
     def named(self) -> dict[str, Tensor]:
         """The two matrices by their names."""
         return {"down": self.down, "up": self.up}
+
+    @classmethod
+    def of(cls, named: Mapping[str, Tensor], **numbers: Any) -> Factors:
+        """Inverse of :meth:`named`, with scaling and so on."""
+        return cls(**named, **numbers)
 
     def delta(self) -> Tensor:
         """(d_out, d_in)."""

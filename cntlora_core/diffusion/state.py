@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +12,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from cntlora_core.adapter.inject import AdapterPlan
-from cntlora_core.closed_form.factorization import Factors
-from cntlora_core.runtime.files import save_safetensors_atomic
 from cntlora_core.runtime.reading import is_finite, json_object, reading
+from cntlora_core.runtime.tensor_file import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from cntlora_core.diffusion.adapters import Plan
@@ -48,10 +46,12 @@ class TrainingState:
 
     def save(self, path: Path) -> None:
         """Write the state; at any moment the file is the old one or the new one."""
-        tensors = {f"parameter.{n}": t for n, t in self.parameters.items()}
-        tensors |= {f"moment.{n}": t for n, t in self.moments.items()}
-        for name, factors in self.plan.factors.items():
-            tensors |= {f"initial.{name}.{key}": t for key, t in factors.named().items()}
+        parts = {
+            "parameter": self.parameters,
+            "moment": self.moments,
+            "initial": self.plan.tensors(),
+        }
+        tensors = {f"{part}.{n}": t for part, of in parts.items() for n, t in of.items()}
         header = {
             "step": self.step,
             "history": self.history,
@@ -61,8 +61,7 @@ class TrainingState:
             "rewrites_base": self.plan.rewrites_base,
             "points": {n: [f.scaling, f.filled] for n, f in self.plan.factors.items()},
         }
-        metadata = {"format": FORMAT, "header": json.dumps(header)}
-        save_safetensors_atomic(tensors, path, metadata)
+        write_tensors(path, FORMAT, header, tensors)
 
     @classmethod
     def load(cls, path: Path) -> TrainingState:
@@ -77,15 +76,7 @@ class TrainingState:
                 f"there is nothing to resume: {path} does not exist; start without --resume"
             )
         with reading(path, "a training state", "Start anew with --overwrite."):
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise ValueError(
-                        f"{path} is no training state of this version (its format is "
-                        f"{metadata.get('format')!r}, not {FORMAT!r}); start anew with --overwrite"
-                    )
-                tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
-            header = json_object(metadata["header"])
+            header, tensors = read_tensors(path, FORMAT)
             state = cls(
                 step=header["step"],
                 plan=_plan_of(header, tensors),
@@ -107,11 +98,7 @@ class TrainingState:
         for name, kind in (("history", list), ("settings", dict), ("extra", dict)):
             if not isinstance(getattr(self, name), kind):
                 raise ValueError(f"its {name} is no {kind.__name__}")
-        initial = {
-            f"{name}.{key}": tensor
-            for name, factors in self.plan.factors.items()
-            for key, tensor in factors.named().items()
-        }
+        initial = self.plan.tensors()
         if not initial or initial.keys() != self.parameters.keys():
             raise ValueError("its parameters are not those of its start")
         wanted = {f"{kind}.{name}" for kind in ("exp_avg", "exp_avg_sq") for name in initial}
@@ -138,24 +125,11 @@ def steps_done(path: Path) -> int:
 
 
 def _plan_of(header: dict[str, Any], tensors: dict[str, Tensor]) -> Plan:
-    def initial(name: str, *keys: str) -> list[Tensor]:
-        found = (tensors.get(f"initial.{name}.{key}") for key in keys)
-        return [tensor for tensor in found if tensor is not None]
-
-    points, rewrites_base = header["points"], header["rewrites_base"]
-    if header.get("adapter", "lora") == "lora":
-        factors = {}
-        for name, rest in points.items():
-            down, up = initial(name, "down", "up")
-            factors[name] = Factors(down, up, *rest)
-        return AdapterPlan(factors, rewrites_base)
-    from cntlora_core.lava.factors import LavaFactors, LavaPlan
-
-    terms = {}
-    for name, (scaling, filled) in points.items():
-        u, v, *spatial = initial(name, "U", "V", "Y", "X")
-        terms[name] = LavaFactors(u, v, tuple(spatial), scaling, filled)
-    return LavaPlan(terms, rewrites_base)
+    numbers = {n: {"scaling": s, "filled": filled} for n, (s, filled) in header["points"].items()}
+    kind = AdapterPlan
+    if header.get("adapter", "lora") != "lora":
+        from cntlora_core.lava.factors import LavaPlan as kind
+    return kind.of(numbers, _under(tensors, "initial."), header["rewrites_base"])
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

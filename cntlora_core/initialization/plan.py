@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from rich.filesize import decimal
-from torch import nn
+from torch import Tensor, nn
 
 from cntlora_core.activations.capture import CapturedMoments
 from cntlora_core.closed_form.constraints import PointDelta, check_shift_width
@@ -22,23 +25,49 @@ from cntlora_core.closed_form.ranks import RankOffer, allocate_ranks
 from cntlora_core.config import CNTLoRAConfig
 from cntlora_core.layers.attachment import AttachmentPoint
 from cntlora_core.layers.weights import check_readable
+from cntlora_core.runtime.reading import reading
 from cntlora_core.runtime.seeds import torch_seed
+from cntlora_core.runtime.tensor_file import read_tensors, write_tensors
 from cntlora_core.runtime.thread_pool import map_in_threads
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_FORMAT = "cntlora-plan-1"
+
+
+class AdapterFactors(Protocol):
+    """The start of one adapter, LoRA's or LAVA's."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def filled(self) -> int: ...
+    def named(self) -> dict[str, Tensor]:
+        """The matrices by their names."""
+        ...
+
+    @classmethod
+    def of(cls, named: Mapping[str, Tensor], **numbers: Any) -> Self:
+        """Inverse of :meth:`named`, with what else the factors hold."""
+        ...
+
+
+FactorsT = TypeVar("FactorsT", bound=AdapterFactors)
 
 
 @dataclass(frozen=True)
-class AdapterPlan:
+class Plan(Generic[FactorsT]):
     """Ranks and starting factors of every attachment point, before any module is wrapped.
 
     Attributes:
         factors: By attachment point's name, in the model's order.
-        rewrites_base: Whether the frozen weight becomes ``W - scaling * B @ A``.
-        solver_error: The largest of the inputs' :attr:`PrincipalSubspace.error`.
+        rewrites_base: Whether the frozen weight becomes ``W - delta``.
     """
 
-    factors: dict[str, Factors]
+    factors: dict[str, FactorsT]
     rewrites_base: bool
-    solver_error: float = 0.0
+    factors_type: ClassVar[type[AdapterFactors]]
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -46,16 +75,79 @@ class AdapterPlan:
 
     @property
     def filled(self) -> dict[str, int]:
-        """Ranks that start as plain LoRA, which the delta does not have, where there are any."""
+        """Ranks that start as plain ones, which the delta does not have, where there are any."""
         return {name: f.filled for name, f in self.factors.items() if f.filled}
 
-    def under(self, prefix: str) -> AdapterPlan:
+    def under(self, prefix: str) -> Self:
         """The part of the plan whose names start with ``prefix``, without it."""
-        return AdapterPlan(
-            {n[len(prefix) :]: f for n, f in self.factors.items() if n.startswith(prefix)},
-            self.rewrites_base,
-            self.solver_error,
+        part = {n[len(prefix) :]: f for n, f in self.factors.items() if n.startswith(prefix)}
+        return dataclasses.replace(self, factors=part)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The factors' matrices, by ``<point>.<matrix>``."""
+        return {f"{n}.{key}": t for n, f in self.factors.items() for key, t in f.named().items()}
+
+    def numbers(self) -> dict[str, dict[str, float]]:
+        """What else the factors hold, by point: scaling and so on."""
+        return {
+            name: {k: v for k, v in vars(factors).items() if isinstance(v, (int, float))}
+            for name, factors in self.factors.items()
+        }
+
+    @classmethod
+    def of(
+        cls,
+        numbers: Mapping[str, Mapping[str, float]],
+        tensors: Mapping[str, Tensor],
+        rewrites_base: bool,
+    ) -> Self:
+        """Inverse of :meth:`numbers` and :meth:`tensors`.
+
+        Raises:
+            KeyError, TypeError: if a matrix or a number is missing.
+        """
+        named: dict[str, dict[str, Tensor]] = {name: {} for name in numbers}
+        for key, tensor in tensors.items():
+            name, _, matrix = key.rpartition(".")
+            named[name][matrix] = tensor
+        made: Any = {n: cls.factors_type.of(named[n], **rest) for n, rest in numbers.items()}
+        return cls(made, rewrites_base)
+
+
+@dataclass(frozen=True)
+class AdapterPlan(Plan[Factors]):
+    """The plan of LoRA adapters; what is taken out of a base is ``scaling * B @ A``.
+
+    Attributes:
+        solver_error: The largest of the inputs' :attr:`PrincipalSubspace.error`.
+    """
+
+    solver_error: float = 0.0
+    factors_type = Factors
+
+    def save(self, path: str | Path) -> Path:
+        """Write the plan to a safetensors file; returns its path.
+
+        Raises:
+            OSError: as :func:`~cntlora_core.runtime.files.atomic_write`.
+        """
+        header = {"layers": self.numbers(), "rewrites_base": self.rewrites_base}
+        return write_tensors(
+            path, _FORMAT, header | {"solver_error": self.solver_error}, self.tensors()
         )
+
+    @classmethod
+    def load(cls, path: str | Path) -> AdapterPlan:
+        """Read a plan that :meth:`save` wrote.
+
+        Raises:
+            ValueError: if the file is damaged, or no plan.
+            FileNotFoundError: if there is none.
+        """
+        with reading(path, "a plan of an adapter"):
+            header, tensors = read_tensors(path, _FORMAT)
+            plan = cls.of(header["layers"], tensors, bool(header["rewrites_base"]))
+            return dataclasses.replace(plan, solver_error=float(header["solver_error"]))
 
 
 def plan_adapter(

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from cntlora_core.activations.capture import ForwardFn
+from cntlora_core.activations.capture import CapturedMoments, ForwardFn
 from cntlora_core.activations.collection import ProgressFn, collect_moments
 from cntlora_core.activations.token_masks import MaskFn
 from cntlora_core.closed_form.factorization import Factors
@@ -25,7 +25,7 @@ from cntlora_core.runtime.processes import Processes, attempt
 def solve(
     model: nn.Module,
     points: Sequence[AttachmentPoint],
-    batches: Iterable[Any],
+    batches: Iterable[Any] | None,
     config: CNTLoRAConfig,
     *,
     rank: int | Mapping[str, int],
@@ -35,6 +35,7 @@ def solve(
     progress: ProgressFn | None = None,
     solve_progress: ProgressFn | None = None,
     processes: Processes | None = None,
+    moments: CapturedMoments | None = None,
 ) -> tuple[AdapterPlan, InitializationReport]:
     """Second moments of what the points read, and from them ranks and factors; no weight changes.
 
@@ -44,7 +45,7 @@ def solve(
     Args:
         model: What ``forward_fn`` is given.
         points: Attachment points within it.
-        batches: The data.
+        batches: The data; None where ``moments`` are given.
         config: The method's settings.
         rank: As in :func:`plan_adapter`.
         scaling: alpha / r, as there.
@@ -53,11 +54,13 @@ def solve(
         progress: Called with (batches done, total or 0).
         solve_progress: Called with (eigenproblems solved, total).
         processes: Who works together; default: all processes of torch.distributed.
+        moments: Those of the points, where they are known; no data is then read.
 
     Raises:
         ValueError, TypeError: as :func:`check_points`, before anything is computed; also if
             ``preserve_output`` would rewrite a weight that must not be, or the processes were
-            given different settings.
+            given different settings, or ``moments`` are not those of the points, or both
+            ``batches`` and ``moments`` are given, or neither.
         FloatingPointError: if activations are not finite.
     """
     processes = processes or Processes()
@@ -65,6 +68,10 @@ def solve(
     def check() -> None:
         wanted = rank if isinstance(rank, Mapping) else {p.name: rank for p in points}
         check_points(points, config, wanted)
+        if (batches is None) == (moments is None):
+            raise ValueError("give either the data or its second moments, moments=")
+        if moments is not None:
+            moments.require(points)
         if config.preserve_output:
             check_rewritable(model, {p.name: p.module for p in points})
 
@@ -72,10 +79,10 @@ def solve(
     given = json.dumps([config.describe(), rank, scaling], sort_keys=True, default=dict)
     processes.require_same(given, "configuration")
     start = time.perf_counter()
-    captured = collect_moments(
+    captured = moments or collect_moments(
         model,
         points,
-        batches,
+        batches or (),
         forward_fn=forward_fn,
         mask_fn=mask_fn,
         progress=progress,
@@ -91,7 +98,7 @@ def solve(
             rank=rank,
             scaling=scaling,
             progress=solve_progress,
-            release=True,
+            release=moments is None,
         ),
         processes,
     )
@@ -103,7 +110,7 @@ def solve(
         filled=plan.filled,
         config=config,
         rows={name: captured.of(name).count for name in plan.factors},
-        distinct_inputs=len(captured.moments),
+        distinct_inputs=len({captured.input_of[name] for name in plan.factors}),
         processes=processes.count,
         solver_error=plan.solver_error,
     )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from cntlora_core.initialization.plan import Plan
 from cntlora_core.lava import functional
 
 
@@ -43,6 +45,11 @@ class LavaFactors:
         factors = (self.u, self.v, *self.spatial)
         return dict(zip(functional.factor_names(len(factors)), factors, strict=True))
 
+    @classmethod
+    def of(cls, named: Mapping[str, Tensor], **numbers: Any) -> LavaFactors:
+        """Inverse of :meth:`named`, with scaling and so on."""
+        return cls(named["U"], named["V"], tuple(named[k] for k in "YX" if k in named), **numbers)
+
     def down(self) -> Tensor:
         """What U is multiplied by: (R, c_in / groups * kh * kw), ``delta = scaling * U @ down``."""
         right = self.v
@@ -56,25 +63,10 @@ class LavaFactors:
 
 
 @dataclass(frozen=True)
-class LavaPlan:
-    """Ranks and starting factors of every attachment point, before any module is wrapped.
+class LavaPlan(Plan[LavaFactors]):
+    """The plan of LAVA adapters; a base is rewritten only where a delta is not zero."""
 
-    Attributes:
-        factors: By attachment point's name, in the model's order.
-        rewrites_base: Whether the frozen weight becomes ``W - delta`` where the delta is not zero.
-    """
-
-    factors: dict[str, LavaFactors]
-    rewrites_base: bool
-
-    @property
-    def ranks(self) -> dict[str, int]:
-        return {name: factors.rank for name, factors in self.factors.items()}
-
-    @property
-    def filled(self) -> dict[str, int]:
-        """Terms that started as plain ones for want of data, where there are any."""
-        return {name: f.filled for name, f in self.factors.items() if f.filled}
+    factors_type = LavaFactors
 
     @property
     def relative_error(self) -> float:
@@ -82,13 +74,6 @@ class LavaPlan:
         size = sum(f.size**2 for f in self.factors.values())
         lost = sum((f.error * f.size) ** 2 for f in self.factors.values())
         return (lost / size) ** 0.5 if size else 0.0
-
-    def under(self, prefix: str) -> LavaPlan:
-        """The part of the plan whose names start with ``prefix``, without it."""
-        return LavaPlan(
-            {n[len(prefix) :]: f for n, f in self.factors.items() if n.startswith(prefix)},
-            self.rewrites_base,
-        )
 
 
 _SHORT = 0.1  # its square is what the rows of U are off from orthonormal, at the most

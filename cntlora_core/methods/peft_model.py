@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cntlora_core.activations.capture import ForwardFn, default_forward
+from cntlora_core.activations.capture import CapturedMoments, ForwardFn, default_forward
 from cntlora_core.activations.collection import ProgressFn, collect_moments
 from cntlora_core.activations.token_masks import MaskFn, default_mask
 from cntlora_core.adapter.inject import (
@@ -51,13 +51,14 @@ REWRITING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 def get_cntlora_model(
     model: nn.Module,
     lora_config: LoraConfig,
-    cntlora_config: CNTLoRAConfig | None,
-    dataloader: Iterable[Any],
+    cntlora_config: CNTLoRAConfig | None = None,
+    dataloader: Iterable[Any] | None = None,
     *,
     forward_fn: ForwardFn | None = None,
     mask_fn: MaskFn | None = None,
     progress: ProgressFn | None = None,
     sum_across_processes: bool = True,
+    moments: CapturedMoments | None = None,
 ) -> PeftModel:
     """Wrap a base model with an adapter that starts from the data.
 
@@ -76,7 +77,8 @@ def get_cntlora_model(
         lora_config: peft's configuration; rank patterns are written for it. Patterns of its own
             are followed under ``rank_budget="fixed"``.
         cntlora_config: The method's settings; None for the defaults.
-        dataloader: Batches of the data to adapt to; any iterable.
+        dataloader: Batches of the data to adapt to; any iterable. None where ``moments``
+            are given.
         forward_fn: ``forward_fn(model, batch)`` runs one forward pass; default: ``model(**batch)``
             for mappings, ``model(*batch)`` for sequences, ``model(batch)`` else.
         mask_fn: ``mask_fn(batch)`` gives the (batch, tokens) mask that is 1 where a token counts,
@@ -84,6 +86,8 @@ def get_cntlora_model(
             :meth:`~cntlora_core.activations.token_masks.TokenMasks.begin`.
         progress: Called with (batches done, total).
         sum_across_processes: False for a process that works by itself within a process group.
+        moments: What :func:`cntlora_core.collect_moments` gave for this model's points, instead of
+            the data; they stay as they are.
 
     Returns:
         A :class:`peft.PeftModel`; its ``cntlora_report`` is an :class:`InitializationReport`, its
@@ -123,6 +127,7 @@ def get_cntlora_model(
         mask_fn=mask_fn,
         progress=progress,
         processes=processes,
+        moments=moments,
     )
     peft_model, rounding = processes.run(
         lambda: inject_adapter(model, lora_config, plan, method=config.constraint),
