@@ -9,9 +9,7 @@ beside it, and a configuration that peft refuses to load onto the stock base.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import hashlib
-import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,8 +20,8 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from torch import Tensor, nn
 
-from cntlora_core.initialization.plan import AdapterPlan
-from cntlora_core.runtime.files import save_safetensors_atomic
+from cntlora_core.initialization.plan import AdapterPlan, Plan
+from cntlora_core.runtime.tensor_file import write_tensors
 from cntlora_core.runtime.thread_pool import map_in_threads
 
 RECORD_FILE = "cntlora_initialization.safetensors"
@@ -47,7 +45,7 @@ class InitializationRecord:
         fingerprints: By rewritten layer, :func:`fingerprint` of its weight before.
     """
 
-    plan: Any
+    plan: Plan[Any]
     method: str
     fingerprints: dict[str, str]
 
@@ -60,16 +58,13 @@ class InitializationRecord:
         Raises:
             OSError: as :func:`cntlora_core.runtime.files.atomic_write`.
         """
-        factors = self.plan.factors
-        tensors = {f"{n}.{key}": t for n, f in factors.items() for key, t in f.named().items()}
         header = {
             "adapter": "lora" if isinstance(self.plan, AdapterPlan) else "lava",
             "method": self.method,
-            "layers": {name: _numbers(f) for name, f in factors.items()},
+            "layers": self.plan.numbers(),
             "fingerprints": self.fingerprints,
         }
-        metadata = {"format": FORMAT, "header": json.dumps(header)}
-        return save_safetensors_atomic(tensors, Path(folder) / RECORD_FILE, metadata)
+        return write_tensors(Path(folder) / RECORD_FILE, FORMAT, header, self.plan.tensors())
 
 
 @dataclass(frozen=True)
@@ -89,11 +84,6 @@ class Converted:
     ranks: dict[str, int]
     trained_ranks: dict[str, int]
     relative_error: float
-
-
-def _numbers(factors: Any) -> dict[str, float]:
-    values = {field.name: getattr(factors, field.name) for field in dataclasses.fields(factors)}
-    return {name: value for name, value in values.items() if isinstance(value, (int, float))}
 
 
 def fingerprint(weight: Tensor) -> str:

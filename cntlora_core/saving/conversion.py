@@ -24,6 +24,7 @@ from cntlora_core.adapter.record import (
 )
 from cntlora_core.closed_form.factorization import Factors
 from cntlora_core.lava.conversion import subtracted_lava
+from cntlora_core.lava.factors import LavaPlan
 from cntlora_core.lora_file.algebra import (
     LoRALayer,
     LoRALayers,
@@ -190,6 +191,7 @@ def _subtracted(
     if isinstance(record.plan, AdapterPlan):
         converted, field = _subtracted_lora(tensors, record.plan, compress), "init_lora_weights"
     else:
+        assert isinstance(record.plan, LavaPlan)
         converted, field = subtracted_lava(tensors, record.plan, compress), "init_weights"
     root = config.get("use_rslora", False)
     return converted, {

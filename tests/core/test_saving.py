@@ -225,7 +225,7 @@ def spoiled(folder, how: str) -> None:
     ("how", "words"),
     [
         ("gone", "cntlora_initialization.safetensors is missing"),
-        ("cut", "is no record of an initialisation"),
+        ("cut", "cannot be read as a record of an initialisation"),
         ("no record", "its format is 'pt'"),
         ("another's", "do not belong together.*base_model.model.b.lora_A"),
         ("config", r"adapter_config.json is damaged"),
