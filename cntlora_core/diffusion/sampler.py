@@ -16,6 +16,8 @@ from cntlora_core.data.captions import encode_prompts
 from cntlora_core.diffusion.pipeline import StableDiffusionParts, load_stable_diffusion
 from cntlora_core.diffusion.settings import Precision, SamplingSettings, torch_dtype
 from cntlora_core.lora_file.reading import (
+    DIFFUSERS_METADATA_KEY,
+    FOREIGN,
     check_drawable,
     load_lora_tensors,
     load_tensors,
@@ -157,7 +159,7 @@ def _load_lora_files(pipeline: StableDiffusionPipeline, loras: Sequence[LoRAUse]
     names = [f"lora_{i}" for i in range(len(loras))]
     for name, lora in zip(names, loras, strict=True):
         try:
-            tensors = _without_mids(lora)
+            tensors = _respelled(lora)
             if tensors is None:
                 pipeline.load_lora_weights(
                     str(lora.path.parent), weight_name=lora.path.name, adapter_name=name
@@ -177,17 +179,31 @@ def _load_lora_files(pipeline: StableDiffusionPipeline, loras: Sequence[LoRAUse]
         pipeline.set_adapters(names, [lora.strength for lora in loras])
 
 
-def _without_mids(lora: LoRAUse) -> Mapping[str, torch.Tensor] | None:
-    """The tensors to load where the file itself cannot be: diffusers knows no ``lora_mid``."""
+def _respelled(lora: LoRAUse) -> Mapping[str, torch.Tensor] | None:
+    """The tensors to load, None for the file as it is: diffusers knows no ``lora_mid``.
+
+    Before 0.40 it also scales layers of differing ranks by that of the first, where neither
+    alphas nor its own header say what they are.
+    """
     tensors, header = lora.tensors, None
     if tensors is None:
         with safe_open(lora.path, framework="pt") as file:
-            if not any(MID in key for key in file.keys()):  # noqa: SIM118
-                return None
+            keys = list(file.keys())
+            if DIFFUSERS_METADATA_KEY in (file.metadata() or {}):
+                keys.append(".alpha")  # diffusers takes it from there
+        if not any(MID in key for key in keys) and any(key.endswith(".alpha") for key in keys):
+            return None
         tensors, header = load_lora_tensors(lora.path)
-    if not any(MID in key for key in tensors):
-        return tensors
+    if not any(MID in key for key in tensors) and not _ranks_without_alphas(tensors):
+        return lora.tensors
     return diffusers_tensors(read_lora_tensors(tensors, header, str(lora.path)).layers)
+
+
+def _ranks_without_alphas(tensors: Mapping[str, torch.Tensor]) -> bool:
+    if any(key.endswith((".alpha", *FOREIGN["DoRA"])) for key in tensors):
+        return False
+    downs = (tensor for key, tensor in tensors.items() if ".lora_A." in key or ".down." in key)
+    return len({len(down) for down in downs}) > 1
 
 
 def draw(

@@ -171,9 +171,7 @@ def write_lora_file(
         )
     if layout == "kohya":
         stored = _with_shared_alpha(layers)
-        tensors = _factor_tensors(stored, kohya_name, ("lora_down", "lora_up", "lora_mid"), dtype)
-        for name, layer in stored.items():
-            tensors[f"{kohya_name(name)}.alpha"] = torch.tensor(layer.alpha, dtype=torch.float32)
+        tensors = _kohya_tensors(stored, dtype)
         extra = {}
     elif layout == "diffusers":
         stored = {name: _unscaled(without_mid(layer)) for name, layer in layers.items()}
@@ -188,10 +186,20 @@ def write_lora_file(
 def diffusers_tensors(
     layers: Mapping[str, LoRALayer], dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
-    """An adapter as ``load_lora_weights`` takes it in memory: scaled, and without mids."""
-    return _in_diffusers_words(
-        {name: _unscaled(without_mid(layer)) for name, layer in layers.items()}, dtype
-    )
+    """An adapter as ``load_lora_weights`` takes it in memory: in kohya's names, without mids.
+
+    A dict has no header, and diffusers before 0.40 scales layers without an alpha by the rank of
+    the first one. It is right where all carry one alpha, whatever their ranks.
+    """
+    stored = {name: without_mid(layer) for name, layer in layers.items()}
+    return _kohya_tensors(_with_shared_alpha(stored), dtype)
+
+
+def _kohya_tensors(layers: Mapping[str, LoRALayer], dtype: torch.dtype) -> dict[str, Tensor]:
+    tensors = _factor_tensors(layers, kohya_name, ("lora_down", "lora_up", "lora_mid"), dtype)
+    for name, layer in layers.items():
+        tensors[f"{kohya_name(name)}.alpha"] = torch.tensor(layer.alpha, dtype=torch.float32)
+    return tensors
 
 
 def _in_diffusers_words(layers: Mapping[str, LoRALayer], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -97,6 +97,11 @@ def adapted(
             )
         )
     return unet.eval(), text_encoder.eval()
+
+
+def without_text_model(named: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """By the names that transformers 5 gives; transformers 4 puts ``text_model.`` before them."""
+    return {name.removeprefix("text_model."): value for name, value in named}
 
 
 def collect(models: tuple[nn.Module, nn.Module]) -> LoRALayers:

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cntlora_core.diffusion.sampler import LoRAUse, apply_lora_files
 from cntlora_core.lora_file.writing import (
     Layout,
     LoRALayers,
     collect_adapter,
     compress_layers,
+    diffusers_tensors,
     read_lora_file,
     subtract_initial_layers,
     total_relative_error,
@@ -33,6 +40,7 @@ from .conftest import (
     error,
     outputs,
     stock_pipeline,
+    without_text_model,
 )
 
 
@@ -53,6 +61,31 @@ def test_stock_pipeline_gives_the_trained_output(
     assert error(actual[0], expected[0]) < 1e-5
 
 
+@pytest.mark.parametrize("targets", [ATTENTION, EVERYTHING], ids=["attention", "everything"])
+def test_layers_of_differing_ranks_are_scaled_right(
+    base, tmp_path: Path, loader_messages: list[str], targets: list[str]
+) -> None:
+    """diffusers before 0.40 scales layers without alpha and header by the rank of the first."""
+    models = adapted(base, targets)
+    layers = collect(models)
+    assert len({layer.rank for layer in layers.values()}) > 1
+    expected = outputs(*models)
+    path = write_lora_file(tmp_path / "lora.safetensors", layers, layout="diffusers")
+    tensors, bare = load_file(path), tmp_path / "bare.safetensors"
+    save_file(tensors, bare)
+    uses = (LoRAUse(Path("it"), 1.0, tensors), LoRAUse(bare), LoRAUse(path))
+    loads: list[Callable[[StableDiffusionPipeline], None]] = [
+        lambda pipeline: pipeline.load_lora_weights(diffusers_tensors(layers)),
+        *(partial(apply_lora_files, loras=[use]) for use in uses),
+    ]
+    for load in loads:
+        pipeline = stock_pipeline(base)
+        load(pipeline)
+        actual = outputs(pipeline.unet, pipeline.text_encoder)
+        assert error(actual[0], expected[0]) < 1e-5
+        assert error(actual[1], expected[1]) < 1e-5
+
+
 def test_diffusers_layout_is_right_without_its_header_and_with_it(base, tmp_path: Path) -> None:
     """Readers that know no header take scale 1; those that do, take ranks and alphas from it."""
     models = adapted(base)
@@ -63,10 +96,6 @@ def test_diffusers_layout_is_right_without_its_header_and_with_it(base, tmp_path
     bare = tmp_path / "bare.safetensors"
     save_file(tensors, bare)
     assert_same_layers(read_lora_file(bare).layers, layers, 1e-6)
-    pipeline = stock_pipeline(base)
-    pipeline.load_lora_weights(str(bare))
-    expected = outputs(*models)
-    assert error(outputs(pipeline.unet, pipeline.text_encoder)[0], expected[0]) < 1e-5
 
     for model, part in zip(base, ("unet", "text_encoder")):
         fields = {k.removeprefix(f"{part}."): v for k, v in header.items() if k.startswith(part)}
@@ -75,6 +104,21 @@ def test_diffusers_layout_is_right_without_its_header_and_with_it(base, tmp_path
         assert from_header.keys() == {name for name in layers if name.startswith(f"{part}.")}
         for name, layer in from_header.items():
             assert (layer.rank, layer.scaling) == (layers[name].rank, 1.0), name
+
+
+@pytest.mark.skipif(
+    Version(diffusers.__version__) < Version("0.40"),
+    reason="diffusers before 0.40 scales all layers of a file without header by the first's rank",
+)
+def test_stock_pipeline_loads_the_diffusers_layout_without_its_header(base, tmp_path: Path) -> None:
+    models = adapted(base)
+    path = write_lora_file(tmp_path / "lora.safetensors", collect(models), layout="diffusers")
+    bare = tmp_path / "bare.safetensors"
+    save_file(load_file(path), bare)
+    pipeline = stock_pipeline(base)
+    pipeline.load_lora_weights(str(bare))
+    expected = outputs(*models)
+    assert error(outputs(pipeline.unet, pipeline.text_encoder)[0], expected[0]) < 1e-5
 
 
 def test_peft_loads_the_peft_layout(base, tmp_path: Path, loader_messages: list[str]) -> None:
@@ -92,7 +136,7 @@ def test_peft_loads_the_peft_layout(base, tmp_path: Path, loader_messages: list[
 def rewrite_base(models: Any, layers: LoRALayers) -> None:
     """W <- W - s B0 A0, as a data-driven start that keeps the output does."""
     for model, prefix in zip(models, ("unet", "text_encoder")):
-        modules = dict(model.base_model.model.named_modules())
+        modules = without_text_model(model.base_model.model.named_modules())
         for name, layer in layers.items():
             if name.startswith(f"{prefix}."):
                 modules[name.removeprefix(f"{prefix}.")].base_layer.weight.data -= layer.delta()
