@@ -19,7 +19,7 @@ from cntlora_core.diffusion.settings import (
     Schedule,
     TrainingSettings,
 )
-from cntlora_core.runtime.files import safe_name
+from cntlora_core.runtime.file_names import safe_name
 
 from .pictures import image_tensor, shown
 from .runtime import HostReporter, device_name, run_heavy, tell

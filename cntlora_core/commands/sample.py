@@ -47,7 +47,8 @@ class Sample:
         from cntlora_core.diffusion.settings import require_unicode
         from cntlora_core.figures.sheets import save_image
         from cntlora_core.metrics.pictures import write_prompts
-        from cntlora_core.runtime.files import require_writable_folder, safe_name
+        from cntlora_core.runtime.file_names import safe_name
+        from cntlora_core.runtime.files import require_writable_folder
 
         if not self.prompt:
             raise ValueError("give at least one --prompt")

@@ -44,12 +44,11 @@ from cntlora_core.figures.plots import plot_loss, plot_ranks
 from cntlora_core.figures.sheets import save_image
 from cntlora_core.methods import get_method
 from cntlora_core.methods.peft_model import ROUNDING_TO_MENTION
+from cntlora_core.runtime.file_names import distinct_names, safe_name
 from cntlora_core.runtime.files import (
-    distinct_names,
     folder_within,
     path_within,
     require_writable_folder,
-    safe_name,
     write_json_atomic,
 )
 from cntlora_core.runtime.memory import freed_memory_kept

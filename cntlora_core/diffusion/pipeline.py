@@ -8,8 +8,6 @@ weights change with the file when somebody overwrites it.)
 from __future__ import annotations
 
 import copy
-import functools
-import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -36,14 +34,13 @@ from cntlora_core.diffusion.checkpoint import (
 from cntlora_core.diffusion.fingerprint import fingerprint_model
 from cntlora_core.diffusion.original_layout import original_key
 from cntlora_core.diffusion.settings import SchedulerName
+from cntlora_core.diffusion.trial import SD15_CONFIGS, is_stock, require_working
 from cntlora_core.runtime.hub import why_not_fetched
 from cntlora_core.runtime.progress import Reporter, silent
 from cntlora_core.runtime.reading import FLOATS, is_finite, reading, user_path
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
-
-SD15_CONFIGS = Path(__file__).parent / "sd15"
 
 _SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
@@ -77,8 +74,6 @@ _OLD_VAE_ATTENTION = {
 _PREDICTIONS = ("epsilon", "v_prediction", "sample")
 _NAMES = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder of CLIP's make"}
 _OTHER_MODEL = "Download the folder again, or give another model."
-_LARGEST_SAMPLE = 4096
-_NO_SHAPE = ("architectures", "dtype", "torch_dtype", "transformers_version")
 """Fields of a configuration that change nothing of what is built."""
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _FILE_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".bin")
@@ -227,50 +222,12 @@ def load_parts(
             models[part] = build_model(part, configs)
         names = _names_in(path, part, models[part].config)
         _fill(models[part], files, names, torch.float32 if part == "vae" else dtype, device)
-        if not _is_stock(described, part):
+        if not is_stock(described, part):
             with reading(described, what, _OTHER_MODEL):
-                _require_working(part, models[part].eval())
+                require_working(part, models[part].eval())
     return assemble(
         **models, configs=configs, source=source, fingerprint=fingerprint_model(path, reporter)
     )
-
-
-def _is_stock(config: Path, part: str) -> bool:
-    """Whether a configuration describes SD1.5's own part, which needs no trial."""
-    stock, given = read_json(SD15_CONFIGS / part / "config.json"), read_json(config)
-    return all(
-        stock.get(key) == value
-        for key, value in given.items()
-        if not key.startswith("_") and key not in _NO_SHAPE
-    )
-
-
-def _require_working(part: str, model: Any) -> None:
-    """Runs a part on the smallest input that it takes: do its layers fit together?
-
-    Raises:
-        Exception: what the layers raise; and a ValueError for settings that are read later.
-    """
-    weight = next(model.parameters())
-    new = functools.partial(torch.zeros, device=weight.device, dtype=weight.dtype)
-    with torch.no_grad():
-        if part == "text_encoder":
-            length = model.config.max_position_embeddings
-            model(torch.zeros(1, length, dtype=torch.long, device=weight.device))
-            return
-        side = model.config["sample_size"]
-        if part == "vae":
-            scale = model.config["scaling_factor"]
-            if not (math.isfinite(scale) and scale > 0):
-                raise ValueError(f"scaling_factor must be a positive number, got {scale!r}")
-            side = 2 ** len(model.config["block_out_channels"])
-            model(new(1, 3, side, side))
-            return
-        if type(side) is not int or not 1 <= side <= _LARGEST_SAMPLE:
-            raise ValueError(f"sample_size must be a whole number of latent pixels, got {side!r}")
-        width, channels = model.config["cross_attention_dim"], model.config["in_channels"]
-        side = 2 ** len(model.config["block_out_channels"])
-        model(new(1, channels, side, side), new(1), new(1, 1, width))
 
 
 def assemble(

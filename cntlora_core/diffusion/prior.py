@@ -14,7 +14,8 @@ from cntlora_core.diffusion.pipeline import StableDiffusionParts
 from cntlora_core.diffusion.sampler import draw
 from cntlora_core.diffusion.settings import PriorSettings, SamplingSettings
 from cntlora_core.figures.sheets import save_image
-from cntlora_core.runtime.files import folder_within, safe_name, user_cache, write_json_atomic
+from cntlora_core.runtime.file_names import safe_name
+from cntlora_core.runtime.files import folder_within, user_cache, write_json_atomic
 from cntlora_core.runtime.progress import Reporter, silent
 from cntlora_core.runtime.reading import user_path
 

@@ -17,11 +17,8 @@ from torch import nn
 from cntlora_core.lava.config import LavaConfig
 from cntlora_core.lava.model import LavaModel
 from cntlora_core.lora_file.reading import PEFT_CONFIG, PEFT_WEIGHTS
-from cntlora_core.runtime.files import (
-    require_writable_folder,
-    safe_name,
-    save_safetensors_atomic,
-)
+from cntlora_core.runtime.file_names import safe_name
+from cntlora_core.runtime.files import require_writable_folder, save_safetensors_atomic
 
 
 class _MixedTuner(MixedModel):

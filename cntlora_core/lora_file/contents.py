@@ -24,15 +24,17 @@ from cntlora_core.lora_file.names import (
     layout_of,
     split_key,
 )
-from cntlora_core.lora_file.reading import (
+from cntlora_core.lora_file.peft_config import (
     DIFFUSERS_METADATA_KEY,
+    header_configs,
+    read_peft_config,
+)
+from cntlora_core.lora_file.reading import (
     FOREIGN,
     PEFT_CONFIG,
-    header_configs,
     layer_of,
     load_tensors,
     parts_of_folder,
-    read_peft_config,
 )
 
 # peft's adapters of embeddings: the delta is that of a linear layer, transposed.

@@ -42,8 +42,8 @@ from cntlora_core.lora_file.names import (
     kohya_name,
     split_name,
 )
+from cntlora_core.lora_file.peft_config import DIFFUSERS_METADATA_KEY
 from cntlora_core.lora_file.reading import (
-    DIFFUSERS_METADATA_KEY,
     PEFT_CONFIG,
     PEFT_WEIGHTS,
     LoRAFile,

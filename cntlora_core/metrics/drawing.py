@@ -14,7 +14,8 @@ from cntlora_core.diffusion.sampler import LoRAUse, apply_lora_files, draw
 from cntlora_core.diffusion.settings import SamplingSettings
 from cntlora_core.figures.sheets import save_image
 from cntlora_core.metrics.pictures import write_prompts
-from cntlora_core.runtime.files import distinct_names, require_writable_folder, safe_name
+from cntlora_core.runtime.file_names import distinct_names, safe_name
+from cntlora_core.runtime.files import require_writable_folder
 from cntlora_core.runtime.progress import Reporter, silent
 
 

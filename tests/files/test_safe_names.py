@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cntlora_core.runtime.files import distinct_names, safe_name
+from cntlora_core.runtime.file_names import distinct_names, safe_name
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cntlora_core.lora_file.reading import matches_pattern
+from cntlora_core.lora_file.peft_config import matches_pattern
 from cntlora_core.lora_file.writing import read_lora_file, write_lora_file
 from cntlora_core.runtime.reading import printable
 from cntlora_core.runtime.seeds import torch_seed

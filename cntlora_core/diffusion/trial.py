@@ -1,0 +1,54 @@
+"""Configurations that are not Stable Diffusion 1.5's own are tried on the smallest input."""
+
+from __future__ import annotations
+
+import functools
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cntlora_core.diffusion.checkpoint import read_json
+
+SD15_CONFIGS = Path(__file__).parent / "sd15"
+_LARGEST_SAMPLE = 4096
+_NO_SHAPE = ("architectures", "dtype", "torch_dtype", "transformers_version")
+
+
+def is_stock(config: Path, part: str) -> bool:
+    """Whether a configuration describes SD1.5's own part, which needs no trial."""
+    stock, given = read_json(SD15_CONFIGS / part / "config.json"), read_json(config)
+    return all(
+        stock.get(key) == value
+        for key, value in given.items()
+        if not key.startswith("_") and key not in _NO_SHAPE
+    )
+
+
+def require_working(part: str, model: Any) -> None:
+    """Runs a part on the smallest input that it takes: do its layers fit together?
+
+    Raises:
+        Exception: what the layers raise; and a ValueError for settings that are read later.
+    """
+    weight = next(model.parameters())
+    new = functools.partial(torch.zeros, device=weight.device, dtype=weight.dtype)
+    with torch.no_grad():
+        if part == "text_encoder":
+            length = model.config.max_position_embeddings
+            model(torch.zeros(1, length, dtype=torch.long, device=weight.device))
+            return
+        side = model.config["sample_size"]
+        if part == "vae":
+            scale = model.config["scaling_factor"]
+            if not (math.isfinite(scale) and scale > 0):
+                raise ValueError(f"scaling_factor must be a positive number, got {scale!r}")
+            side = 2 ** len(model.config["block_out_channels"])
+            model(new(1, 3, side, side))
+            return
+        if type(side) is not int or not 1 <= side <= _LARGEST_SAMPLE:
+            raise ValueError(f"sample_size must be a whole number of latent pixels, got {side!r}")
+        width, channels = model.config["cross_attention_dim"], model.config["in_channels"]
+        side = 2 ** len(model.config["block_out_channels"])
+        model(new(1, channels, side, side), new(1), new(1, 1, width))
