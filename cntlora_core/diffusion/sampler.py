@@ -15,8 +15,8 @@ from safetensors import safe_open
 from cntlora_core.data.captions import encode_prompts
 from cntlora_core.diffusion.pipeline import StableDiffusionParts, load_stable_diffusion
 from cntlora_core.diffusion.settings import Precision, SamplingSettings, torch_dtype
+from cntlora_core.lora_file.peft_config import DIFFUSERS_METADATA_KEY
 from cntlora_core.lora_file.reading import (
-    DIFFUSERS_METADATA_KEY,
     FOREIGN,
     check_drawable,
     load_lora_tensors,
