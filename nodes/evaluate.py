@@ -1,4 +1,4 @@
-"""How well pictures show the subject, and follow their prompts."""
+"""How well generated images show the subject, and follow their prompts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def prompt_of_each(text: str, subject: Subject, pictures: int) -> list[str]:
     if not prompts or pictures % len(prompts):
         raise ValueError(
             f"{pictures} pictures and {len(prompts)} prompts: write one line for each picture, or "
-            "one for every so many; Draw Pictures gives its prompts along with its images"
+            "one for every so many; Generate Images gives its prompts along with its images"
         )
     return [prompt for prompt in prompts for _ in range(pictures // len(prompts))]
 
@@ -62,36 +62,36 @@ class MeasurePictures(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         numbers = {
-            "dino": "How alike the subject is in pictures and photos, by DINO; 100 is the same.",
-            "clip_i": "The same by CLIP, which sees the kind of thing rather than this one.",
-            "clip_t": "How well the pictures follow their prompts, by CLIP; 25 to 35 is usual.",
+            "dino": "How alike the subject is in images and photos, by DINO; 100 is the same.",
+            "clip_i": "The same by CLIP, which sees the class more than the single object.",
+            "clip_t": "How well the images follow their prompts, by CLIP; 25 to 35 is usual.",
         }
         return io.Schema(
             node_id="CNTLoRAEvaluate",
-            display_name="Measure Pictures (evaluate)",
+            display_name="Measure Images (evaluate)",
             category=CATEGORY,
-            description="Measures how well pictures show your subject (DINO, CLIP-I) and how well "
-            "they follow their prompts (CLIP-T). Compare LoRAs by it, with the same prompts and "
+            description="Measures how well images show your subject (DINO, CLIP-I) and how well "
+            "they follow their prompts (CLIP-T). Compare LoRAs by these scores, with the same prompts and "
             "seeds.",
             is_output_node=True,
             inputs=[
                 io.Image.Input(
-                    "images", tooltip="The pictures, one batch: from Draw Pictures or VAE Decode."
+                    "images", tooltip="The images, one batch: from Generate Images or VAE Decode."
                 ),
                 SubjectSocket.Input("subject", tooltip="Your subject; its photos are compared."),
                 io.String.Input(
                     "prompts",
                     default="a photo of {token} {class}",
                     multiline=True,
-                    tooltip="The prompts that the pictures were drawn with: one line for each, or "
-                    "fewer for equal runs of pictures. {token} and {class} are filled in.",
+                    tooltip="The prompts of the images: one line for each image, or fewer "
+                    "lines for equal runs of images. {token} and {class} are filled in.",
                 ),
                 io.Combo.Input(
                     "dino",
                     options=encoder_names("vision"),
                     default=encoder_names("vision")[0],
                     extra_dict=ADVANCED,
-                    tooltip="What judges the subject. For figures like published ones put "
+                    tooltip="The encoder that compares the subject. For figures like published ones put "
                     "facebook/dino-vits16 into a folder of models/clip_vision.",
                 ),
                 io.Combo.Input(
@@ -99,14 +99,14 @@ class MeasurePictures(io.ComfyNode):
                     options=encoder_names("clip"),
                     default=encoder_names("clip")[0],
                     extra_dict=ADVANCED,
-                    tooltip="What judges prompts. For figures like published ones put "
+                    tooltip="The encoder that compares images with prompts. For figures like published ones put "
                     "openai/clip-vit-large-patch14 into a folder of models/clip_vision.",
                 ),
             ],
             outputs=[
                 *(io.Float.Output(display_name=name, tooltip=tip) for name, tip in numbers.items()),
                 io.Image.Output(
-                    display_name="sheet", tooltip="Photos and pictures by prompt, with the scores."
+                    display_name="sheet", tooltip="Photos and images by prompt, with the scores."
                 ),
                 io.String.Output(display_name="report", tooltip="All scores, prompt by prompt."),
             ],

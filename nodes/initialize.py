@@ -1,4 +1,4 @@
-"""Decide where the LoRA starts, from what the model does with the photos."""
+"""Initialise the LoRA from what the model does with the photos."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SHIFT_KINDS = ("a number", "random (normal)")
 
 
 def make_start(model: ModelChoice, subject: Subject, adapter: AdapterSettings, seed: int) -> Start:
-    """Load the model, let it read the photos, and plan the start; the model is let go again."""
+    """Load the model, let it read the photos, and plan the initialisation; then free the model."""
     from cntlora_core.diffusion.pipeline import load_stable_diffusion
     from cntlora_core.diffusion.stages import encode_subject, plan_start
 
@@ -45,16 +45,16 @@ def make_start(model: ModelChoice, subject: Subject, adapter: AdapterSettings, s
 
 
 class Initialize(io.ComfyNode):
-    """Method, rank and the rest of the start."""
+    """Method, rank and the other settings of the initialisation."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="CNTLoRAInitialize",
-            display_name="Start the LoRA (initialise)",
+            display_name="Initialise the LoRA",
             category=CATEGORY,
-            description="Decides where the LoRA starts: at random, or from what the model does "
-            "with your photos. The picture shows how many ranks each part of the model was given.",
+            description="Initialises the LoRA: at random, or from what the model does with your "
+            "photos. The plot shows the rank of each adapted layer.",
             inputs=[
                 ModelSocket.Input("model", tooltip="The model that is to learn."),
                 SubjectSocket.Input("subject", tooltip="What it is to learn."),
@@ -141,7 +141,7 @@ def _main_inputs() -> list[io.Input]:
             options=method_names(),
             default=default_method(),
             tooltip="cross, self and shift are initialised from your photos (CNTLoRA). lora is the "
-            "ordinary random initialisation; the others are known methods to compare with.",
+            "ordinary random initialisation; the rest are baselines to compare with.",
         ),
         io.Int.Input(
             "rank",
@@ -157,7 +157,8 @@ def _main_inputs() -> list[io.Input]:
             min=0.0,
             max=10000.0,
             step=1.0,
-            tooltip="Strength built into the LoRA, against its rank. 0 takes twice the rank.",
+            tooltip="Scale of the LoRA: its output is multiplied by alpha / rank. 0 takes "
+            "twice the rank.",
         ),
         io.Boolean.Input(
             "train_text_encoder",
@@ -177,8 +178,8 @@ def _advanced_inputs() -> list[io.Input]:
             options=list(get_args(RankBudget)),
             default=default_of(CNTLoRAConfig, "rank_budget"),
             extra_dict=ADVANCED,
-            tooltip="ranks: layers that need more get more, at the same sum of ranks. parameters: "
-            "at the same size of the LoRA. fixed: every layer gets the same rank.",
+            tooltip="ranks: layers that need more get more, at the same total of ranks. "
+            "parameters: at the same size of the LoRA. fixed: every layer gets the same rank.",
         ),
         io.Float.Input(
             "split",
@@ -187,7 +188,7 @@ def _advanced_inputs() -> list[io.Input]:
             max=1.0,
             step=0.05,
             extra_dict=ADVANCED,
-            tooltip="Which of the two matrices carries the start. More than 0.5 brings the subject "
+            tooltip="Which of the two matrices carries the initialisation. More than 0.5 brings the subject "
             "out more, less keeps closer to the prompt.",
         ),
         io.Float.Input(
@@ -212,7 +213,7 @@ def _advanced_inputs() -> list[io.Input]:
             options=list(get_args(Factorization)),
             default=default_of(CNTLoRAConfig, "factorization"),
             extra_dict=ADVANCED,
-            tooltip="How the start is divided into two matrices. qr has no split to choose.",
+            tooltip="How the initialisation is divided into two matrices. qr has no split to choose.",
         ),
         io.Combo.Input(
             "subspace",
@@ -238,7 +239,7 @@ def _advanced_inputs() -> list[io.Input]:
             label_on="yes",
             label_off="no",
             extra_dict=ADVANCED,
-            tooltip="Begin the training with exactly the pictures of the untaught model.",
+            tooltip="Begin the training at exactly the pre-trained model.",
         ),
         io.Int.Input(
             "min_rank",
@@ -274,14 +275,14 @@ def _advanced_inputs() -> list[io.Input]:
             max=LARGEST_SEED,
             control_after_generate=False,
             extra_dict=ADVANCED,
-            tooltip="Seed of the noise in which the photos are read, and of random starts.",
+            tooltip="Seed of the noise in which the photos are read, and of random initialisations.",
         ),
         io.Combo.Input(
             "adapter",
             options=list(get_args(AdapterKind)),
             default=default_of(AdapterSettings, "adapter"),
             extra_dict=ADVANCED,
-            tooltip="lora: two matrices for each attention layer. lava: the picture model's "
+            tooltip="lora: two matrices for each attention layer. lava: the UNet's "
             "convolutions learn too, with few weights for each; its methods are cross, self, shift "
             "and lora.",
         ),

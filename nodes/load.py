@@ -28,8 +28,8 @@ class LoadModel(io.ComfyNode):
                     "checkpoint",
                     options=model_names(),
                     tooltip="A Stable Diffusion 1.5 model or a fine-tune of it, from ComfyUI's "
-                    "checkpoints or diffusers folder. The small model draws 64 px pictures and "
-                    "trains in minutes on a CPU: good for trying things out.",
+                    "checkpoints or diffusers folder. The small model generates 64 px images "
+                    "and trains in minutes on a CPU: good for trials.",
                 ),
                 io.Combo.Input(
                     "precision",

@@ -85,7 +85,7 @@ class ApplyLoRA(io.ComfyNode):
                     min=-20.0,
                     max=20.0,
                     step=0.05,
-                    tooltip="How strongly it acts on the picture; 1 as trained.",
+                    tooltip="How strongly it acts on the image; 1 as trained.",
                 ),
                 io.Float.Input(
                     "strength_clip",
@@ -122,7 +122,7 @@ class ApplyLoRA(io.ComfyNode):
         if patch_count(patched[0]) == patch_count(model):
             raise ValueError(
                 "this LoRA fits no layer of this model: a checkpoint of Stable Diffusion 1.5 is "
-                "needed, and the small model's LoRAs work with Draw Pictures only"
+                "needed, and the small model's LoRAs work with Generate Images only"
             )
         return io.NodeOutput(*patched)
 

@@ -32,7 +32,7 @@ MEMORY_ADVICE = (
 
 
 class HostReporter:
-    """Draws the core's reports on the node that is running; raises when the user cancels.
+    """Shows the core's reports on the node that is running; raises when the user cancels.
 
     Args:
         steps: Of the training that will be reported, for the axis of the loss picture.

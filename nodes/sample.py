@@ -1,4 +1,4 @@
-"""Draw with a LoRA, and compare several."""
+"""Generate images with a LoRA, and compare several LoRAs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COMPARED = 6
 
 
 def lora_use(lora: dict[str, Tensor], strength: float = 1.0) -> LoRAUse:
-    """A LoRA from a socket, as the core draws with it."""
+    """A LoRA from a socket, as the core generates images with it."""
     from cntlora_core.diffusion.sampler import LoRAUse
 
     return LoRAUse(Path(LoRAModel.of(lora).label), strength, lora)
@@ -87,12 +87,13 @@ class DrawPictures(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="CNTLoRASample",
-            display_name="Draw Pictures (diffusers)",
+            display_name="Generate Images (diffusers)",
             category=CATEGORY,
-            description="Draws with the model that was taught, with the LoRA or without. The small "
-            "model draws here only. With SD1.5, Apply Subject LoRA and KSampler do it too.",
+            description="Generates images with the model that was taught, with the LoRA or "
+            "without. The small model needs this node. With SD1.5, Apply Subject LoRA and KSampler "
+            "generate images too.",
             inputs=[
-                ModelSocket.Input("model", tooltip="The model that draws."),
+                ModelSocket.Input("model", tooltip="The model that generates the images."),
                 LoRASocket.Input(
                     "lora", optional=True, tooltip="The LoRA; without it, the model as it was."
                 ),
@@ -100,7 +101,7 @@ class DrawPictures(io.ComfyNode):
                     "prompts",
                     default="a photo of sks dog in the snow",
                     multiline=True,
-                    tooltip="One picture for each line. {token} and {class} are filled in from the "
+                    tooltip="One image for each line. {token} and {class} are filled in from the "
                     "LoRA.",
                 ),
                 io.Float.Input(
@@ -112,7 +113,7 @@ class DrawPictures(io.ComfyNode):
                     tooltip="How strongly the LoRA acts; 1 as trained.",
                 ),
                 io.Int.Input(
-                    "per_prompt", default=1, min=1, max=64, tooltip="Pictures for each prompt."
+                    "per_prompt", default=1, min=1, max=64, tooltip="Images for each prompt."
                 ),
                 io.Int.Input(
                     "seed",
@@ -120,15 +121,15 @@ class DrawPictures(io.ComfyNode):
                     min=0,
                     max=LARGEST_SEED,
                     control_after_generate=True,
-                    tooltip="Seed of the first picture; the next has the next seed.",
+                    tooltip="Seed of the first image; the next image has the next seed.",
                 ),
                 *_sampling_inputs(),
             ],
             outputs=[
-                io.Image.Output(display_name="images", tooltip="The pictures, one batch."),
+                io.Image.Output(display_name="images", tooltip="The images, one batch."),
                 io.String.Output(
                     display_name="prompts",
-                    tooltip="The prompt of each picture, a line each, for Measure Pictures.",
+                    tooltip="The prompt of each image, a line each, for Measure Images.",
                 ),
             ],
         )
@@ -177,7 +178,7 @@ class CompareLoRAs(io.ComfyNode):
             "methods, numbers of steps, strengths, seeds.",
             is_output_node=True,
             inputs=[
-                ModelSocket.Input("model", tooltip="The model that draws."),
+                ModelSocket.Input("model", tooltip="The model that generates the images."),
                 *(
                     LoRASocket.Input(
                         f"lora_{i}",
@@ -262,11 +263,9 @@ def _sampling_inputs() -> list[Any]:
             min=0.0,
             max=100.0,
             step=0.5,
-            tooltip="How closely the picture follows the prompt (CFG). The small model likes 2.5.",
+            tooltip="How closely the image follows the prompt (CFG). The small model likes 2.5.",
         ),
-        io.String.Input(
-            "negative_prompt", default="", tooltip="What the pictures should not show."
-        ),
+        io.String.Input("negative_prompt", default="", tooltip="What the images should not show."),
         io.Int.Input(
             "resolution",
             default=0,
@@ -274,7 +273,7 @@ def _sampling_inputs() -> list[Any]:
             max=2048,
             step=8,
             extra_dict=ADVANCED,
-            tooltip="Side of the pictures in pixels; 0 is the model's own.",
+            tooltip="Side of the images in pixels; 0 is the model's own.",
         ),
         io.Combo.Input(
             "scheduler",

@@ -28,7 +28,7 @@ LossSocket = io.Custom("LOSS_MAP")  # likewise, its Plot Loss Graph
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """Which model is to be taught or drawn with; each node that needs it loads it and lets it go.
+    """Which model is to be taught or to generate images; each node that needs it loads it and lets it go.
 
     Attributes:
         name: For people.
@@ -51,7 +51,7 @@ class ClassImages:
 
 @dataclass(frozen=True, eq=False)
 class TrainingStart:
-    """A start together with the model and the subject that it was made from."""
+    """An initialisation, with the model and the subject that it was made from."""
 
     model: ModelChoice
     subject: Subject
@@ -100,5 +100,5 @@ class LoRAModel(dict[str, Tensor]):
 
     @classmethod
     def of(cls, lora: Mapping[str, Tensor]) -> LoRAModel:
-        """Whatever comes through a LORA_MODEL socket, ours or that of another node."""
+        """Whatever comes through a LORA_MODEL socket, from this pack or from another node."""
         return lora if isinstance(lora, cls) else cls(lora)

@@ -48,7 +48,7 @@ class Trained:
     history: list[dict[str, float]]
 
     def pictures(self, prompts: Sequence[str]) -> list[Image.Image]:
-        """The course of the loss, and what was drawn of these prompts after the last step."""
+        """The course of the loss, and what was generated for these prompts after the last step."""
         from cntlora_core.diffusion.job import sample_names
         from cntlora_core.figures.plots import loss_picture
 
@@ -66,7 +66,7 @@ def job_settings(
     name: str,
     compress: bool,
 ) -> JobSettings:
-    """A whole run's settings: the start's, and those of the training; the folder is still open."""
+    """A whole run's settings: the initialisation's, and those of the training; the folder is still open."""
     prior = PriorSettings(
         prior_weight=0.0 if class_images is None else prior_weight,
         num_class_images=1 if class_images is None else len(class_images.photos.photos),
@@ -151,11 +151,13 @@ class TrainSubject(io.ComfyNode):
             "are added to it.",
             is_output_node=True,
             inputs=[
-                StartSocket.Input("start", tooltip="Model, subject and start of the LoRA."),
+                StartSocket.Input(
+                    "start", tooltip="Model, subject and initialisation of the LoRA."
+                ),
                 ClassImagesSocket.Input(
                     "class_images",
                     optional=True,
-                    tooltip="Pictures of the class, so that the model does not forget it. Without "
+                    tooltip="Images of the class, so that the model does not forget it. Without "
                     "them training is faster and forgets more.",
                 ),
                 *_main_inputs(),
@@ -244,7 +246,7 @@ def _main_inputs() -> list[io.Input]:
             max=1.0,
             step=1e-6,
             round=1e-9,
-            tooltip="How large the steps are. Lower it if pictures look burnt, raise it if the "
+            tooltip="How large the steps are. Lower it if images look burnt, raise it if the "
             "subject does not come through.",
         ),
         io.Float.Input(
@@ -259,7 +261,7 @@ def _main_inputs() -> list[io.Input]:
             "validation_prompt",
             default="a photo of {token} {class}",
             multiline=True,
-            tooltip="Drawn while training, one picture for each line. {token} and {class} are "
+            tooltip="Prompts of the previews while training, one image for each line. {token} and {class} are "
             "filled in.",
         ),
         io.Int.Input(
@@ -267,7 +269,7 @@ def _main_inputs() -> list[io.Input]:
             default=200,
             min=0,
             max=1_000_000,
-            tooltip="Steps between these pictures; 0 draws none.",
+            tooltip="Steps between the previews; 0 generates none.",
         ),
         io.Int.Input(
             "training_seed",
@@ -322,7 +324,7 @@ def _advanced_inputs() -> list[io.Input]:
             step=0.001,
             round=1e-6,
             extra_dict=ADVANCED,
-            tooltip="Pulls the LoRA's weights back to where they started.",
+            tooltip="Pulls the LoRA's weights back towards their initialisation.",
         ),
         io.Float.Input(
             "max_grad_norm",
@@ -331,7 +333,7 @@ def _advanced_inputs() -> list[io.Input]:
             max=1000.0,
             step=0.1,
             extra_dict=ADVANCED,
-            tooltip="Steps that would be larger are held back; 0 lets them be.",
+            tooltip="Largest norm of the gradient; 0 sets no limit.",
         ),
         io.Combo.Input(
             "lr_schedule",
@@ -355,7 +357,7 @@ def _advanced_inputs() -> list[io.Input]:
             max=100.0,
             step=0.5,
             extra_dict=ADVANCED,
-            tooltip="Evens out how much noisy and clear pictures count; 5 is usual, 0 is off.",
+            tooltip="Evens out how much noisy and clear images count; 5 is usual, 0 is off.",
         ),
         io.Boolean.Input(
             "gradient_checkpointing",
@@ -371,7 +373,7 @@ def _advanced_inputs() -> list[io.Input]:
             min=1,
             max=1000,
             extra_dict=ADVANCED,
-            tooltip="Sampling steps of the preview pictures.",
+            tooltip="Sampling steps of the preview images.",
         ),
         io.Int.Input(
             "save_every",
@@ -388,7 +390,7 @@ def _advanced_inputs() -> list[io.Input]:
             label_on="yes",
             label_off="no",
             extra_dict=ADVANCED,
-            tooltip="Half the file size where this loses at most 1 %. Starts made from photos "
+            tooltip="Half the file size where this loses at most 1 %. Initialisations from photos "
             "otherwise give files of twice the rank, which are exact.",
         ),
     ]

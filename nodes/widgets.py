@@ -33,7 +33,7 @@ def default_of(settings: type, name: str) -> Any:
 
 
 def method_names() -> list[str]:
-    """The ways to start a LoRA, as the core knows them."""
+    """The ways to initialise a LoRA, as the core knows them."""
     return list(image_file_methods())
 
 
