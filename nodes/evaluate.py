@@ -71,8 +71,8 @@ class MeasurePictures(io.ComfyNode):
             display_name="Measure Images (evaluate)",
             category=CATEGORY,
             description="Measures how well images show your subject (DINO, CLIP-I) and how well "
-            "they follow their prompts (CLIP-T). Compare LoRAs by these scores, with the same prompts and "
-            "seeds.",
+            "they follow their prompts (CLIP-T). Compare LoRAs by these scores, with the "
+            "same prompts and seeds.",
             is_output_node=True,
             inputs=[
                 io.Image.Input(
@@ -91,16 +91,17 @@ class MeasurePictures(io.ComfyNode):
                     options=encoder_names("vision"),
                     default=encoder_names("vision")[0],
                     extra_dict=ADVANCED,
-                    tooltip="The encoder that compares the subject. For figures like published ones put "
-                    "facebook/dino-vits16 into a folder of models/clip_vision.",
+                    tooltip="The encoder that compares the subject. For figures like published "
+                    "ones put facebook/dino-vits16 into a folder of models/clip_vision.",
                 ),
                 io.Combo.Input(
                     "clip",
                     options=encoder_names("clip"),
                     default=encoder_names("clip")[0],
                     extra_dict=ADVANCED,
-                    tooltip="The encoder that compares images with prompts. For figures like published ones put "
-                    "openai/clip-vit-large-patch14 into a folder of models/clip_vision.",
+                    tooltip="The encoder that compares images with prompts. For figures like "
+                    "published ones put openai/clip-vit-large-patch14 into a folder of "
+                    "models/clip_vision.",
                 ),
             ],
             outputs=[

@@ -188,8 +188,8 @@ def _advanced_inputs() -> list[io.Input]:
             max=1.0,
             step=0.05,
             extra_dict=ADVANCED,
-            tooltip="Which of the two matrices carries the initialisation. More than 0.5 brings the subject "
-            "out more, less keeps closer to the prompt.",
+            tooltip="Which of the two matrices carries the initialisation. More than 0.5 brings "
+            "the subject out more, less keeps closer to the prompt.",
         ),
         io.Float.Input(
             "shift",
@@ -213,7 +213,8 @@ def _advanced_inputs() -> list[io.Input]:
             options=list(get_args(Factorization)),
             default=default_of(CNTLoRAConfig, "factorization"),
             extra_dict=ADVANCED,
-            tooltip="How the initialisation is divided into two matrices. qr has no split to choose.",
+            tooltip="How the initialisation is divided into two matrices. qr has no split "
+            "to choose.",
         ),
         io.Combo.Input(
             "subspace",
@@ -275,7 +276,8 @@ def _advanced_inputs() -> list[io.Input]:
             max=LARGEST_SEED,
             control_after_generate=False,
             extra_dict=ADVANCED,
-            tooltip="Seed of the noise in which the photos are read, and of random initialisations.",
+            tooltip="Seed of the noise in which the photos are read, and of random "
+            "initialisations.",
         ),
         io.Combo.Input(
             "adapter",

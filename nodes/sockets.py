@@ -28,7 +28,7 @@ LossSocket = io.Custom("LOSS_MAP")  # likewise, its Plot Loss Graph
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """Which model is to be taught or to generate images; each node that needs it loads it and lets it go.
+    """The model to be taught or to generate with; each node that needs it loads and frees it.
 
     Attributes:
         name: For people.

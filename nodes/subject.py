@@ -222,15 +222,16 @@ class ClassPictures(io.ComfyNode):
                     "source",
                     options=[DRAW_THEM, *input_folders()[1:]],
                     default=DRAW_THEM,
-                    tooltip="Let the model generate the images, or take those of a folder of ComfyUI's "
-                    "input directory.",
+                    tooltip="Let the model generate the images, or take those of a folder of "
+                    "ComfyUI's input directory.",
                 ),
                 io.Int.Input(
                     "count",
                     default=default_of(PriorSettings, "num_class_images"),
                     min=1,
                     max=10000,
-                    tooltip="Number of images. A larger number later generates only what is missing.",
+                    tooltip="Number of images. A larger number later generates only what is "
+                    "missing.",
                 ),
                 io.Int.Input(
                     "steps",
@@ -264,9 +265,7 @@ class ClassPictures(io.ComfyNode):
                 ClassImagesSocket.Output(
                     display_name="class_images", tooltip="To be connected to the training."
                 ),
-                io.Image.Output(
-                    display_name="pictures", tooltip="Some of the images on one sheet."
-                ),
+                io.Image.Output(display_name="pictures", tooltip="Some of the images, on a sheet."),
             ],
         )
 

@@ -66,7 +66,7 @@ def job_settings(
     name: str,
     compress: bool,
 ) -> JobSettings:
-    """A whole run's settings: the initialisation's, and those of the training; the folder is still open."""
+    """A run's settings: those of initialisation and training; the folder is still open."""
     prior = PriorSettings(
         prior_weight=0.0 if class_images is None else prior_weight,
         num_class_images=1 if class_images is None else len(class_images.photos.photos),
@@ -151,9 +151,7 @@ class TrainSubject(io.ComfyNode):
             "are added to it.",
             is_output_node=True,
             inputs=[
-                StartSocket.Input(
-                    "start", tooltip="Model, subject and initialisation of the LoRA."
-                ),
+                StartSocket.Input("start", tooltip="Model, subject and initialisation."),
                 ClassImagesSocket.Input(
                     "class_images",
                     optional=True,
@@ -261,8 +259,8 @@ def _main_inputs() -> list[io.Input]:
             "validation_prompt",
             default="a photo of {token} {class}",
             multiline=True,
-            tooltip="Prompts of the previews while training, one image for each line. {token} and {class} are "
-            "filled in.",
+            tooltip="Prompts of the previews while training, one image for each line. {token} and "
+            "{class} are filled in.",
         ),
         io.Int.Input(
             "preview_every",
