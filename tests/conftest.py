@@ -131,18 +131,23 @@ def photo_folder(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def tiny_encoders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders ``vision`` and ``clip``: tiny random encoders of the kinds that judge pictures."""
+    import transformers
     from transformers import (
         CLIPConfig,
-        CLIPImageProcessorPil,
         CLIPModel,
         CLIPTextConfig,
         CLIPTokenizer,
         CLIPVisionConfig,
         ViTConfig,
-        ViTImageProcessorPil,
         ViTModel,
     )
 
+    # transformers 4 has the Pillow ones under the plain names
+    clip_processor, vit_processor = (
+        getattr(transformers, f"{kind}ImageProcessorPil", None)
+        or getattr(transformers, f"{kind}ImageProcessor")
+        for kind in ("CLIP", "ViT")
+    )
     base = tmp_path_factory.mktemp("tiny encoders")
     shape = {
         "hidden_size": 32,
@@ -154,7 +159,7 @@ def tiny_encoders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(1)
     vit = ViTModel(ViTConfig(image_size=16, patch_size=8, **shape), add_pooling_layer=False)
     vit.half().save_pretrained(base / "vision")
-    ViTImageProcessorPil(size={"height": 16, "width": 16}, **grey).save_pretrained(base / "vision")
+    vit_processor(size={"height": 16, "width": 16}, **grey).save_pretrained(base / "vision")
     write_tokenizer(base / "clip")
     tokenizer = CLIPTokenizer.from_pretrained(str(base / "clip"))
     text = CLIPTextConfig(
@@ -168,7 +173,7 @@ def tiny_encoders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vision = CLIPVisionConfig(image_size=16, patch_size=8, **shape)
     both = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=24)
     CLIPModel(both).half().save_pretrained(base / "clip")
-    CLIPImageProcessorPil(
+    clip_processor(
         size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, **grey
     ).save_pretrained(base / "clip")
     return base

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,7 @@ MaskFn = Callable[[Any], "Tensor | Mapping[str, Tensor | None] | None"]
 """``mask_fn(batch)`` gives the (batch, tokens) mask that is 1 where a token counts: see
 :meth:`TokenMasks.begin`."""
 
+_NO_TOKENS = ("pixel_values", "input_values", "input_features")
 _TOKENS, _DECODER = "attention_mask", "decoder_attention_mask"
 _IGNORED_LABEL = -100  # of torch's cross-entropy
 
@@ -45,7 +46,7 @@ class _Call:
         labels: Those that it or the call around it was given.
     """
 
-    part: PreTrainedModel | None
+    part: nn.Module | None
     mask: Tensor | None
     latest: Tensor | None
     given: Any = None
@@ -61,8 +62,9 @@ class TokenMasks:
     """
 
     def __init__(self, model: nn.Module, mask_fn: MaskFn | None = None) -> None:
-        self._parts = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
-        self._decoders = {d for part in self._parts for d in _parts_of_decoder(part)}
+        models = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
+        self._parts = [m for m in model.modules() if m in models or _is_tower(m)]
+        self._decoders = {d for part in models for d in _parts_of_decoder(part)}
         self._mask_fn = mask_fn
         self._chosen: Mapping[str, Tensor | None] = {}
         self._calls = [_Call(None, None, None)]
@@ -152,16 +154,16 @@ class TokenMasks:
         if isinstance(first, Tensor):
             self._outputs.append((weakref.ref(first), latest))
 
-    def _mask_of_part(self, part: PreTrainedModel, mask: Any) -> Tensor | None:
+    def _mask_of_part(self, part: nn.Module, mask: Any) -> Tensor | None:
         around = self._calls[-1]
         if _is_mask(mask):
             return self._instead_of(mask)
         if mask is not None:  # one that is expanded already, by the call around
             return around.mask
         if around.part is None:
-            other_input = part.main_input_name != "input_ids" and self._mask_fn is None
+            other_input = _main_input(part) != "input_ids" and self._mask_fn is None
             return None if other_input else around.mask
-        alike = around.given is None and around.part.main_input_name == part.main_input_name
+        alike = around.given is None and _main_input(around.part) == _main_input(part)
         return around.mask if alike else None
 
     def _mask_of_decoder(
@@ -198,6 +200,28 @@ class TokenMasks:
         if _TOKENS in self._chosen and _alike(mask, outermost):
             return self._chosen[_TOKENS]
         return _checked(mask)
+
+
+def _main_input(part: nn.Module) -> str:
+    """The name of what a part reads."""
+    named = part.main_input_name if isinstance(part, PreTrainedModel) else None
+    return named or next(iter(_parameters(part)), "")
+
+
+def _is_tower(module: nn.Module) -> bool:
+    """Whether a module reads texts or images by itself: transformers 4 has towers that are no
+    models.
+    """
+    names = _parameters(module)
+    first = next(iter(names), "")
+    return first in _NO_TOKENS or (first == "input_ids" and _TOKENS in names)
+
+
+def _parameters(module: nn.Module) -> Iterable[str]:
+    try:
+        return inspect.signature(module.forward).parameters
+    except (TypeError, ValueError):  # of what is not written in Python
+        return ()
 
 
 def _parts_of_decoder(part: PreTrainedModel) -> list[nn.Module]:

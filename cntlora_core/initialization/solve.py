@@ -82,7 +82,7 @@ def solve(
     captured = moments or collect_moments(
         model,
         points,
-        batches or (),
+        () if batches is None else batches,
         forward_fn=forward_fn,
         mask_fn=mask_fn,
         progress=progress,

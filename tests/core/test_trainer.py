@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -40,6 +41,10 @@ def losses(log) -> dict[int, float]:
     return {entry["step"]: entry["loss"] for entry in log if "loss" in entry}
 
 
+@pytest.mark.skipif(
+    transformers.__version__.startswith("4."),
+    reason="a fresh process of transformers 4's Trainer takes other batches, with plain LoRA too",
+)
 def test_a_run_resumed_in_a_fresh_process_ends_as_one_that_was_not_interrupted(finished):
     trainer, folder = finished
     copied = folder / "killed"

@@ -197,6 +197,8 @@ def test_prompt_length_at_the_limit(tokenizer, words, dropped):
 
 
 def test_dropped_text_is_the_users_own(tokenizer):
+    if not tokenizer.is_fast:
+        pytest.skip("transformers 4 reads CLIP's vocabulary in Python, without offsets")
     prompt = "dog " * 70 + "Über dem Café, SKS dog"
     dropped = check_prompt_length(prompt, tokenizer).dropped_text
     assert prompt.endswith(dropped)

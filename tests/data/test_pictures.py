@@ -9,6 +9,7 @@ import time
 import zlib
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from hypothesis import given, settings
@@ -55,6 +56,8 @@ def pixels(image):
     ],
 )  # fmt: skip
 def test_every_mode_keeps_its_colours(tmp_path, mode, suffix):
+    if mode == "YCbCr" and int(PIL.__version__.split(".")[0]) < 13:
+        pytest.skip("Pillow before 13 finds its own YCbCr TIFFs truncated")
     grey = mode in ("L", "LA")
     source = textured(120, 90)
     source = source.convert("L").convert("RGB") if grey else source

@@ -12,9 +12,10 @@ from torch import nn
 from cntlora_core import CNTLoRAConfig, get_cntlora_model
 from cntlora_core.adapter.inject import adapter_layers
 from cntlora_core.lava import OrthogonalityLoss, get_lava_model, orthogonality_loss
-from cntlora_core.lava.conversion import brought_back, save_converted
+from cntlora_core.lava.conversion import brought_back
 from cntlora_core.lava.factors import LavaFactors, difference
 from cntlora_core.lava.inject import lava_layers, snapshot
+from cntlora_core.saving.conversion import save_converted
 
 from .conftest import config, layers
 

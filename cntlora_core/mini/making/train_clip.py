@@ -22,12 +22,16 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import (
     CLIPConfig,
-    CLIPImageProcessorPil,
     CLIPModel,
     CLIPTextConfig,
     CLIPTokenizer,
     CLIPVisionConfig,
 )
+
+try:
+    from transformers import CLIPImageProcessorPil
+except ImportError:  # transformers 4
+    from transformers import CLIPImageProcessor as CLIPImageProcessorPil
 
 from cntlora_core.mini.making.collage import Collage, CollageConfig, every_background
 from cntlora_core.mini.making.loop import Budget, ExponentialAverage, optimise

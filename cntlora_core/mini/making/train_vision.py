@@ -23,7 +23,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import Linear, functional
-from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
+from transformers import ViTConfig, ViTModel
+
+try:
+    from transformers import ViTImageProcessorPil
+except ImportError:  # transformers 4
+    from transformers import ViTImageProcessor as ViTImageProcessorPil
 
 from cntlora_core.mini.making.collage import Collage, CollageConfig, every_background
 from cntlora_core.mini.making.loop import Budget, ExponentialAverage, optimise
