@@ -89,7 +89,7 @@ def report(file: LoRAFile) -> str:
     lines = [
         f"{name}: {file.metadata[k]}" for k, name in SHOWN_METADATA.items() if k in file.metadata
     ]
-    for part, words in (("unet.", "picture model"), ("text_encoder.", "text encoder")):
+    for part, words in (("unet.", "UNet"), ("text_encoder.", "text encoder")):
         layers = [layer for name, layer in file.layers.items() if name.startswith(part)]
         if layers:
             ranks = [layer.rank for layer in layers]

@@ -320,7 +320,7 @@ class ClassPictures(io.ComfyNode):
                 return class_images(parts, prompt, settings, resolution=side, reporter=reporter)
 
             photos = run_heavy(sample)
-        tell(f"{len(photos.photos)} pictures of “{prompt}”")
+        tell(f"{len(photos.photos)} photos of “{prompt}”")
         sheet = contact_sheet([p.image for p in photos.photos[:SHOWN_CLASS_IMAGES]])
         return io.NodeOutput(ClassImages(photos, prompt), image_tensor([sheet]), ui=shown([sheet]))
 
