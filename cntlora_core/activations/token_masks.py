@@ -62,9 +62,8 @@ class TokenMasks:
     """
 
     def __init__(self, model: nn.Module, mask_fn: MaskFn | None = None) -> None:
-        models = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
-        self._parts = [m for m in model.modules() if m in models or _is_tower(m)]
-        self._decoders = {d for part in models for d in _parts_of_decoder(part)}
+        self._parts = [m for m in model.modules() if isinstance(m, PreTrainedModel) or _is_tower(m)]
+        self._decoders = {d for part in self._parts for d in _parts_of_decoder(part)}
         self._mask_fn = mask_fn
         self._chosen: Mapping[str, Tensor | None] = {}
         self._calls = [_Call(None, None, None)]
@@ -204,8 +203,9 @@ class TokenMasks:
 
 def _main_input(part: nn.Module) -> str:
     """The name of what a part reads."""
-    named = part.main_input_name if isinstance(part, PreTrainedModel) else None
-    return named or next(iter(_parameters(part)), "")
+    if isinstance(part, PreTrainedModel):
+        return part.main_input_name
+    return next(iter(_parameters(part)), "")
 
 
 def _is_tower(module: nn.Module) -> bool:
@@ -224,10 +224,10 @@ def _parameters(module: nn.Module) -> Iterable[str]:
         return ()
 
 
-def _parts_of_decoder(part: PreTrainedModel) -> list[nn.Module]:
-    if not getattr(part.config, "is_encoder_decoder", False) or not hasattr(part, "get_decoder"):
+def _parts_of_decoder(part: nn.Module) -> list[nn.Module]:
+    if not isinstance(part, PreTrainedModel) or not hasattr(part, "get_decoder"):
         return []
-    decoder = part.get_decoder()
+    decoder = part.get_decoder() if getattr(part.config, "is_encoder_decoder", False) else None
     return list(decoder.modules()) if isinstance(decoder, nn.Module) and decoder is not part else []
 
 

@@ -74,7 +74,6 @@ _OLD_VAE_ATTENTION = {
 _PREDICTIONS = ("epsilon", "v_prediction", "sample")
 _NAMES = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder of CLIP's make"}
 _OTHER_MODEL = "Download the folder again, or give another model."
-"""Fields of a configuration that change nothing of what is built."""
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _FILE_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".bin")
 

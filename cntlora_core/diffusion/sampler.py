@@ -185,25 +185,26 @@ def _respelled(lora: LoRAUse) -> Mapping[str, torch.Tensor] | None:
     Before 0.40 it also scales layers of differing ranks by that of the first, where neither
     alphas nor its own header say what they are.
     """
+    scaled = False
+    if lora.tensors is None:
+        with safe_open(lora.path, framework="pt") as file:
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+            scaled = DIFFUSERS_METADATA_KEY in (file.metadata() or {})
+    else:
+        shapes = {key: tensor.shape for key, tensor in lora.tensors.items()}
+    if not any(MID in key for key in shapes) and (scaled or not _ranks_without_alphas(shapes)):
+        return lora.tensors
     tensors, header = lora.tensors, None
     if tensors is None:
-        with safe_open(lora.path, framework="pt") as file:
-            keys = list(file.keys())
-            if DIFFUSERS_METADATA_KEY in (file.metadata() or {}):
-                keys.append(".alpha")  # diffusers takes it from there
-        if not any(MID in key for key in keys) and any(key.endswith(".alpha") for key in keys):
-            return None
         tensors, header = load_lora_tensors(lora.path)
-    if not any(MID in key for key in tensors) and not _ranks_without_alphas(tensors):
-        return lora.tensors
     return diffusers_tensors(read_lora_tensors(tensors, header, str(lora.path)).layers)
 
 
-def _ranks_without_alphas(tensors: Mapping[str, torch.Tensor]) -> bool:
-    if any(key.endswith((".alpha", *FOREIGN["DoRA"])) for key in tensors):
+def _ranks_without_alphas(shapes: Mapping[str, Sequence[int]]) -> bool:
+    if any(key.endswith((".alpha", *FOREIGN["DoRA"])) for key in shapes):
         return False
-    downs = (tensor for key, tensor in tensors.items() if ".lora_A." in key or ".down." in key)
-    return len({len(down) for down in downs}) > 1
+    ranks = {shape[0] for key, shape in shapes.items() if ".lora_A." in key or ".down." in key}
+    return len(ranks) > 1
 
 
 def draw(

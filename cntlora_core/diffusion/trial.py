@@ -14,6 +14,7 @@ from cntlora_core.diffusion.checkpoint import read_json
 SD15_CONFIGS = Path(__file__).parent / "sd15"
 _LARGEST_SAMPLE = 4096
 _NO_SHAPE = ("architectures", "dtype", "torch_dtype", "transformers_version")
+"""Fields of a configuration that change nothing of what is built."""
 
 
 def is_stock(config: Path, part: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,7 +13,6 @@ from torch import nn
 from cntlora_core.activations.capture import CapturedMoments, ForwardFn
 from cntlora_core.activations.collection import ProgressFn, collect_moments
 from cntlora_core.activations.token_masks import MaskFn
-from cntlora_core.closed_form.factorization import Factors
 from cntlora_core.config import CNTLoRAConfig
 from cntlora_core.initialization.plan import AdapterPlan, check_points, plan_adapter
 from cntlora_core.initialization.report import InitializationReport
@@ -126,18 +126,12 @@ def plan_from_first(make: Callable[[], AdapterPlan], processes: Processes) -> Ad
         return make()
     plan, error = attempt(make) if processes.first else (None, None)
     processes.raise_together(error, "solving for the start")
-    header = plan and (
-        plan.rewrites_base,
-        plan.solver_error,
-        [(n, f.down.shape, f.up.shape, f.scaling, f.filled) for n, f in plan.factors.items()],
-    )
+    own = plan.tensors() if plan else {}
+    shapes = {name: tensor.shape for name, tensor in own.items()}
+    header = plan and (plan.numbers(), shapes, plan.rewrites_base, plan.solver_error)
     header = processes.gather(header)[0]
     assert header is not None
-    rewrites_base, solver_error, described = header
-    factors = {}
-    for name, down_shape, up_shape, scaling, filled in described:
-        own = plan.factors[name] if plan is not None else None
-        down = processes.from_first(own.down if own else None, down_shape)
-        up = processes.from_first(own.up if own else None, up_shape)
-        factors[name] = Factors(down, up, scaling, filled)
-    return AdapterPlan(factors, rewrites_base, solver_error)
+    numbers, shapes, rewrites_base, solver_error = header
+    tensors = {name: processes.from_first(own.get(name), shape) for name, shape in shapes.items()}
+    made = AdapterPlan.of(numbers, tensors, rewrites_base)
+    return dataclasses.replace(made, solver_error=solver_error)

@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,11 @@ except ImportError:  # Python 3.10
 FORBIDDEN_MODULES = {
     "subprocess", "urllib", "requests", "httpx", "aiohttp", "socket", "http", "pip", "pickle",
     "huggingface_hub", "multiprocessing", "ctypes",
+}  # fmt: skip
+# ComfyUI's own, and what the requirements themselves ask for.
+BROUGHT_ALONG = {
+    "torch", "comfy", "comfy_api", "comfy_execution", "folder_paths", "server",
+    "huggingface_hub", "packaging", "typing_extensions",
 }  # fmt: skip
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "system", "popen"}
 
@@ -88,6 +94,26 @@ def test_it_is_whole(published: Path) -> None:
         for name in imports(path):
             if name.startswith("cntlora_core."):
                 assert {name, name.rpartition(".")[0]} & modules, (path, name)
+
+
+def test_what_the_nodes_import_is_among_the_requirements(published: Path) -> None:
+    """What comes along with ComfyUI or is in requirements.txt, within functions too."""
+    lines = (published / "requirements.txt").read_text("utf-8").split()
+    known = {re.split("[<>=]", line)[0].lower() for line in lines} | BROUGHT_ALONG
+    waiting = [*(published / "nodes").glob("*.py"), published / "cntlora_core" / "__init__.py"]
+    seen, others = set(), {}
+    while waiting:
+        if (path := waiting.pop()) in seen:
+            continue
+        seen.add(path)
+        for name in imports(path):
+            root, inner = name.partition(".")[0], published / name.replace(".", "/")
+            if root == "cntlora_core":
+                waiting += filter(Path.is_file, (inner.with_suffix(".py"), inner / "__init__.py"))
+            elif root not in sys.stdlib_module_names:
+                others[root.replace("PIL", "pillow").lower()] = path
+    assert not {name: path for name, path in others.items() if name not in known}
+    assert len(seen) > 50
 
 
 def test_node_code_starts_no_program_and_opens_no_connection(published: Path) -> None:

@@ -7,14 +7,11 @@ import functools
 import hashlib
 import json
 import math
-import os
-import platform
 import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +23,7 @@ from cntlora_core.benchmark.convergence.controls import controlled
 from cntlora_core.benchmark.convergence.grid import Bench, Run
 from cntlora_core.benchmark.convergence.measure import Measurements
 from cntlora_core.benchmark.convergence.subjects import BenchSubject, bench_subject
+from cntlora_core.benchmark.init import machine
 from cntlora_core.benchmark.peak import peak_bytes, reset_peak
 from cntlora_core.data.latents import encode_latents
 from cntlora_core.diffusion.pipeline import StableDiffusionParts, load_stable_diffusion
@@ -246,18 +244,7 @@ def _execute(task: Task, folder: Path, reporter: Reporter) -> None:
         "cpu_seconds": clock.cpu_seconds,
         "peak_bytes": part["peak_bytes"],
         "continued_after": part.get("continued", []),
-        "versions": {
-            "python": platform.python_version(),
-            "cntlora": __version__,
-            **{name: version(name) for name in ("torch", "diffusers", "transformers", "peft")},
-        },
-        "machine": {
-            "system": platform.system(),
-            "processor": platform.machine(),
-            "cores": os.cpu_count(),
-            "threads": count,
-            "device": device.type,
-        },
+        "machine": machine() | {"threads": count, "device": device.type, "cntlora": __version__},
         "revision": _revision(),
     }
     write_json_atomic(folder / RECORD_NAME, record)

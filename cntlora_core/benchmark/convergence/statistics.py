@@ -7,6 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+try:
+    from scipy.stats import t as student_t
+except ImportError as error:
+    raise ImportError("the report's intervals need SciPy: pip install scipy") from error
+
 CONFIDENCE = 0.95
 
 
@@ -39,7 +44,7 @@ def estimate(values: Sequence[float], confidence: float = CONFIDENCE) -> Estimat
     if count == 1:
         return Estimate(mean, None, 1)
     variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
-    quantile = t_quantile((1 + confidence) / 2, count - 1)
+    quantile = float(student_t.ppf((1 + confidence) / 2, count - 1))
     return Estimate(mean, quantile * math.sqrt(variance / count), count)
 
 
@@ -55,46 +60,6 @@ def paired(
     """
     shared = [key for key in values if key in baseline]
     return estimate([values[key] - baseline[key] for key in shared], confidence)
-
-
-def t_cdf(t: float, degrees: int) -> float:
-    """Distribution function of Student's t for whole degrees of freedom (a finite sum).
-
-    Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3 and 26.7.4.
-    """
-    if degrees < 1:
-        raise ValueError(f"degrees of freedom must be at least 1, got {degrees}")
-    angle = math.atan(t / math.sqrt(degrees))
-    sine, square = math.sin(angle), math.cos(angle) ** 2
-    odd = degrees % 2
-    term = total = math.cos(angle) if odd else 1.0
-    for k in range(2 + odd, degrees - 1, 2):
-        term *= (k - 1) / k * square
-        total += term
-    if not odd:
-        return 0.5 + sine * total / 2
-    return 0.5 + (angle + (sine * total if degrees > 1 else 0.0)) / math.pi
-
-
-def t_quantile(probability: float, degrees: int) -> float:
-    """Where the distribution function of Student's t has this value, by bisection.
-
-    Raises:
-        ValueError: if the probability does not lie between 0 and 1.
-    """
-    if not 0 < probability < 1:
-        raise ValueError(f"the probability must lie between 0 and 1, got {probability}")
-    if probability < 0.5:
-        return -t_quantile(1 - probability, degrees)
-    low, high = 0.0, 1.0
-    while t_cdf(high, degrees) < probability:
-        low, high = high, 2 * high
-    for _ in range(200):
-        middle = (low + high) / 2
-        if middle in (low, high):
-            break
-        low, high = (middle, high) if t_cdf(middle, degrees) < probability else (low, middle)
-    return (low + high) / 2
 
 
 def steps_to(

@@ -113,7 +113,7 @@ def test_a_grid_that_was_killed_goes_on_and_one_that_fails_blocks_none(grid_file
         assert record["seconds"][name] > 0
     assert record["peak_bytes"] > 1e8
     assert record["settings"]["method"] == "cross"
-    assert record["versions"]["torch"]
+    assert record["machine"]["torch"]
 
     alone = dataclasses.replace(cross, folder=tmp_path / "alone")
     execute(alone)

@@ -10,35 +10,7 @@ from cntlora_core.benchmark.convergence.statistics import (
     estimate,
     paired,
     steps_to,
-    t_cdf,
-    t_quantile,
 )
-
-# scipy.stats.t.ppf
-QUANTILES = {
-    (0.975, 1): 12.706204736432095,
-    (0.975, 2): 4.302652729911275,
-    (0.975, 3): 3.182446305284263,
-    (0.975, 4): 2.7764451051977987,
-    (0.975, 23): 2.0686576104190406,
-    (0.975, 100): 1.983971518523552,
-    (0.995, 7): 3.4994832973505026,
-    (0.6, 10): 0.2601848321920803,
-}
-
-
-@pytest.mark.parametrize(("given", "expected"), QUANTILES.items())
-def test_quantiles_of_t(given, expected):
-    assert t_quantile(*given) == pytest.approx(expected, rel=1e-6)
-    assert t_cdf(expected, given[1]) == pytest.approx(given[0], abs=1e-7)
-    assert t_quantile(1 - given[0], given[1]) == pytest.approx(-expected, rel=1e-6)
-
-
-def test_what_is_no_probability_is_refused():
-    with pytest.raises(ValueError, match="between 0 and 1"):
-        t_quantile(1.0, 3)
-    with pytest.raises(ValueError, match="at least 1"):
-        t_cdf(1.0, 0)
 
 
 def test_the_interval_of_a_mean():
