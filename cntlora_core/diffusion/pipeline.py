@@ -302,9 +302,13 @@ def _noise_scheduler(config: dict[str, Any]) -> DDPMScheduler:
 def _tokenizer(folder: Path, config: CLIPTextConfig) -> CLIPTokenizer:
     """Raises what transformers raises, and a ValueError if the text encoder has too few rows."""
     if not (folder / "tokenizer.json").is_file():
-        ids = read_json(folder / "vocab.json").values()
-        if not ids or not all(type(n) is int and n >= 0 for n in ids):
+        vocabulary = read_json(folder / "vocab.json")
+        if not vocabulary or not all(type(n) is int and n >= 0 for n in vocabulary.values()):
             raise ValueError("vocab.json does not map words to numbers")
+        for line in (folder / "merges.txt").read_text("utf-8").splitlines():
+            pair = [] if line.startswith("#version") else line.split()
+            if pair and (len(pair) != 2 or not {*pair, "".join(pair)} <= vocabulary.keys()):
+                raise ValueError(f"merges.txt: {line[:50]!r} is no pair of its vocabulary")
     if (folder / "tokenizer_config.json").is_file():
         read_json(folder / "tokenizer_config.json")
     tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
