@@ -152,6 +152,7 @@ def test_all_linear_is_understood_as_peft_does():
     assert set(adapter_layers(model)) == {"a", "ab", "c", "head"}
 
 
+@pytest.mark.filterwarnings("ignore:the base weights of this model were rewritten")
 def test_peft_subtracts_the_start_for_the_stock_base(tmp_path):
     model = get_cntlora_model(Net(), lora_config(), CNTLoRAConfig(), data())
     x = data()[0]

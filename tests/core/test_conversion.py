@@ -77,6 +77,7 @@ def test_the_converted_adapter_on_the_stock_base_is_the_trained_model(tmp_path, 
     torch.testing.assert_close(loaded.merge_and_unload()(x), trained, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:the base weights of this model were rewritten")
 def test_peft_s_own_conversion_agrees(tmp_path):
     model = get_cntlora_model(Net(), lora(), CNTLoRAConfig(), data())
     model.save_pretrained(tmp_path / "start")

@@ -73,7 +73,8 @@ def test_a_base_that_was_rewritten_is_no_base_for_another_start():
     model = initialize_lora_cntlora_weights(get_peft_model(Net(), lora()), data(), REWRITE)
     with pytest.raises(ValueError, match="rewritten for the start of adapter 'default'"):
         initialize_lora_cntlora_weights(model, data(), REWRITE)
-    model.add_adapter("two", lora())
+    with pytest.warns(UserWarning, match="adapter 'two' will fit no other model"):
+        model.add_adapter("two", lora())
     with pytest.raises(ValueError, match="load it anew"):
         initialize_lora_cntlora_weights(model, data(), KEEP, adapter_name="two")
 

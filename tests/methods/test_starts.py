@@ -95,7 +95,7 @@ def test_a_step_trains_the_adapter_alone_and_what_is_saved_fits_the_stock_base(
     losses = []
     for step in range(1, STEPS + 1):
         loss = model(**data[0]).loss
-        losses.append(float(loss))
+        losses.append(loss.item())
         loss.backward()
         optimizer.step()
         started.after_step(step)
