@@ -1,4 +1,4 @@
-"""CNTLoRA: a data-driven start for low-rank adapters, and what it takes to train with it."""
+"""CNTLoRA: data-driven initialisation of low-rank adapters, and what it takes to train with it."""
 
 from __future__ import annotations
 

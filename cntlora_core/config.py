@@ -1,4 +1,4 @@
-"""What a user decides about a data-driven start: one frozen dataclass, checked when it is made."""
+"""What a user decides about a data-driven initialisation: one frozen, checked dataclass."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ Unit = Literal["least-change", "mean"]
 RankBudget = Literal["fixed", "ranks", "parameters"]
 FactorName = Literal["U", "V", "Y", "X"]
 """LAVA's factors, in their order: outputs, inputs, kernel height, kernel width."""
-PlainStart = Literal["orthogonal", "lora"]
+PlainInitialization = Literal["orthogonal", "lora"]
 """LAVA's initialisations that read nothing: a model with either gives what its base gives."""
 
 
 @dataclass(frozen=True)
 class CNTLoRAConfig:
-    """Settings of the CNTLoRA start (arXiv 2507.08044; equations derived in docs/method.md).
+    """Settings of CNTLoRA's initialisation (arXiv 2507.08044; derived in docs/method.md).
 
     Attributes:
         constraint: What is assumed of the unseen source activations. ``cross``: their

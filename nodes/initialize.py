@@ -11,7 +11,13 @@ from cntlora_core.diffusion.settings import AdapterKind, AdapterSettings, Method
 
 from .pictures import image_tensor, shown
 from .runtime import HostReporter, device_name, run_heavy, tell
-from .sockets import ModelChoice, ModelSocket, StartSocket, SubjectSocket, TrainingStart
+from .sockets import (
+    InitializationSocket,
+    ModelChoice,
+    ModelSocket,
+    SubjectSocket,
+    TrainingInitialization,
+)
 from .widgets import (
     ADVANCED,
     CATEGORY,
@@ -23,23 +29,25 @@ from .widgets import (
 )
 
 if TYPE_CHECKING:
-    from cntlora_core.diffusion.stages import Start, Subject
+    from cntlora_core.diffusion.stages import Initialization, Subject
 
 SHIFT_KINDS = ("a number", "random (normal)")
 
 
-def make_start(model: ModelChoice, subject: Subject, adapter: AdapterSettings, seed: int) -> Start:
+def make_initialization(
+    model: ModelChoice, subject: Subject, adapter: AdapterSettings, seed: int
+) -> Initialization:
     """Load the model, let it read the photos, and plan the initialisation; then free the model."""
     from cntlora_core.diffusion.pipeline import load_stable_diffusion
-    from cntlora_core.diffusion.stages import encode_subject, plan_start
+    from cntlora_core.diffusion.stages import encode_subject, plan_initialization
 
-    def plan(reporter: HostReporter) -> Start:
+    def plan(reporter: HostReporter) -> Initialization:
         reporter("loading the model", 0, 1, {})
         dtype = torch_dtype(model.precision)
         parts = load_stable_diffusion(model.path, dtype=dtype, device=device_name())
         cache = work_folder() / "cache"
         encoded = encode_subject(parts, subject, cache=cache, reporter=reporter)
-        return plan_start(parts, encoded, adapter, seed=seed, reporter=reporter)
+        return plan_initialization(parts, encoded, adapter, seed=seed, reporter=reporter)
 
     return run_heavy(plan)
 
@@ -62,7 +70,7 @@ class Initialize(io.ComfyNode):
                 *_advanced_inputs(),
             ],
             outputs=[
-                StartSocket.Output(
+                InitializationSocket.Output(
                     display_name="start", tooltip="To be connected to the training."
                 ),
                 io.Image.Output(
@@ -125,12 +133,19 @@ class Initialize(io.ComfyNode):
             init_passes=passes,
             cntlora=cntlora,
         )
-        start = make_start(model, subject, settings, start_seed)
-        picture = rank_picture(start.plan.ranks, f"{method}: ranks")
-        text = start.report.summary() if start.report is not None else f"{method}, rank {rank}"
+        initialization = make_initialization(model, subject, settings, start_seed)
+        picture = rank_picture(initialization.plan.ranks, f"{method}: ranks")
+        text = (
+            initialization.report.summary()
+            if initialization.report is not None
+            else f"{method}, rank {rank}"
+        )
         tell(text)
         return io.NodeOutput(
-            TrainingStart(model, subject, start), image_tensor([picture]), text, ui=shown([picture])
+            TrainingInitialization(model, subject, initialization),
+            image_tensor([picture]),
+            text,
+            ui=shown([picture]),
         )
 
 

@@ -16,12 +16,12 @@ from cntlora_core.data.photos import PhotoSet
 from cntlora_core.diffusion.settings import Precision
 
 if TYPE_CHECKING:
-    from cntlora_core.diffusion.stages import Start, Subject
+    from cntlora_core.diffusion.stages import Initialization, Subject
 
 ModelSocket = io.Custom("CNTLORA_MODEL")
 SubjectSocket = io.Custom("CNTLORA_SUBJECT")
 ClassImagesSocket = io.Custom("CNTLORA_CLASS_IMAGES")
-StartSocket = io.Custom("CNTLORA_START")
+InitializationSocket = io.Custom("CNTLORA_START")
 LoRASocket = io.Custom("LORA_MODEL")  # ComfyUI's own: its Save LoRA Weights takes it too
 LossSocket = io.Custom("LOSS_MAP")  # likewise, its Plot Loss Graph
 
@@ -50,12 +50,12 @@ class ClassImages:
 
 
 @dataclass(frozen=True, eq=False)
-class TrainingStart:
+class TrainingInitialization:
     """An initialisation, with the model and the subject that it was made from."""
 
     model: ModelChoice
     subject: Subject
-    start: Start
+    initialization: Initialization
 
 
 class LoRAModel(dict[str, Tensor]):

@@ -26,11 +26,11 @@ from .runtime import HostReporter, device_name, run_heavy, tell
 from .sockets import (
     ClassImages,
     ClassImagesSocket,
+    InitializationSocket,
     LoRAModel,
     LoRASocket,
     LossSocket,
-    StartSocket,
-    TrainingStart,
+    TrainingInitialization,
 )
 from .widgets import ADVANCED, CATEGORY, LARGEST_SEED, default_of, lines, work_folder
 
@@ -59,7 +59,7 @@ class Trained:
 
 
 def job_settings(
-    start: TrainingStart,
+    initialized: TrainingInitialization,
     class_images: ClassImages | None,
     training: TrainingSettings,
     prior_weight: float,
@@ -73,11 +73,11 @@ def job_settings(
         cache=str(work_folder() / "cache"),
     )
     return JobSettings(
-        model=str(start.model.path),
-        subject=start.subject.settings,
+        model=str(initialized.model.path),
+        subject=initialized.subject.settings,
         output=OutputSettings(output=str(work_folder()), name=name or None, compress=compress),
         prior=prior,
-        adapter=start.start.adapter,
+        adapter=initialized.initialization.adapter,
         training=training,
     )
 
@@ -101,7 +101,10 @@ def run_folder(name: str, key: str, steps: int) -> Path:
 
 
 def train(
-    job: JobSettings, start: TrainingStart, class_images: ClassImages | None, anew: bool
+    job: JobSettings,
+    initialized: TrainingInitialization,
+    class_images: ClassImages | None,
+    anew: bool,
 ) -> Trained:
     """Find the finished run, go on with the one that was begun, or begin."""
     from cntlora_core.diffusion.job import personalise
@@ -110,8 +113,8 @@ def train(
     photos = None  # class images that do not count make no other run
     if class_images is not None and job.prior.prior_weight > 0:
         photos = class_images.photos
-    seed, subject = start.start.seed, start.subject
-    key = run_key(job, run_identity(start.start.model, subject, photos, seed))
+    seed, subject = initialized.initialization.seed, initialized.subject
+    key = run_key(job, run_identity(initialized.initialization.model, subject, photos, seed))
     words = (subject.prompts.token, subject.prompts.class_name, job.adapter.method)
     name = job.output.name or "-".join(word for word in words if word)
     folder = run_folder(name, key[:8], job.training.steps)
@@ -126,7 +129,7 @@ def train(
             dataclasses.replace(job, output=output),
             subject=subject,
             class_photos=photos,
-            start=start.start,
+            initialization=initialized.initialization,
             resume=not anew and (folder / STATE_NAME).is_file(),
             overwrite=True,
             reporter=reporter,
@@ -151,7 +154,7 @@ class TrainSubject(io.ComfyNode):
             "are added to it.",
             is_output_node=True,
             inputs=[
-                StartSocket.Input("start", tooltip="Model, subject and initialisation."),
+                InitializationSocket.Input("start", tooltip="Model, subject and initialisation."),
                 ClassImagesSocket.Input(
                     "class_images",
                     optional=True,
@@ -172,7 +175,7 @@ class TrainSubject(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        start: TrainingStart,
+        start: TrainingInitialization,
         steps: int,
         learning_rate: float,
         prior_weight: float,

@@ -230,12 +230,12 @@ def small_model() -> Graph:
         "CNTLoRAClassImages", (420, 40), model=model.out(), subject=subject.out(), count=50,
         guidance=2.5, tall=480,
     )  # fmt: skip
-    start = graph.add(
+    initialized = graph.add(
         "CNTLoRAInitialize", (420, 560), model=model.out(), subject=subject.out(), rank=16,
         passes=8, tall=400,
     )  # fmt: skip
     lora = graph.add(
-        "CNTLoRATrain", (800, 40), start=start.out(), class_images=others.out(), steps=400,
+        "CNTLoRATrain", (800, 40), start=initialized.out(), class_images=others.out(), steps=400,
         preview_every=100, tall=830,
     )  # fmt: skip
     graph.add("CNTLoRASave", (1180, 40), lora=lora.out(), filename_prefix="small_penguin")
@@ -271,11 +271,11 @@ def sd15() -> Graph:
     others = graph.add(
         "CNTLoRAClassImages", (420, 40), model=model.out(), subject=subject.out(), tall=480
     )
-    start = graph.add(
+    initialized = graph.add(
         "CNTLoRAInitialize", (420, 560), model=model.out(), subject=subject.out(), tall=400
     )
     lora = graph.add(
-        "CNTLoRATrain", (800, 40), start=start.out(), class_images=others.out(), tall=830
+        "CNTLoRATrain", (800, 40), start=initialized.out(), class_images=others.out(), tall=830
     )
     graph.add("CNTLoRASave", (1180, 40), lora=lora.out())
     graph.add("LossGraphNode", (1180, 220), loss=lora.out(1))
@@ -299,7 +299,7 @@ def sd15() -> Graph:
     return graph
 
 
-def compare_starts() -> Graph:
+def compare_initializations() -> Graph:
     graph = Graph()
     model = graph.add("CNTLoRALoadModel", (40, 40), checkpoint=SMALL)
     subject = graph.add(
@@ -312,13 +312,13 @@ def compare_starts() -> Graph:
     loras = []
     for i, method in enumerate(("lora", "self", "cross")):
         y = 40 + i * 870
-        start = graph.add(
+        initialized = graph.add(
             "CNTLoRAInitialize", (800, y), model=model.out(), subject=subject.out(), method=method,
             rank=16, passes=8, title=f"Start: {method}", tall=400,
         )  # fmt: skip
         lora = graph.add(
-            "CNTLoRATrain", (1180, y), start=start.out(), class_images=others.out(), steps=200,
-            preview_every=0, title=f"Teach: {method}", tall=830,
+            "CNTLoRATrain", (1180, y), start=initialized.out(), class_images=others.out(),
+            steps=200, preview_every=0, title=f"Teach: {method}", tall=830,
         )  # fmt: skip
         loras.append(lora.out())
     prompts = "a photo of sks clock\na photo of sks clock on the grass"
@@ -371,7 +371,7 @@ def _draw(graph: Graph, at: tuple[int, int], lora: Node, loaded: Node, prompt: s
 GRAPHS = {
     "personalise_small_model": small_model,
     "personalise_sd15": sd15,
-    "compare_three_starts": compare_starts,
+    "compare_three_starts": compare_initializations,
     "use_a_saved_lora": use_saved,
 }
 

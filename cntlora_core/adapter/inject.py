@@ -113,7 +113,7 @@ def inject_adapter(
 
 
 def check_lora_config(lora_config: LoraConfig, rewrites_base: bool) -> None:
-    """Refuse what a planned start cannot be combined with.
+    """Refuse what a planned initialisation cannot be combined with.
 
     Raises:
         ValueError: if alpha is not a finite number above 0, or a field changes what an adapter
@@ -125,7 +125,7 @@ def check_lora_config(lora_config: LoraConfig, rewrites_base: bool) -> None:
             where = name if name == "lora_alpha" else f"alpha_pattern[{name!r}]"
             raise ValueError(
                 f"{where} must be a finite number above 0, got {alpha!r}: an adapter is multiplied "
-                "by alpha / r, and its start is divided by that. Twice the rank is usual"
+                "by alpha / r, and its initialisation is divided by that. Twice the rank is usual"
             )
     if lora_config.use_dora and rewrites_base:
         raise ValueError(
@@ -142,7 +142,7 @@ def check_lora_config(lora_config: LoraConfig, rewrites_base: bool) -> None:
         if getattr(lora_config, name, None):
             raise ValueError(
                 f"{name} adapts what is no module of the base model, whose inputs are what a "
-                "data-driven start is made from: leave it out"
+                "data-driven initialisation is made from: leave it out"
             )
 
 
@@ -271,8 +271,9 @@ def match_convolutions(model: nn.Module) -> list[str]:
     """Make adapters of convolutions look at their inputs as the convolutions themselves do.
 
     peft builds the down convolution without the base's dilation and padding mode (as of 0.21). A
-    start is put right when it is copied in; an adapter that ``PeftModel.from_pretrained`` loads
-    needs this call afterwards. Kernels stay the same parameters, and merging needs no such care.
+    initialisation is put right when it is copied in; an adapter that ``PeftModel.from_pretrained``
+    loads needs this call afterwards. Kernels stay the same parameters, and merging needs no such
+    care.
 
     Returns:
         The names of what was changed.

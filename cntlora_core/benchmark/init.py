@@ -1,7 +1,7 @@
-"""Cost of the start: against the bare forward passes, and against peft's EVA and CorDA.
+"""Cost of the initialisation: against the bare forward passes, and against peft's EVA and CorDA.
 
 Every measurement is a process of its own (`init_worker`), so that peaks of memory are its own and a
-start that does not end can be ended. What the numbers mean is told in
+initialisation that does not end can be ended. What the numbers mean is told in
 docs/experiments/initialization_speed.md.
 """
 
@@ -50,11 +50,12 @@ _TELL_SECONDS = 1.0
 def run_worker(
     task: InitTask, limit: float, log: Path, tell: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
-    """One measurement in a process of its own, which is ended if the start takes too long.
+    """One measurement in a process of its own, which is ended if the initialisation takes too long.
 
     Args:
         task: What is measured.
-        limit: Seconds that the start may take, beyond building the model and the bare passes.
+        limit: Seconds that the initialisation may take, beyond building the model and the bare
+            passes.
         log: The process's output is added to this file.
         tell: Called about once a second; what it raises ends the process.
 
@@ -189,7 +190,7 @@ def _is_ours(method: str) -> bool:
 
 
 def linear_algebra_seconds(run: dict[str, Any]) -> float:
-    """What a start took beyond the forward passes that it ran, at the speed of the bare ones.
+    """What an initialisation took beyond its forward passes, at the speed of the bare ones.
 
     For ours at least the time that it spent after them, whatever the noise of the passes.
     """
@@ -201,10 +202,11 @@ def summarise(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Medians and ratios of one case's runs, by method.
 
     For each: ``total_seconds``, ``forward_seconds``, ``total_over_forwards``,
-    ``linear_algebra_seconds``, ``extra_bytes`` (peak in the start less peak in the bare passes).
-    For ours also ``memory_over_moments``; for the others ``times_faster``: their linear algebra
-    over ours, or ``times_faster_at_least`` for one that did not end, and the same over that of
-    ``cntlora-fixed``, where it ran, as ``times_faster_fixed`` and ``times_faster_fixed_at_least``.
+    ``linear_algebra_seconds``, ``extra_bytes`` (peak in the initialisation less peak in the bare
+    passes). For ours also ``memory_over_moments``; for the others ``times_faster``: their linear
+    algebra over ours, or ``times_faster_at_least`` for one that did not end, and the same over that
+    of ``cntlora-fixed``, where it ran, as ``times_faster_fixed`` and
+    ``times_faster_fixed_at_least``.
     """
     summary: dict[str, Any] = {}
     for method, all_runs in runs.items():
@@ -259,7 +261,7 @@ def _of_unended(run: dict[str, Any]) -> dict[str, Any]:
 
 def show_cases(result: dict[str, Any], console: Console | None = None) -> None:
     """Print the summaries as a table."""
-    table = Table("case", "start", title="medians", title_justify="left")
+    table = Table("case", "initialisation", title="medians", title_justify="left")
     for heading in (
         *("bare forwards, s", "total, s", "total / forwards", "linear algebra, s"),
         *("ours is faster by", "extra memory", "/ moments"),

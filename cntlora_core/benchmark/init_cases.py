@@ -1,4 +1,4 @@
-"""The models and data that starts are measured on: full size, or tiny with ``quick``.
+"""The models and data that initialisations are measured on: full size, or tiny with ``quick``.
 
 Weights are random unless a checkpoint is given: what is measured depends on shapes. Every sample is
 a mapping with a leading dimension of 1, so that each method can be given the batches it needs.
@@ -49,7 +49,7 @@ class InitCase:
 
 
 class TextToNoise(nn.Module):
-    """Text encoder and denoiser of Stable Diffusion as one module, as a start sees them.
+    """Text encoder and denoiser of Stable Diffusion as one module, as an initialisation sees them.
 
     Attributes:
         text_encoder: Token ids (n, tokens) to states.

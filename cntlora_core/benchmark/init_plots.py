@@ -16,7 +16,7 @@ PHASES = {"forwards": "#9db4c8", "sums": "#d98324", "linear algebra": "#2f6db5"}
 
 
 def plot_cases(result: Mapping[str, Any], path: Path) -> None:
-    """For each case: seconds of each start, split into forward passes and linear algebra."""
+    """For each case: seconds of each initialisation, by forward passes and linear algebra."""
     cases = result["cases"]
     figure = Figure(figsize=(9, 1.0 + 1.35 * len(cases)), layout="constrained")
     axes = figure.subplots(len(cases), 1, squeeze=False)[:, 0]

@@ -1,4 +1,4 @@
-"""How the cost of the start grows with images, rank, width and depth, on a small transformer.
+"""How the initialisation's cost grows with images, rank, width and depth of a small transformer.
 
 Each phase is timed on its own: the bare forward passes; the sums of second moments (the accumulator
 on rows of the right shape, once for each distinct input); the linear algebra after them.
@@ -77,7 +77,7 @@ TINY_SWEEPS: dict[str, Sequence[int]] = {
 
 
 def measure_shape(shape: Shape, repeats: int, seed: int = 0) -> dict[str, Any]:
-    """Median seconds of each phase, and what the start holds.
+    """Median seconds of each phase, and what the initialisation holds.
 
     Returns:
         ``seconds`` by phase, ``distinct_inputs``, ``moment_bytes`` and ``rows`` of each moment.

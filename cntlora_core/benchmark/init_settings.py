@@ -9,23 +9,24 @@ from typing import Literal, get_args
 CaseName = Literal["sd15", "roberta-large", "llama-1b"]
 CASES: tuple[CaseName, ...] = get_args(CaseName)
 DIRECT: tuple[str, ...] = ("cntlora", "cntlora-fixed", "eva", "corda")
-"""Starts that are called as their own users call them, peft's by peft's functions."""
+"""Initialisations that are called as their own users call them, peft's by peft's functions."""
 
 
 @dataclass(frozen=True)
 class InitBenchmark:
-    """Time and memory of the start: against the bare forward passes, and against peft's EVA, CorDA.
+    """Time and memory of the initialisation, against bare forward passes and peft's EVA and CorDA.
 
     Attributes:
         output: Folder for the results: JSON, plots, and a log of the measured processes.
         cases: Models: Stable Diffusion 1.5, and the layouts of RoBERTa-large and of a language
             model of 1 B parameters.
-        methods: Starts: eva and corda as peft has them, cntlora-fixed (ours with one rank for all,
-            as CorDA has it), and any name of ``cntlora methods`` that needs no loss. cntlora is
-            measured always.
-        repeats: Processes for each case and start; medians are reported.
+        methods: Initialisations: eva and corda as peft has them, cntlora-fixed (ours with one rank
+            for all, as CorDA has it), and any name of ``cntlora methods`` that needs no loss.
+            cntlora is measured always.
+        repeats: Processes for each case and initialisation; medians are reported.
         rival_repeats: The same, for all but ours; default: as many.
-        limit: Seconds that a start may take; one that takes longer is ended, and not repeated.
+        limit: Seconds that an initialisation may take; one that takes longer is ended, and not
+            repeated.
         model: A checkpoint for the one case that is chosen; default: random weights.
         quick: Tiny models, to see that everything runs.
         scaling: Instead of the cases: how the cost grows with images, rank, width and depth.

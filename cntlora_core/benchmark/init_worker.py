@@ -1,4 +1,4 @@
-"""Measure one start on one case, in a process of its own.
+"""Measure one initialisation on one case, in a process of its own.
 
     python -m cntlora_core.benchmark.init_worker TASK.json RESULT.json
 
@@ -43,8 +43,8 @@ class InitTask:
 
     Attributes:
         case: The model and its data.
-        method: The start: "cntlora", "cntlora-fixed" (one rank for all), "eva", "corda", or a name
-            of the registry of methods.
+        method: The initialisation: "cntlora", "cntlora-fixed" (one rank for all), "eva", "corda",
+            or a name of the registry of methods.
         quick: Tiny sizes.
         model: A checkpoint; None for random weights.
         threads: Of torch; None for its own choice.
@@ -124,11 +124,13 @@ def _corda(
 def _of_registry(
     name: str, model: nn.Module, case: InitCase, quick: bool, batches: list, forward: Forwards
 ) -> PeftModel:
-    from cntlora_core.methods import start_adapter
+    from cntlora_core.methods import initialize_adapter
 
-    started = start_adapter(model, case.lora_config(quick), name, batches, forward_fn=forward)
-    assert isinstance(started.model, PeftModel)
-    return started.model
+    initialized = initialize_adapter(
+        model, case.lora_config(quick), name, batches, forward_fn=forward
+    )
+    assert isinstance(initialized.model, PeftModel)
+    return initialized.model
 
 
 def check_method(name: str) -> None:
@@ -139,17 +141,17 @@ def check_method(name: str) -> None:
     """
     from cntlora_core.methods import get_method
 
-    if name in _STARTS:
+    if name in _INITIALIZATIONS:
         return
     method = get_method(name)
     if method.needs == "gradients" or name == "full":
         raise ValueError(
-            f"method {name!r} {'needs a loss' if name != 'full' else 'has no start'}, which these "
-            "cases do not have: choose cntlora, eva, corda, or another of `cntlora methods`"
+            f"method {name!r} {'needs a loss' if name != 'full' else 'initialises nothing'}, which "
+            "these cases do not have: choose cntlora, eva, corda, or another of `cntlora methods`"
         )
 
 
-_STARTS = {
+_INITIALIZATIONS = {
     "cntlora": _cntlora,
     "cntlora-fixed": _cntlora_fixed,
     "eva": _eva,
@@ -166,18 +168,18 @@ def _batch_size(task: InitTask, case: InitCase, samples: int) -> int:
 
 @torch.no_grad()
 def measure(task: InitTask, report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Time and memory of a start.
+    """Time and memory of an initialisation.
 
     Args:
         task: What is measured.
-        report: Called with what is known so far; ``started`` is there once the start runs.
+        report: Called with what is known so far; ``started`` is there once the initialisation runs.
 
     Returns:
-        ``forward_seconds`` of the bare passes over all batches, the mean of those before the start
-        and those after it, ``total_seconds`` of the start,
+        ``forward_seconds`` of the bare passes over all batches, the mean of those before the
+        initialisation and those after it, ``total_seconds`` of the initialisation,
         ``forwards_run`` by it, ``batches`` in the data, and in bytes the peak of resident memory
-        in the bare passes (``forward_peak``) and in the start (``method_peak``), and of the
-        adapter's weights (``adapter_bytes``). For ours also its own ``capture_seconds`` and
+        in the bare passes (``forward_peak``) and in the initialisation (``method_peak``), and of
+        the adapter's weights (``adapter_bytes``). For ours also its own ``capture_seconds`` and
         ``solve_seconds`` (the rest is peft's wrapping), ``distinct_inputs``, ``points``, and
         ``moment_bytes`` of the distinct second moments.
     """
@@ -203,7 +205,7 @@ def measure(task: InitTask, report: Callable[[dict[str, Any]], None]) -> dict[st
     report(result | {"started": True, "forwards_run": 0})
     forward = Forwards(lambda count: report(result | {"started": True, "forwards_run": count}))
     start = time.perf_counter()
-    direct = _STARTS.get(task.method)
+    direct = _INITIALIZATIONS.get(task.method)
     method = direct if direct is not None else partial(_of_registry, task.method)
     peft_model = method(model, case, task.quick, batches, forward)
     result["total_seconds"] = time.perf_counter() - start
@@ -214,7 +216,7 @@ def measure(task: InitTask, report: Callable[[dict[str, Any]], None]) -> dict[st
     )
     base = peft_model.unload()
     assert isinstance(base, nn.Module)
-    # A machine's speed drifts: bare passes before and after bracket those of the start.
+    # A machine's speed drifts: bare passes before and after bracket those of the initialisation.
     result["forward_seconds"] = (before + _bare_seconds(base, batches)) / 2
     if task.method.startswith("cntlora"):
         result |= _own_facts(peft_model, base, case, task.quick, batches)

@@ -17,15 +17,15 @@ from cntlora_core.runtime.seeds import torch_seed
 
 @dataclass(frozen=True)
 class Factors:
-    """The start of one adapter.
+    """The initialisation of one adapter.
 
     Attributes:
         down: A, (r, d_in) float32.
         up: B, (d_out, r) float32.
         scaling: alpha / r; the delta is ``scaling * up @ down``.
         filled: How many of the r directions the delta does not have, since the data does not
-            support them or nothing changes there; they start as an ordinary LoRA does: down
-            Kaiming-uniform, up zero.
+            support them or nothing changes there; they are initialised as an ordinary LoRA is:
+            down Kaiming-uniform, up zero.
     """
 
     down: Tensor
@@ -89,7 +89,7 @@ def factorize(
 def plain_factors(
     rank: int, d_in: int, d_out: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """LoRA's own start (arXiv 2106.09685, as peft does it): down Kaiming-uniform, up zero."""
+    """LoRA's own initialisation (arXiv 2106.09685, as in peft): down Kaiming-uniform, up zero."""
     bound = 1.0 / math.sqrt(d_in)  # kaiming_uniform_ with a = sqrt(5)
     down = torch.empty(rank, d_in).uniform_(-bound, bound, generator=generator)
     return down, torch.zeros(d_out, rank)

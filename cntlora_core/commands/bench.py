@@ -79,7 +79,8 @@ class Bench:
     """Measure, against named peers, in one run.
 
     Attributes:
-        what: init: the start of an adapter. lava: adapters that keep a convolution's dimensions.
+        what: init: the initialisation of an adapter. lava: adapters that keep a convolution's
+            dimensions.
             convergence: trainings from many initialisations. report: its tables and plots.
     """
 

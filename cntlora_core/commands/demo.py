@@ -35,7 +35,7 @@ class Demo:
     Attributes:
         output: Folder for everything that the demo leaves.
         subject: Which of the embedded subjects; default: the penguin.
-        method: How the adapter starts; `cntlora methods` describes them.
+        method: How the adapter is initialised; `cntlora methods` describes them.
         steps: Training steps.
     """
 

@@ -16,7 +16,7 @@ from cntlora_core.runtime.progress import Reporter
 
 @dataclass(frozen=True)
 class Methods:
-    """The ways to start an adapter: what each reads, what it changes, what a file can hold of it.
+    """The methods of initialisation: what each reads and changes, what a file can hold of it.
 
     Attributes:
         json: Print the whole records, as JSON.
@@ -64,7 +64,7 @@ def base_in_words(method: Method) -> str:
 
 
 def file_in_words(method: Method) -> str:
-    ranks = {None: "none", "as trained": "r", "trained minus start": "2r"}
+    ranks = {None: "none", "as trained": "r", "trained minus initial": "2r"}
     return ranks[method.image_file]
 
 

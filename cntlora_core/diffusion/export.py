@@ -82,7 +82,8 @@ def trained_layers(
 ) -> tuple[LoRALayers, dict[str, int]]:
     """What the adapters add to the stock checkpoint, exactly, and the ranks that were trained.
 
-    Where the frozen weight became ``W - s B0 A0`` the start is subtracted, which doubles ranks.
+    Where the frozen weight became ``W - s B0 A0`` the initialisation is subtracted, which doubles
+    ranks.
     """
     if not isinstance(plan, AdapterPlan):
         from cntlora_core.lava.image_file import lora_layers
@@ -108,13 +109,14 @@ def export_lora(
 ) -> ExportReport:
     """Write the trained adapter in the layout and precision that were asked for.
 
-    What is left of a subtracted start is factored anew, whatever the precision: its factors are
-    large and nearly cancel, and tools cast them to half precision. With ``compress`` it is then
-    truncated to the trained ranks, where this loses less than `TRUNCATION_BOUND` of the file.
+    What is left of a subtracted initialisation is factored anew, whatever the precision: its
+    factors are large and nearly cancel, and tools cast them to half precision. With ``compress`` it
+    is then truncated to the trained ranks, where this loses less than `TRUNCATION_BOUND` of the
+    file.
 
     LAVA's convolutions go into a kohya file as ``lora_down``, ``lora_mid`` and ``lora_up``; in the
     other layouts, which know no mid, it is contracted into the down kernel, at the same rank and
-    exactly. So it is where a start was subtracted, if the file is not truncated.
+    exactly. So it is where an initialisation was subtracted, if the file is not truncated.
     """
     exact, trained_ranks = trained_layers(unet, text_encoder, plan)
     doubled = [name for name, layer in exact.items() if layer.rank > trained_ranks[name]]

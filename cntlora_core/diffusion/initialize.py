@@ -1,4 +1,4 @@
-"""The data-driven start of a diffusion adapter: noised photos through text encoder and denoiser."""
+"""Initialise a diffusion adapter from data: noised photos through text encoder and denoiser."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from cntlora_core.diffusion.objective import training_target
 from cntlora_core.diffusion.settings import AdapterSettings
 from cntlora_core.initialization.report import InitializationReport
 from cntlora_core.layers.attachment import AttachmentPoint, find_attachment_points
-from cntlora_core.methods import Limits, StartRequest, get_method
+from cntlora_core.methods import InitializationRequest, Limits, get_method
 from cntlora_core.runtime.progress import Reporter, silent, stage_progress
 from cntlora_core.runtime.seeds import torch_seed
 
@@ -92,7 +92,7 @@ class NoisedPhotos:
             yield NoisedBatch(noised, timestep, self._tokens[photo][None], target)
 
 
-def initialize_adapter(
+def plan_adapter(
     unet: nn.Module,
     text_encoder: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -117,7 +117,7 @@ def initialize_adapter(
         seed: Seed of timesteps and noise.
 
     Returns:
-        The plan, and a report (None for the plain start, which reads nothing).
+        The plan, and a report (None for the plain initialisation, which reads nothing).
     """
     method = get_method(settings.method)
     tokens = encode_prompts(prompts, tokenizer).input_ids
@@ -134,10 +134,10 @@ def initialize_adapter(
         ).sample
 
     passes_progress = stage_progress(reporter, f"reading {method.needs}")
-    solve_progress = stage_progress(reporter, "solving for the start")
+    solve_progress = stage_progress(reporter, "solving for the initialisation")
     if settings.adapter == "lava":
         from cntlora_core.diffusion.initialize_lava import lava_modules
-        from cntlora_core.lava.start import plan_lava
+        from cntlora_core.lava.initialize import plan_lava
 
         plan, report = plan_lava(
             models,
@@ -151,7 +151,7 @@ def initialize_adapter(
         )
     else:
         assert method.plan is not None
-        request = StartRequest(
+        request = InitializationRequest(
             model=models,
             points=diffusion_attachment_points(unet, text_encoder, settings),
             rank=settings.rank,

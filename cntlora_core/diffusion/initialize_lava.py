@@ -1,4 +1,4 @@
-"""The start of a LAVA adapter of a diffusion model: attention, and the denoiser's convolutions."""
+"""Initialise a LAVA adapter of a diffusion model: attention, and the denoiser's convolutions."""
 
 from __future__ import annotations
 

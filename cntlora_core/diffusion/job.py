@@ -29,11 +29,11 @@ from cntlora_core.diffusion.running import only_run_in
 from cntlora_core.diffusion.sampler import checked_device, draw
 from cntlora_core.diffusion.settings import JobSettings, SamplingSettings
 from cntlora_core.diffusion.stages import (
-    Start,
+    Initialization,
     Subject,
     encode_class_images,
     encode_subject,
-    plan_start,
+    plan_initialization,
     read_subject,
     training_data,
     training_resolution,
@@ -74,11 +74,11 @@ class _Run:
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
+        began = time.perf_counter()
         try:
             yield
         finally:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - began
 
 
 def personalise(
@@ -86,7 +86,7 @@ def personalise(
     *,
     subject: Subject | None = None,
     class_photos: PhotoSet | None = None,
-    start: Start | None = None,
+    initialization: Initialization | None = None,
     resume: bool = False,
     overwrite: bool = False,
     reporter: Reporter = silent,
@@ -97,7 +97,8 @@ def personalise(
         settings: All there is to decide.
         subject: The subject, read already; default: read from the settings.
         class_photos: The class images, drawn already; default: as the settings say.
-        start: The adapter's start, planned already with the adapter settings; default: planned now.
+        initialization: The adapter's initialisation, planned already with the adapter settings;
+            default: planned now.
         resume: Go on from the state that a run left in the output folder: an interrupted one to its
             end, a finished one to more steps, or to nothing but another LoRA file, of another name,
             layout, precision or compression.
@@ -112,8 +113,10 @@ def personalise(
         OSError: if the output folder cannot be written to.
         NonFiniteLossError: if training blows up; the last good state is kept.
     """
-    if start is not None and start.adapter != settings.adapter:
-        raise ValueError("the start was planned with other adapter settings than the run's")
+    if initialization is not None and initialization.adapter != settings.adapter:
+        raise ValueError(
+            "the initialisation was planned with other adapter settings than the run's"
+        )
     device = checked_device(settings.training.device)
     run = _Run(reporter)
     folder = require_writable_folder(settings.output.output)
@@ -126,14 +129,16 @@ def personalise(
             subject = subject or read_subject(settings.subject)
         run.note(*subject.notes)
         _lora_path(folder, settings, subject)  # a name that will not do is said before any work
-        return _personalise(settings, subject, class_photos, start, state, device, folder, run)
+        return _personalise(
+            settings, subject, class_photos, initialization, state, device, folder, run
+        )
 
 
 def _personalise(
     settings: JobSettings,
     subject: Subject,
     class_photos: PhotoSet | None,
-    start: Start | None,
+    initialization: Initialization | None,
     state: TrainingState | None,
     device: torch.device,
     folder: Path,
@@ -150,8 +155,8 @@ def _personalise(
     before = None if state is None else state.settings.get("threads")  # sums are rounded by them
     count = before or threads_for(parts.unet)
     run.end.enter_context(threads(count))
-    if start is not None:
-        start.require_model(parts)
+    if initialization is not None:
+        initialization.require_model(parts)
     with run.timed("encoding"):
         encoded = encode_subject(parts, subject, cache=cache, reporter=reporter)
     run.note(*encoded.notes)
@@ -167,7 +172,7 @@ def _personalise(
             )
         run.note(*others.notes)
     data = training_data(encoded, others)
-    seed = training.seed if start is None else start.seed
+    seed = training.seed if initialization is None else initialization.seed
     identity = run_identity(parts.fingerprint, subject, class_photos, seed)
     model, unet, text_encoder = ModelFacts.of(parts), parts.unet, parts.text_encoder
     noise_scheduler = parts.noise_scheduler
@@ -175,17 +180,17 @@ def _personalise(
 
     if state is not None:
         check_same_run(state, {"identity": identity})
-        plan, initialization = state.plan, state.settings.get("initialization")
+        plan, report = state.plan, state.settings.get("initialization")
     else:
         state_path.unlink(missing_ok=True)  # of a run that is not gone on with
         with run.timed("initialization"):
-            start = start or plan_start(
+            initialization = initialization or plan_initialization(
                 parts, encoded, settings.adapter, seed=seed, reporter=reporter
             )
-        if start.report is not None:
-            run.note(start.report.summary())
-        plan = start.plan
-        initialization = start.report.to_dict() if start.report is not None else None
+        if initialization.report is not None:
+            run.note(initialization.report.summary())
+        plan = initialization.plan
+        report = initialization.report.to_dict() if initialization.report is not None else None
     del parts  # and with it the VAE, unless samples are drawn
 
     trainer = SubjectTrainer(
@@ -200,7 +205,7 @@ def _personalise(
         settings={
             "job": settings.to_dict(),
             "identity": identity,
-            "initialization": initialization,
+            "initialization": report,
             "threads": count,
         },
     )
@@ -225,7 +230,7 @@ def _personalise(
             state_path=state_path,
             after_step=_previewer(preview, settings, folder, reporter),
         )
-    return _finish(trainer, settings, subject, model, initialization, run, folder, identity)
+    return _finish(trainer, settings, subject, model, report, run, folder, identity)
 
 
 def _class_photos(
@@ -246,7 +251,7 @@ def _finish(
     settings: JobSettings,
     subject: Subject,
     model: ModelFacts,
-    initialization: dict[str, Any] | None,
+    report: dict[str, Any] | None,
     run: _Run,
     folder: Path,
     identity: dict[str, Any],
@@ -273,7 +278,7 @@ def _finish(
         lora=export.path,
         folder=folder,
         export=export,
-        initialization=initialization,
+        initialization=report,
         history=trainer.history,
         seconds=run.seconds,
         notes=tuple(run.notes),

@@ -31,7 +31,7 @@ class JobResult:
         lora: The LoRA file (a folder in peft's layout).
         folder: The folder with everything.
         export: What the file holds.
-        initialization: Report of the start; None for a plain one.
+        initialization: Report of the initialisation; None for a plain one.
         history: One record per step.
         seconds: Time spent by stage.
         notes: What a person should know: skipped files, cut prompts and the like.

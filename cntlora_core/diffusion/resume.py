@@ -42,7 +42,7 @@ _MAY_CHANGE = {
 
 
 def run_identity(
-    model: str, subject: Subject, class_photos: PhotoSet | None, start_seed: int
+    model: str, subject: Subject, class_photos: PhotoSet | None, init_seed: int
 ) -> dict[str, Any]:
     """What a run works on, by content and not by place, as JSON values.
 
@@ -50,13 +50,13 @@ def run_identity(
         model: Fingerprint of the model.
         subject: Photos and prompts.
         class_photos: Class images, or None.
-        start_seed: Seed of the adapter's start.
+        init_seed: Seed of the adapter's initialisation.
     """
     identity = {
         "algorithm": ALGORITHM,
         "model": model,
         **subject.identity(),
-        "start_seed": start_seed,
+        "start_seed": init_seed,
     }
     if class_photos is not None:
         photos, recipe = class_photos.photos, class_photos.recipe

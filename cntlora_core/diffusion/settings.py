@@ -110,12 +110,12 @@ class PriorSettings:
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """The adapter and its start.
+    """The adapter and its initialisation.
 
     Attributes:
-        method: How the adapter starts; `cntlora methods` describes them.
-        adapter: lora, or lava, which keeps a convolution's dimensions and starts by cross, self,
-            shift or lora (plain).
+        method: How the adapter is initialised; `cntlora methods` describes them.
+        adapter: lora, or lava, which keeps a convolution's dimensions and is initialised by cross,
+            self, shift or lora (plain).
         rank: Rank of each attachment point (their mean where ranks vary).
         alpha: LoRA alpha; the scaling is alpha / rank; default: twice the rank.
         train_text_encoder: Adapt the text encoder's attention too.
@@ -124,9 +124,10 @@ class AdapterSettings:
             orthonormal; 0 for none.
         orthogonal_factors: With lava: the factors that it acts on: U (outputs), V (inputs), Y and X
             (kernel height and width).
-        init_passes: At how many timesteps each photo is read for the start.
-        init_minutes: After how many minutes a start that iterates is given up; only EVA does.
-        cntlora: Further settings of the data-driven start.
+        init_passes: At how many timesteps each photo is read for the initialisation.
+        init_minutes: After how many minutes an initialisation that iterates is given up; only EVA
+            does.
+        cntlora: Further settings of the data-driven initialisation.
     """
 
     method: Method = "cross"

@@ -22,7 +22,7 @@ from cntlora_core.data.captions import (
 )
 from cntlora_core.data.latents import LatentSet, encode_latents
 from cntlora_core.data.photos import PhotoSet, load_photos, upscale_warnings
-from cntlora_core.diffusion.initialize import initialize_adapter
+from cntlora_core.diffusion.initialize import plan_adapter
 from cntlora_core.diffusion.pipeline import StableDiffusionParts
 from cntlora_core.diffusion.settings import AdapterSettings, SubjectSettings
 from cntlora_core.diffusion.trainer import TrainingData
@@ -169,15 +169,15 @@ def training_data(photos: EncodedSubject, others: EncodedSubject | None) -> Trai
 
 
 @dataclass(frozen=True, eq=False)
-class Start:
-    """Where an adapter starts: ready to be trained, on the model that it was made on.
+class Initialization:
+    """An adapter's initialisation, for the model that it was made on.
 
     Attributes:
         plan: Ranks and factors of every attachment point.
         adapter: The settings that it was made with.
         seed: Seed of its timesteps, noise and random directions.
         model: Fingerprint of the model.
-        report: What the start did; None for the plain one, which reads nothing.
+        report: What the initialisation did; None for the plain one, which reads nothing.
     """
 
     plan: Plan
@@ -187,26 +187,27 @@ class Start:
     report: InitializationReport | None
 
     def require_model(self, parts: StableDiffusionParts) -> None:
-        """Refuse another model than the one that the start was made on.
+        """Refuse another model than the one that the initialisation was made on.
 
         Raises:
             ValueError: in words.
         """
         if parts.fingerprint != self.model:
             raise ValueError(
-                f"the start was made on another model than {parts.source}: make it anew on this one"
+                f"the initialisation was made on another model than {parts.source}: make it anew "
+                "on this one"
             )
 
 
-def plan_start(
+def plan_initialization(
     parts: StableDiffusionParts,
     encoded: EncodedSubject,
     adapter: AdapterSettings,
     *,
     seed: int = 0,
     reporter: Reporter = silent,
-) -> Start:
-    """Decide ranks and starting factors; the model stays as it is.
+) -> Initialization:
+    """Decide ranks and initial factors; the model stays as it is.
 
     Raises:
         ValueError: for a rank that the model's layers cannot hold, and the like, in words.
@@ -214,7 +215,7 @@ def plan_start(
     on_cpu = parts.unet.device.type == "cpu"
     count = threads_for(parts.unet)
     with torch.inference_mode(False), freed_memory_kept(on_cpu), threads(count):
-        plan, report = initialize_adapter(
+        plan, report = plan_adapter(
             parts.unet,
             parts.text_encoder,
             parts.tokenizer,
@@ -225,4 +226,4 @@ def plan_start(
             seed=seed,
             reporter=reporter,
         )
-    return Start(plan, adapter, seed, parts.fingerprint, report)
+    return Initialization(plan, adapter, seed, parts.fingerprint, report)

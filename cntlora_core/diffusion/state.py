@@ -27,7 +27,7 @@ class TrainingState:
 
     Attributes:
         step: Optimizer steps done.
-        plan: The start of every adapter (also what an export subtracts).
+        plan: The initialisation of every adapter (also what an export subtracts).
         parameters: By ``<point>.down`` and ``<point>.up``, with LAVA by ``<point>.U`` and so on,
             float32.
         moments: AdamW's ``exp_avg`` and ``exp_avg_sq``, by ``<kind>.`` and the same.
@@ -100,16 +100,16 @@ class TrainingState:
                 raise ValueError(f"its {name} is no {kind.__name__}")
         initial = self.plan.tensors()
         if not initial or initial.keys() != self.parameters.keys():
-            raise ValueError("its parameters are not those of its start")
+            raise ValueError("its parameters are not those of its initialisation")
         wanted = {f"{kind}.{name}" for kind in ("exp_avg", "exp_avg_sq") for name in initial}
         if not self.moments.keys() <= wanted:
             raise ValueError("its optimizer's moments are not those of its parameters")
         for found in (self.parameters, self.moments):
             for name, tensor in found.items():
-                start = initial[name.removeprefix("exp_avg_sq.").removeprefix("exp_avg.")]
-                fits = tensor.shape == start.shape and tensor.ndim in (2, 4)
+                parameter = initial[name.removeprefix("exp_avg_sq.").removeprefix("exp_avg.")]
+                fits = tensor.shape == parameter.shape and tensor.ndim in (2, 4)
                 if not fits or tensor.dtype != torch.float32:
-                    raise ValueError(f"{name} has another shape or type than its start")
+                    raise ValueError(f"{name} has another shape or type than its initialisation")
                 if not is_finite(tensor):
                     raise ValueError(f"{name} has values that are not finite")
 

@@ -75,7 +75,7 @@ class SubjectTrainer:
         unet: The frozen denoiser; it gets the adapter, and its weights are rewritten if planned.
         text_encoder: The frozen text encoder, likewise.
         noise_scheduler: The training noise schedule.
-        plan: Where adapters go and how they start.
+        plan: Where adapters go and how they are initialised.
         data: Encoded photos and class images.
         adapter: Adapter settings.
         training: Settings of the loop.

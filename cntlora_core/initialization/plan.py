@@ -1,4 +1,4 @@
-"""What an adapter starts from, decided before any module is wrapped: ranks and factors."""
+"""What an adapter is initialised from, decided before any module is wrapped: ranks and factors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _FORMAT = "cntlora-plan-1"
 
 
 class AdapterFactors(Protocol):
-    """The start of one adapter, LoRA's or LAVA's."""
+    """The initialisation of one adapter, LoRA's or LAVA's."""
 
     @property
     def rank(self) -> int: ...
@@ -58,7 +58,7 @@ FactorsT = TypeVar("FactorsT", bound=AdapterFactors)
 
 @dataclass(frozen=True)
 class Plan(Generic[FactorsT]):
-    """Ranks and starting factors of every attachment point, before any module is wrapped.
+    """Ranks and initial factors of every attachment point, before any module is wrapped.
 
     Attributes:
         factors: By attachment point's name, in the model's order.
@@ -75,7 +75,7 @@ class Plan(Generic[FactorsT]):
 
     @property
     def filled(self) -> dict[str, int]:
-        """Ranks that start as plain ones, which the delta does not have, where there are any."""
+        """Ranks that are initialised as plain LoRA, which the delta does not have."""
         return {name: f.filled for name, f in self.factors.items() if f.filled}
 
     def under(self, prefix: str) -> Self:
@@ -160,7 +160,7 @@ def plan_adapter(
     progress: Callable[[int, int], None] | None = None,
     release: bool = False,
 ) -> AdapterPlan:
-    """The closed-form start of every point, under one rank budget.
+    """The closed-form initialisation of every point, under one rank budget.
 
     Args:
         points: Attachment points of one or several models.

@@ -21,8 +21,8 @@ class InitializationReport:
         ranks: By attachment point; empty where a method has no rank.
         pass_seconds: Passes over the data, with what is accumulated while they run.
         solve_seconds: Decompositions, ranks, factors, and all else.
-        filled: By point, how many ranks start as plain LoRA, since the data supports no more
-            directions or the closed form changes nothing there; where there are any.
+        filled: By point, how many ranks are initialised as plain LoRA, since the data supports no
+            more directions or the closed form changes nothing there; where there are any.
         rounding: The most that a rewritten base weight lost by rounding to its data type, relative
             to its norm; 0 where no base was rewritten.
         notes: What a person should know.
@@ -37,7 +37,7 @@ class InitializationReport:
         errors: Of LAVA, by convolution: error of its terms against the closed form's delta,
             relative.
         relative_error: The same of all deltas together, matrices (which have none) included.
-        plain: Of LAVA, by module that started plain: why.
+        plain: Of LAVA, by module that was initialised plainly: why.
     """
 
     method: str
@@ -63,7 +63,7 @@ class InitializationReport:
 
     @property
     def never_called(self) -> list[str]:
-        """Points that read nothing in any batch, and so start as plain LoRA."""
+        """Points that read nothing in any batch, and so are initialised as plain LoRA."""
         return [name for name, rows in self.rows.items() if rows == 0]
 
     def to_dict(self) -> dict[str, Any]:
@@ -91,7 +91,8 @@ class InitializationReport:
         if self.filled:
             parts.append(
                 f"at {len(self.filled)} points the data supported fewer directions than ranks, "
-                f"or nothing to change ({sum(self.filled.values())} directions start as plain LoRA)"
+                f"or nothing to change ({sum(self.filled.values())} directions are initialised as "
+                "plain LoRA)"
             )
         if self.never_called:
             parts.append(
@@ -111,5 +112,7 @@ class InitializationReport:
             )
         if self.plain:
             name, why = next(iter(self.plain.items()))
-            parts.append(f"{len(self.plain)} modules start plain, for example {name!r}: {why}")
+            parts.append(
+                f"{len(self.plain)} modules are initialised plainly, for example {name!r}: {why}"
+            )
         return "; ".join(parts)

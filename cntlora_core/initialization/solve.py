@@ -75,7 +75,7 @@ def solve(
         if config.preserve_output:
             check_rewritable(model, {p.name: p.module for p in points})
 
-    processes.run(check, "preparing the start")
+    processes.run(check, "preparing the initialisation")
     given = json.dumps([config.describe(), rank, scaling], sort_keys=True, default=dict)
     processes.require_same(given, "configuration")
     start = time.perf_counter()
@@ -117,7 +117,7 @@ def solve(
 
 
 def plan_from_first(make: Callable[[], AdapterPlan], processes: Processes) -> AdapterPlan:
-    """Make a plan on the first process and hand it to all, so that all start bit for bit alike.
+    """Make a plan on the first process and hand it to all, so that all are the same bit for bit.
 
     Raises:
         Exception: what ``make`` raised, on the first process; RuntimeError on the others.
@@ -125,7 +125,7 @@ def plan_from_first(make: Callable[[], AdapterPlan], processes: Processes) -> Ad
     if not processes.together:
         return make()
     plan, error = attempt(make) if processes.first else (None, None)
-    processes.raise_together(error, "solving for the start")
+    processes.raise_together(error, "solving for the initialisation")
     own = plan.tensors() if plan else {}
     shapes = {name: tensor.shape for name, tensor in own.items()}
     header = plan and (plan.numbers(), shapes, plan.rewrites_base, plan.solver_error)

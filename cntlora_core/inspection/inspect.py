@@ -118,7 +118,7 @@ class LoRAInspection:
         path: The file, or the folder of peft's layout.
         layout: ``kohya``, ``diffusers`` or ``peft``.
         base_model: What it was trained on, as it says, or as its shapes say.
-        method: How it started or what made it, as it says.
+        method: How it was initialised or what made it, as it says.
         settings: What it says of its making.
         layers: By name, numbers by size.
         parts: In order of appearance.
@@ -381,9 +381,9 @@ def _method(contents: LoRAContents) -> str | None:
         return method
     for config in contents.configs.values():
         if "init_lora_weights" in config:
-            start = config["init_lora_weights"]
-            plain = {"True": "plain LoRA (kaiming)", "False": "start given"}
-            name = plain.get(str(start), start)
+            init = config["init_lora_weights"]
+            plain = {"True": "plain LoRA (kaiming)", "False": "initialisation given"}
+            name = plain.get(str(init), init)
             more = [k for k in ("use_dora", "use_rslora") if config.get(k)]
             return ", ".join([f"peft: {name}", *more])
     return metadata.get("ss_network_module")

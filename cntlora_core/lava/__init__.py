@@ -23,9 +23,9 @@ from cntlora_core.lava.layer import LavaLayer  # noqa: E402
 from cntlora_core.lava.model import LavaModel  # noqa: E402
 
 if TYPE_CHECKING:
+    from cntlora_core.lava.initialize import get_lava_model
     from cntlora_core.lava.mixed import MixedLavaModel, get_mixed_model
     from cntlora_core.lava.orthogonality import OrthogonalityLoss, orthogonality_loss
-    from cntlora_core.lava.start import get_lava_model
     from cntlora_core.lava.trainer import with_orthogonality
 
 __all__ = [
@@ -44,7 +44,7 @@ __all__ = [
 _MODULES = {
     "MixedLavaModel": "lava.mixed",
     "OrthogonalityLoss": "lava.orthogonality",
-    "get_lava_model": "lava.start",
+    "get_lava_model": "lava.initialize",
     "get_mixed_model": "lava.mixed",
     "orthogonality_loss": "lava.orthogonality",
     "save_converted": "saving.conversion",

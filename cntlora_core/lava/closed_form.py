@@ -24,13 +24,13 @@ from cntlora_core.layers.attachment import AttachmentPoint, attachment_point
 from cntlora_core.layers.unfolding import unfolded_width
 from cntlora_core.runtime.thread_pool import map_in_threads
 
-_PLAIN_STREAM = 1_000_000  # streams of random numbers that no closed-form start draws from
+_PLAIN_STREAM = 1_000_000  # streams of random numbers that no closed-form initialisation draws from
 
 
 def closed_form_points(
     modules: Mapping[str, nn.Module], config: CNTLoRAConfig
 ) -> tuple[list[AttachmentPoint], dict[str, str]]:
-    """The modules that a closed form is known for, and why the others start plain.
+    """The modules that a closed form is known for, and why the others are initialised plainly.
 
     Args:
         modules: All modules that get an adapter, by name.
@@ -62,13 +62,13 @@ def lava_plan(
     split: float,
     seed: int,
 ) -> LavaPlan:
-    """LAVA's start of every module: the closed form's delta where there is one, else a plain one.
+    """LAVA's initialisation of every module: the closed form's delta, or a plain one without.
 
     Args:
         modules: All modules that get an adapter, by name, in the model's order.
         closed_form: The closed form's plan for some of them.
-        lava_config: Where the orthogonality term acts on U, the start has orthonormal columns
-            there, and V carries the sizes.
+        lava_config: Where the orthogonality term acts on U, the initialisation has orthonormal
+            columns there, and V carries the sizes.
         ranks: Rank of each module; a term is added, plain, where the closed form gives fewer.
         scalings: alpha / r of each module.
         split: Fraction of the sizes, as an exponent, that goes to U; without the term on U only.

@@ -10,7 +10,7 @@ from typing import Any, get_args
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
-from cntlora_core.config import FactorName, PlainStart
+from cntlora_core.config import FactorName, PlainInitialization
 
 
 @dataclass
@@ -34,9 +34,9 @@ class LavaConfig(PeftConfig):
             paper's base is 0.1: for vision half to twice that, for text 1/32 of it to all of it.
         orthogonal_factors: The factors F in that sum, any of U (outputs), V (inputs), Y and X
             (kernel height and width); a layer leaves out those that it has not.
-        init_weights: How an adapter starts. True or "orthogonal": U orthonormal columns, V zero.
-            "lora": U zero, V Kaiming-uniform. Both start at the base model's output. False: no
-            factor is zero (for tests).
+        init_weights: How an adapter is initialised. True or "orthogonal": U orthonormal columns, V
+            zero. "lora": U zero, V Kaiming-uniform. Both start at the base model's output. False:
+            no factor is zero (for tests).
         layers_to_transform: Indices of the layers that get adapters.
         layers_pattern: The name of the list that these are indices into.
         bias: "none", "all", or "lava_only": the biases that are trained.
@@ -52,7 +52,7 @@ class LavaConfig(PeftConfig):
     lava_dropout: float = 0.0
     orthogonality: float = 0.1
     orthogonal_factors: list[FactorName] = field(default_factory=lambda: ["U"])
-    init_weights: bool | PlainStart = True
+    init_weights: bool | PlainInitialization = True
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     bias: str = "none"
@@ -79,10 +79,10 @@ class LavaConfig(PeftConfig):
         for value in (self.lava_alpha, *self.alpha_pattern.values()):
             if not (_is_number(value) and math.isfinite(value) and value > 0):
                 raise ValueError(f"lava_alpha must be a number above 0, got {value!r}")
-        if self.init_weights not in (True, False, *get_args(PlainStart)):
+        if self.init_weights not in (True, False, *get_args(PlainInitialization)):
             raise ValueError(
-                f"init_weights must be True, False or one of {', '.join(get_args(PlainStart))}, "
-                f"got {self.init_weights!r}"
+                "init_weights must be True, False or one of "
+                f"{', '.join(get_args(PlainInitialization))}, got {self.init_weights!r}"
             )
         if self.bias not in ("none", "all", "lava_only"):
             raise ValueError(f"bias must be none, all or lava_only, got {self.bias!r}")

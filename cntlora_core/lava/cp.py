@@ -1,8 +1,8 @@
 """Canonical polyadic (CP) decomposition by alternating least squares.
 
 A delta that is known as ``left @ right`` is compressed to the spans of its factors first, which
-changes no distance, so that the work does not grow with the number of channels. The start is made
-of singular vectors, split again and again until each is a product of vectors.
+changes no distance, so that the work does not grow with the number of channels. The initialisation
+is made of singular vectors, split again and again until each is a product of vectors.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Decomposition:
         factors: (n_k, R) float64 for each dimension of the tensor. All columns but the second
             factor's have length 1; that one carries the sizes.
         error: Frobenius error relative to the tensor's norm.
-        errors: The same after each iteration, the start's first.
+        errors: The same after each iteration, the initialisation's first.
     """
 
     factors: tuple[Tensor, ...]
@@ -64,7 +64,7 @@ def decompose(
     if unfolded.shape[0] > unfolded.shape[1]:
         inner, small = torch.linalg.qr(unfolded)
         core = small.unflatten(1, (core.shape[0], *core.shape[2:])).movedim(0, 1)
-    factors = _start(core, rank, one_each=orthonormal)
+    factors = _initial_factors(core, rank, one_each=orthonormal)
     unfoldings = [core.movedim(n, 0).flatten(1).contiguous() for n in range(core.ndim)]
     errors = [_error(unfoldings[0], factors)]
     for _ in range(iterations):
@@ -113,7 +113,7 @@ def _error(unfolding: Tensor, factors: list[Tensor]) -> float:
     return float((unfolding - approximation).norm() / unfolding.norm())
 
 
-def _start(core: Tensor, rank: int, one_each: bool) -> list[Tensor]:
+def _initial_factors(core: Tensor, rank: int, one_each: bool) -> list[Tensor]:
     """Terms from singular vectors, the largest ``rank`` of all that splitting twice gives.
 
     Args:
@@ -130,8 +130,8 @@ def _start(core: Tensor, rank: int, one_each: bool) -> list[Tensor]:
             size, vectors = _product(tails[m].reshape(rest.shape[1:]))
             terms.append((float(values[j] * sizes[m] * size), [u[:, j], second[:, m], *vectors]))
     terms.sort(key=lambda term: -term[0])
-    # Where a start has fewer terms than asked for, the rest begins as small copies, not as zeros,
-    # from which least squares could not move them.
+    # Where an initialisation has fewer terms than asked for, the rest begins as small copies, not
+    # as zeros, from which least squares could not move them.
     chosen = [terms[i % len(terms)] for i in range(rank)]
     generator = torch.Generator().manual_seed(0)
     columns = []

@@ -1,4 +1,4 @@
-"""What a LAVA adapter starts from, decided before any module is wrapped."""
+"""What a LAVA adapter is initialised from, decided before any module is wrapped."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from cntlora_core.lava import functional
 
 @dataclass(frozen=True, eq=False)
 class LavaFactors:
-    """The start of one adapter, or a snapshot of it.
+    """The initialisation of one adapter, or a snapshot of it.
 
     Attributes:
         u: (c_out, R) float32.
         v: (c_in / groups, R) float32.
         spatial: (kh, R) and (kw, R); (k, R) for one dimension; nothing for a matrix.
         scaling: alpha / R.
-        filled: How many of the R terms the data did not support; they start as plain ones.
+        filled: How many of the R terms the data did not support; they are initialised as plain
+            ones.
         error: Frobenius error of the delta against the closed form's, relative to that; 0 for a
-            matrix and for a plain start.
+            matrix and for a plain initialisation.
         size: Frobenius norm of the closed form's delta.
     """
 
@@ -82,7 +83,7 @@ _SHORT = 0.1  # its square is what the rows of U are off from orthonormal, at th
 def plain_factors(
     weight_shape: Sequence[int], rank: int, scaling: float, generator: torch.Generator
 ) -> LavaFactors:
-    """A start that reads nothing: U orthonormal, V zero, Y and X random columns of length 1."""
+    """Plain initialisation: U orthonormal, V zero, Y and X random columns of length 1."""
     c_out, c_in, *kernel = weight_shape
     spatial = tuple(
         torch.nn.functional.normalize(torch.randn(n, rank, generator=generator), dim=0)

@@ -45,15 +45,15 @@ def collect_lava(
 
     Args:
         model: A module with LAVA layers.
-        plan: Their start, which is subtracted where it was taken out of the frozen weight.
+        plan: Their initialisation, which is subtracted where it was taken out of the frozen weight.
         prefix: ``unet`` or ``text_encoder``.
         adapter_name: Which adapter.
     """
     found = {}
     for path, layer in lava_layers(model, adapter_name).items():
-        factors, start = snapshot(layer, adapter_name), plan.factors[path]
-        if plan.rewrites_base and start.v.any():
-            factors = difference(factors, start)
+        factors, initial = snapshot(layer, adapter_name), plan.factors[path]
+        if plan.rewrites_base and initial.v.any():
+            factors = difference(factors, initial)
         name = f"{prefix}.{path.removeprefix(TEXT_MODEL) if prefix == TEXT_ENCODER else path}"
         split_name(name)
         found[name] = factors

@@ -71,7 +71,7 @@ class LavaLayer(nn.Module, BaseTunerLayer):
     def update_layer(
         self, adapter_name: str, r: int, lava_alpha: float, config: LavaConfig
     ) -> None:
-        """Add an adapter, or start one anew."""
+        """Add an adapter, or initialise one anew."""
         self.r[adapter_name], self.lava_alpha[adapter_name] = r, lava_alpha
         self.scaling[adapter_name] = lava_alpha / r
         self.lava_config[adapter_name] = config
@@ -85,8 +85,8 @@ class LavaLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     @torch.no_grad()
-    def reset_parameters(self, adapter_name: str, start: bool | str) -> None:
-        """Start an adapter anew: see ``init_weights`` of :class:`LavaConfig`."""
+    def reset_parameters(self, adapter_name: str, init_weights: bool | str) -> None:
+        """Initialise an adapter anew: see ``init_weights`` of :class:`LavaConfig`."""
         factors = self.factors(adapter_name)
         if factors["U"].is_meta:
             return
@@ -98,9 +98,9 @@ class LavaLayer(nn.Module, BaseTunerLayer):
         factors["V"].uniform_(-bound, bound)
         u = torch.empty_like(factors["U"], dtype=torch.float32)  # half precision has no QR
         factors["U"].copy_(nn.init.orthogonal_(u))
-        if start == "lora":
+        if init_weights == "lora":
             factors["U"].zero_()
-        elif start:
+        elif init_weights:
             factors["V"].zero_()
 
     def _factor_dict(self, name: str) -> nn.ParameterDict:

@@ -143,8 +143,8 @@ def attachment_point(name: str, module: nn.Module) -> AttachmentPoint:
             "bitsandbytes or torchao"
         )
     raise ValueError(
-        f"target_modules matches {name!r}, a {type(module).__name__}; a data-driven start is known "
-        f"for linear maps ({KINDS}): narrow target_modules"
+        f"target_modules matches {name!r}, a {type(module).__name__}; a data-driven "
+        f"initialisation is known for linear maps ({KINDS}): narrow target_modules"
     )
 
 

@@ -1,6 +1,6 @@
 """One registry of methods: CNTLoRA's variants, the rivals that peft has, and comparison runs.
 
->>> from cntlora_core.methods import METHODS, get_method, start_adapter
+>>> from cntlora_core.methods import METHODS, get_method, initialize_adapter
 """
 
 from __future__ import annotations
@@ -9,26 +9,30 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from cntlora_core.initialization.report import InitializationReport
-from cntlora_core.methods.base import Limits, Method, StartRequest
+from cntlora_core.methods.base import InitializationRequest, Limits, Method
 from cntlora_core.methods.registry import METHODS, get_method, image_file_methods
 
 if TYPE_CHECKING:
     from cntlora_core.methods.eva import NotConvergedError
-    from cntlora_core.methods.start import StartedAdapter, start_adapter
+    from cntlora_core.methods.initialize import InitializedAdapter, initialize_adapter
 
-_HOMES = {"NotConvergedError": "eva", "StartedAdapter": "start", "start_adapter": "start"}
+_HOMES = {
+    "NotConvergedError": "eva",
+    "InitializedAdapter": "initialize",
+    "initialize_adapter": "initialize",
+}
 
 __all__ = [
     "METHODS",
     "InitializationReport",
+    "InitializationRequest",
+    "InitializedAdapter",
     "Limits",
     "Method",
     "NotConvergedError",
-    "StartRequest",
-    "StartedAdapter",
     "get_method",
     "image_file_methods",
-    "start_adapter",
+    "initialize_adapter",
 ]
 
 

@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 Family = Literal["cntlora", "peft"]
 Needs = Literal["nothing", "activations", "gradients"]
 PeftType = Literal["LORA", "ADALORA", "VERA"]
-ImageFile = Literal["as trained", "trained minus start"]
+ImageFile = Literal["as trained", "trained minus initial"]
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How long a start that iterates may go on; only EVA does.
+    """How long an initialisation that iterates may go on; only EVA does.
 
     Attributes:
         max_passes: Passes over the data.
@@ -54,8 +54,8 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class StartRequest:
-    """What a start is computed from.
+class InitializationRequest:
+    """What an initialisation is computed from.
 
     Attributes:
         model: What ``forward_fn`` is given.
@@ -69,7 +69,7 @@ class StartRequest:
         lora_config: peft's configuration, for the settings of EVA, CorDA, LoRA-GA and LoftQ.
         cntlora_config: Settings of CNTLoRA's own variants.
         steps: How many training steps will follow; AdaLoRA's schedule depends on them.
-        seed: Seed of all that is random in the start.
+        seed: Seed of all that is random in the initialisation.
         limits: When to give an iteration up.
         passes_progress: Called with (batches done, total or 0).
         solve_progress: Called with (points solved, total).
@@ -93,8 +93,8 @@ class StartRequest:
 
 
 @dataclass(frozen=True)
-class PlannedStart:
-    """The start of every attachment point, before any module is wrapped."""
+class PlannedInitialization:
+    """The initialisation of every attachment point, before any module is wrapped."""
 
     plan: AdapterPlan
     report: InitializationReport
@@ -102,12 +102,12 @@ class PlannedStart:
 
 @dataclass(frozen=True)
 class WrappedModel:
-    """A model that trains, where there is no plan to start it from.
+    """A model that trains, where there is no plan to initialise it from.
 
     Attributes:
         model: A PeftModel, or for full fine-tuning the base model itself.
         report: What was done.
-        plan: The starting factors, where the method has them.
+        plan: The initial factors, where the method has them.
         after_step: To be called with the number of steps done, after the optimizer's step and
             before the gradients are cleared; None where a method asks for nothing.
     """
@@ -118,13 +118,13 @@ class WrappedModel:
     after_step: Callable[[int], None] | None = None
 
 
-PlanFn = Callable[[StartRequest], PlannedStart]
-WrapFn = Callable[["nn.Module", "LoraConfig", StartRequest], WrappedModel]
+PlanFn = Callable[[InitializationRequest], PlannedInitialization]
+WrapFn = Callable[["nn.Module", "LoraConfig", InitializationRequest], WrappedModel]
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to start, or to make, what is trained.
+    """One way to initialise, or to make, what is trained.
 
     Attributes:
         name: What it is called by.
@@ -133,15 +133,15 @@ class Method:
         needs: What it reads besides the weights.
         rewrites_base: Whether the frozen weight changes before training (by default, where that is
             a setting).
-        b_starts_at_zero: Whether the up matrix is zero at first.
+        b_initialized_to_zero: Whether the up matrix is zero at first.
         preserves_output: Whether the first output is the base model's.
         family: ``cntlora`` for this library's own, ``peft`` for what peft computes.
         peft_type: peft's name for the kind of adapter; None for none.
         image_file: What a file for image tools holds: the adapter ``as trained``, or ``trained
-            minus start``, of twice the rank; None where no file would be right.
+            minus initial``, of twice the rank; None where no file would be right.
         image_file_note: Why there is none.
         comparison_only: Made to be compared with, not to be used in the personalisation of images.
-        plan: Starting factors of all points, for adapters that are plain LoRA once started.
+        plan: Initial factors of all points, for adapters that are plain LoRA once initialised.
         wrap: For all others: the wrapped model. One of the two is given.
     """
 
@@ -150,7 +150,7 @@ class Method:
     paper: str
     needs: Needs
     rewrites_base: bool
-    b_starts_at_zero: bool
+    b_initialized_to_zero: bool
     preserves_output: bool = True
     family: Family = "peft"
     peft_type: PeftType | None = "LORA"
@@ -182,5 +182,5 @@ class Method:
             raise ValueError(
                 f"method {self.name!r} trains no image LoRA: {self.image_file_note}. "
                 "`cntlora methods` lists those that do; for comparison runs of other models use "
-                "cntlora_core.methods.start_adapter"
+                "cntlora_core.methods.initialize_adapter"
             )

@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from cntlora_core.config import CNTLoRAConfig, Constraint
-from cntlora_core.methods.base import Method, PlanFn, PlannedStart, StartRequest
+from cntlora_core.methods.base import InitializationRequest, Method, PlanFn, PlannedInitialization
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,7 +55,7 @@ def ranks_and_scalings(
 
 
 def _plan(constraint: Constraint) -> PlanFn:
-    def plan(request: StartRequest) -> PlannedStart:
+    def plan(request: InitializationRequest) -> PlannedInitialization:
         from cntlora_core.initialization.solve import solve
 
         config = settings_for(constraint, request.cntlora_config)
@@ -76,7 +76,7 @@ def _plan(constraint: Constraint) -> PlanFn:
             progress=request.passes_progress,
             solve_progress=request.solve_progress,
         )
-        return PlannedStart(*planned)
+        return PlannedInitialization(*planned)
 
     return plan
 
@@ -88,9 +88,9 @@ def _method(constraint: Constraint, description: str) -> Method:
         paper=PAPER,
         needs="activations",
         rewrites_base=True,
-        b_starts_at_zero=False,
+        b_initialized_to_zero=False,
         family="cntlora",
-        image_file="trained minus start",
+        image_file="trained minus initial",
         plan=_plan(constraint),
     )
 

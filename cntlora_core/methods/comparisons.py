@@ -1,4 +1,4 @@
-"""Runs to compare with, which are no plain LoRA once started: peft wraps the model itself."""
+"""Runs to compare with, which are no plain LoRA once initialised: peft wraps the model itself."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ from peft import (
 from torch import nn
 
 from cntlora_core.initialization.report import InitializationReport
-from cntlora_core.methods.base import StartRequest, WrappedModel
+from cntlora_core.methods.base import InitializationRequest, WrappedModel
 from cntlora_core.methods.from_weights import pattern_of
 
 INITIAL_RANK_FACTOR = 1.5
 """AdaLoRA starts this much wider than the rank that is left in the end, as in its paper."""
 
 
-def wrap_dora(model: nn.Module, lora_config: LoraConfig, request: StartRequest) -> WrappedModel:
+def wrap_dora(
+    model: nn.Module, lora_config: LoraConfig, request: InitializationRequest
+) -> WrappedModel:
     """LoRA whose outputs' weight norms are trained apart (arXiv 2402.09353)."""
     config = copy.deepcopy(lora_config)
     config.use_dora = True
@@ -34,7 +36,9 @@ def wrap_dora(model: nn.Module, lora_config: LoraConfig, request: StartRequest) 
     return _wrapped("dora", model, config, request)
 
 
-def wrap_loftq(model: nn.Module, lora_config: LoraConfig, request: StartRequest) -> WrappedModel:
+def wrap_loftq(
+    model: nn.Module, lora_config: LoraConfig, request: InitializationRequest
+) -> WrappedModel:
     """A quantised base and the low-rank part of what that loses (arXiv 2310.08659).
 
     Raises:
@@ -68,7 +72,9 @@ def _require_loftq() -> None:
     )
 
 
-def wrap_adalora(model: nn.Module, lora_config: LoraConfig, request: StartRequest) -> WrappedModel:
+def wrap_adalora(
+    model: nn.Module, lora_config: LoraConfig, request: InitializationRequest
+) -> WrappedModel:
     """Ranks pruned while training, from 1.5 times the rank to the rank (arXiv 2303.10512).
 
     The first tenth of the steps trains at full width, the last fifth at the final ranks. The
@@ -110,7 +116,9 @@ def wrap_adalora(model: nn.Module, lora_config: LoraConfig, request: StartReques
     return WrappedModel(wrapped.model, wrapped.report, after_step=after_step)
 
 
-def wrap_vera(model: nn.Module, lora_config: LoraConfig, request: StartRequest) -> WrappedModel:
+def wrap_vera(
+    model: nn.Module, lora_config: LoraConfig, request: InitializationRequest
+) -> WrappedModel:
     """Two trained vectors a layer around shared random matrices (arXiv 2310.11454)."""
     config = VeraConfig(
         r=request.rank,
@@ -124,7 +132,9 @@ def wrap_vera(model: nn.Module, lora_config: LoraConfig, request: StartRequest) 
     return _wrapped("vera", model, config, request)
 
 
-def wrap_full(model: nn.Module, _lora_config: LoraConfig, _request: StartRequest) -> WrappedModel:
+def wrap_full(
+    model: nn.Module, _lora_config: LoraConfig, _request: InitializationRequest
+) -> WrappedModel:
     """Every floating-point weight of the model trains, in place and in its own data type."""
     notes = []
     for parameter in model.parameters():
@@ -139,7 +149,7 @@ def wrap_full(model: nn.Module, _lora_config: LoraConfig, _request: StartRequest
 
 
 def _wrapped(
-    name: str, model: nn.Module, config: PeftConfig, request: StartRequest
+    name: str, model: nn.Module, config: PeftConfig, request: InitializationRequest
 ) -> WrappedModel:
     start = time.perf_counter()
     peft_model = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from cntlora_core.activations.capture import length_of
 from cntlora_core.adapter.inject import AdapterPlan
 from cntlora_core.initialization.report import InitializationReport
-from cntlora_core.methods.base import PlannedStart, StartRequest
+from cntlora_core.methods.base import InitializationRequest, PlannedInitialization
 from cntlora_core.methods.from_weights import factors_by_peft, require_rank
 from cntlora_core.methods.rows import RowPasses, StandIn, repeatable, stand_in_names
 
 
-def plan_corda(request: StartRequest, mode: Literal["ipm", "kpm"]) -> PlannedStart:
+def plan_corda(
+    request: InitializationRequest, mode: Literal["ipm", "kpm"]
+) -> PlannedInitialization:
     """Factors of the weight, decomposed along the covariance of what it reads.
 
     peft takes a batch for one sample: with several it fails on a three-dimensional input. It gets
@@ -85,7 +87,9 @@ def plan_corda(request: StartRequest, mode: Literal["ipm", "kpm"]) -> PlannedSta
                 request.solve_progress(done, len(request.points))
     plan = AdapterPlan(factors, rewrites_base=True)
     rest = time.perf_counter() - started - seconds["passes"]
-    return PlannedStart(plan, InitializationReport(name, plan.ranks, seconds["passes"], rest))
+    return PlannedInitialization(
+        plan, InitializationReport(name, plan.ranks, seconds["passes"], rest)
+    )
 
 
 def _preprocess() -> Any:
@@ -99,7 +103,7 @@ def _preprocess() -> Any:
     return preprocess_corda
 
 
-def _corda_config(request: StartRequest, mode: Literal["ipm", "kpm"]) -> CordaConfig:
+def _corda_config(request: InitializationRequest, mode: Literal["ipm", "kpm"]) -> CordaConfig:
     given = request.lora_config.corda_config if request.lora_config is not None else None
     if given is None:
         return CordaConfig(corda_method=mode)

@@ -27,7 +27,7 @@ from cntlora_core.activations.capture import length_of
 from cntlora_core.adapter.inject import AdapterPlan
 from cntlora_core.closed_form.factorization import Factors
 from cntlora_core.initialization.report import InitializationReport
-from cntlora_core.methods.base import PlannedStart, StartRequest
+from cntlora_core.methods.base import InitializationRequest, PlannedInitialization
 from cntlora_core.methods.from_weights import require_rank
 from cntlora_core.methods.rows import RowPasses, StandIn, repeatable, stand_in_names
 
@@ -38,7 +38,7 @@ class NotConvergedError(ValueError):
     """EVA's components were still moving when its limit was reached."""
 
 
-def plan_eva(request: StartRequest) -> PlannedStart:
+def plan_eva(request: InitializationRequest) -> PlannedInitialization:
     """Down matrices along the leading principal components of what each point reads; up zero.
 
     Ranks are shared out by explained variance; a point may get none, and then has no adapter.
@@ -85,7 +85,7 @@ def plan_eva(request: StartRequest) -> PlannedStart:
     notes.append(f"{feed.passes.batches_done} forward passes until the components stood still")
     plan = AdapterPlan(factors, rewrites_base=False)
     seconds = time.perf_counter() - started
-    return PlannedStart(
+    return PlannedInitialization(
         plan,
         InitializationReport(
             NAME, plan.ranks, feed.passes.seconds, seconds - feed.passes.seconds, notes=tuple(notes)
@@ -93,7 +93,7 @@ def plan_eva(request: StartRequest) -> PlannedStart:
     )
 
 
-def _eva_config(request: StartRequest) -> tuple[EvaConfig, list[str]]:
+def _eva_config(request: InitializationRequest) -> tuple[EvaConfig, list[str]]:
     """The user's settings, with no more components than the narrowest input has."""
     given = request.lora_config.eva_config if request.lora_config is not None else None
     config = copy.deepcopy(given) if given is not None else EvaConfig()
@@ -130,7 +130,7 @@ class _Feed:
         passes: The forward passes.
     """
 
-    def __init__(self, request: StartRequest, components: int) -> None:
+    def __init__(self, request: InitializationRequest, components: int) -> None:
         self._request, self._components = request, components
         self._batches = repeatable(request.batches, NAME)
         self.passes = RowPasses(request, self._see)

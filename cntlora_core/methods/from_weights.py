@@ -1,10 +1,10 @@
-"""Starts that peft computes from one weight at a time, read off as factors.
+"""Initialisations that peft computes from one weight at a time, read off as factors.
 
-peft starts an adapter while it wraps a module. Here it wraps a copy of one attachment point's
+peft initialises an adapter while it wraps a module. Here it wraps a copy of one attachment point's
 weight, in float32 and as (d_out, d_in) whatever the module is; the factors are read off the copy,
 which is then thrown away. The model itself is wrapped once, later, from the plan. That makes the
-start the same for every data type and for transformers' Conv1D (peft's OLoRA takes its transposed
-weight as it is), and holds one weight's copy in memory at a time.
+initialisation the same for every data type and for transformers' Conv1D (peft's OLoRA takes its
+transposed weight as it is), and holds one weight's copy in memory at a time.
 """
 
 from __future__ import annotations
@@ -25,24 +25,26 @@ from cntlora_core.adapter.inject import AdapterPlan, adapter_weights, plan_plain
 from cntlora_core.closed_form.factorization import Factors
 from cntlora_core.initialization.report import InitializationReport
 from cntlora_core.layers.attachment import AttachmentPoint
-from cntlora_core.methods.base import PlannedStart, StartRequest
+from cntlora_core.methods.base import InitializationRequest, PlannedInitialization
 from cntlora_core.runtime.seeds import torch_seed
 
 TOLERANCE = 1e-3
 """Relative to its norm: how far peft's rewritten weight may be from ``W - scaling * B @ A``."""
 
 
-def plan_lora(request: StartRequest) -> PlannedStart:
+def plan_lora(request: InitializationRequest) -> PlannedInitialization:
     """Plain LoRA, Kaiming-uniform (arXiv 2106.09685), drawn from the seed alone."""
     start = time.perf_counter()
     plan = plan_plain_lora(
         request.points, rank=request.rank, scaling=request.scaling, seed=request.seed
     )
-    return PlannedStart(plan, _report("lora", plan, time.perf_counter() - start))
+    return PlannedInitialization(plan, _report("lora", plan, time.perf_counter() - start))
 
 
-def plan_from_weights(request: StartRequest, name: str, init: str) -> PlannedStart:
-    """The start that peft calls ``init``, at every point.
+def plan_from_weights(
+    request: InitializationRequest, name: str, init: str
+) -> PlannedInitialization:
+    """The initialisation that peft calls ``init``, at every point.
 
     Raises:
         ValueError: for a rank that the decomposition cannot give.
@@ -62,13 +64,13 @@ def plan_from_weights(request: StartRequest, name: str, init: str) -> PlannedSta
             if request.solve_progress is not None:
                 request.solve_progress(done, len(request.points))
     plan = AdapterPlan(factors, rewrites_base=reads_weight)
-    return PlannedStart(plan, _report(name, plan, time.perf_counter() - start))
+    return PlannedInitialization(plan, _report(name, plan, time.perf_counter() - start))
 
 
 @torch.no_grad()
 def factors_by_peft(
     point: AttachmentPoint,
-    request: StartRequest,
+    request: InitializationRequest,
     init: str,
     *,
     rewrites_base: bool,
@@ -76,14 +78,14 @@ def factors_by_peft(
     prepare: Callable[[nn.Linear], None] | None = None,
     **options: Any,
 ) -> Factors:
-    """What peft starts an adapter with on a copy of one weight.
+    """What peft initialises an adapter with on a copy of one weight.
 
     Args:
         point: Whose weight it is.
         request: Rank and scaling.
         init: peft's ``init_lora_weights``.
         rewrites_base: Whether peft is expected to leave ``W - scaling * B @ A``; else ``W``.
-        reads_weight: Whether the start depends on the weight at all.
+        reads_weight: Whether the initialisation depends on the weight at all.
         prepare: Called with the copy before it is wrapped.
         options: More fields of peft's ``LoraConfig``.
 
@@ -145,7 +147,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 def require_rank(
     name: str,
-    request: StartRequest,
+    request: InitializationRequest,
     limit_of: Callable[[AttachmentPoint], int],
     limit_name: str,
 ) -> None:

@@ -1,4 +1,4 @@
-"""LoRA-GA (arXiv 2407.05000) by peft's own code: a start along the gradient of the weights."""
+"""LoRA-GA (arXiv 2407.05000) by peft's own code: initialised along the gradient of the weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cntlora_core.activations.capture import ForwardFn, default_forward, length_
 from cntlora_core.adapter.inject import AdapterPlan
 from cntlora_core.initialization.report import InitializationReport
 from cntlora_core.layers.attachment import AttachmentPoint
-from cntlora_core.methods.base import PlannedStart, StartRequest
+from cntlora_core.methods.base import InitializationRequest, PlannedInitialization
 from cntlora_core.methods.from_weights import factors_by_peft, pattern_of, require_rank, seeded
 from cntlora_core.methods.rows import repeatable
 
@@ -24,7 +24,7 @@ NAME = "lora_ga"
 _LEFT_BEHIND = ("_peft_loraga_grad", "_peft_loraga_grad_count")
 
 
-def plan_lora_ga(request: StartRequest) -> PlannedStart:
+def plan_lora_ga(request: InitializationRequest) -> PlannedInitialization:
     """Factors from the leading singular vectors of each weight's gradient over the data.
 
     The gradient is taken on the model itself, whose weights and settings are as before afterwards.
@@ -74,11 +74,16 @@ def plan_lora_ga(request: StartRequest) -> PlannedStart:
                 request.solve_progress(done, len(request.points))
     plan = AdapterPlan(factors, rewrites_base=True)
     rest = time.perf_counter() - started - seconds["passes"]
-    return PlannedStart(plan, InitializationReport(NAME, plan.ranks, seconds["passes"], rest))
+    return PlannedInitialization(
+        plan, InitializationReport(NAME, plan.ranks, seconds["passes"], rest)
+    )
 
 
 def _gradients(
-    request: StartRequest, config: Any, preprocess: Callable[..., None], passes: Callable[[], None]
+    request: InitializationRequest,
+    config: Any,
+    preprocess: Callable[..., None],
+    passes: Callable[[], None],
 ) -> dict[str, Tensor]:
     """By point, the (d_out, d_in) gradient of its weight, averaged over the passes."""
     model = request.model

@@ -44,7 +44,7 @@ InitReport = InitializationReport
 _Wanted = tuple[list[AttachmentPoint], dict[str, int], dict[str, float]]
 """Attachment points, and by point its rank and its scaling."""
 
-REWRITING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+REWRITING_INITIALIZATIONS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Values of peft's ``init_lora_weights`` that change the base weight."""
 
 
@@ -60,7 +60,7 @@ def get_cntlora_model(
     sum_across_processes: bool = True,
     moments: CapturedMoments | None = None,
 ) -> PeftModel:
-    """Wrap a base model with an adapter that starts from the data.
+    """Wrap a base model with an adapter that is initialised from the data.
 
     Moments are taken on the base model, ranks are decided, then the adapter is injected once, with
     ``rank_pattern`` and ``alpha_pattern`` written for it.
@@ -70,7 +70,7 @@ def get_cntlora_model(
     unloaded) such a model is the rewritten base, as with PiSSA.
 
     Under torch.distributed (Accelerate, torchrun) every process calls this with its own part of the
-    data, before the model is wrapped for training, and all get the start of all the data.
+    data, before the model is wrapped for training, and all get the initialisation of all the data.
 
     Args:
         model: The base model; its targeted modules are wrapped in place.
@@ -91,7 +91,7 @@ def get_cntlora_model(
 
     Returns:
         A :class:`peft.PeftModel`; its ``cntlora_report`` is an :class:`InitializationReport`, its
-        ``cntlora_plan`` the :class:`AdapterPlan` with the starting factors.
+        ``cntlora_plan`` the :class:`AdapterPlan` with the initial factors.
 
     Raises:
         ValueError, TypeError: for what does not go together, saying how to mend it.
@@ -109,13 +109,13 @@ def get_cntlora_model(
         check_lora_config(lora_config, config.preserve_output)
         if isinstance(lora_config.init_lora_weights, str):
             raise ValueError(
-                f"init_lora_weights={lora_config.init_lora_weights!r} asks for another start than "
-                "CNTLoRA's: leave it out"
+                f"init_lora_weights={lora_config.init_lora_weights!r} asks for another "
+                "initialisation than CNTLoRA's: leave it out"
             )
         points = find_attachment_points(model, lora_config)
         return points, *ranks_and_scalings(lora_config, points, config)
 
-    points, ranks, scalings = processes.run(prepare, "preparing the start")
+    points, ranks, scalings = processes.run(prepare, "preparing the initialisation")
     plan, report = solve(
         model,
         points,
@@ -147,7 +147,7 @@ def initialize_lora_cntlora_weights(
     progress: ProgressFn | None = None,
     sum_across_processes: bool = True,
 ) -> PeftModel:
-    """Give one adapter of a wrapped model a data-driven start, at the ranks that it has.
+    """Give one adapter of a wrapped model a data-driven initialisation, at the ranks that it has.
 
     Only ``rank_budget="fixed"`` makes sense here: the ranks stand. Activations are those of the
     base, all adapters being disabled. Other adapters stay as they are, which is why
@@ -185,12 +185,14 @@ def initialize_lora_cntlora_weights(
         }
         points = [attachment_point(n, layer.get_base_layer()) for n, layer in layers.items()]
         if not points:
-            raise ValueError(f"adapter {adapter_name!r} has no layer that a start is known for")
+            raise ValueError(
+                f"adapter {adapter_name!r} has no layer that an initialisation is known for"
+            )
         ranks = {name: layer.r[adapter_name] for name, layer in layers.items()}
         scalings = {name: layer.scaling[adapter_name] for name, layer in layers.items()}
         return points, ranks, scalings
 
-    points, ranks, scalings = processes.run(prepare, "preparing the start")
+    points, ranks, scalings = processes.run(prepare, "preparing the initialisation")
     with peft_model.disable_adapter():
         plan, report = solve(
             peft_model,
@@ -206,7 +208,7 @@ def initialize_lora_cntlora_weights(
         )
     rounding = processes.run(
         lambda: copy_factors(peft_model, plan, adapter_name, config.constraint),
-        "copying the start",
+        "copying the initialisation",
     )
     plan = stored_plan(peft_model, plan, adapter_name)
     return _with_report(peft_model, plan, report, rounding)
@@ -239,12 +241,12 @@ def _check_wrapped(peft_model: PeftModel, adapter_name: str, config: CNTLoRAConf
     lora_config = peft_model.peft_config[adapter_name]
     if not isinstance(lora_config, LoraConfig):
         raise TypeError(
-            f"adapter {adapter_name!r} is of {type(lora_config).__name__}; a start is known for "
-            "LoraConfig"
+            f"adapter {adapter_name!r} is of {type(lora_config).__name__}; an initialisation is "
+            "known for LoraConfig"
         )
     check_lora_config(lora_config, config.preserve_output)
     before = str(lora_config.init_lora_weights).lower()
-    if before.startswith(REWRITING_STARTS):
+    if before.startswith(REWRITING_INITIALIZATIONS):
         raise ValueError(
             f"adapter {adapter_name!r} was made with init_lora_weights={before!r}, which has "
             "changed the base weights: make it with init_lora_weights=True"
@@ -258,7 +260,8 @@ def _check_wrapped(peft_model: PeftModel, adapter_name: str, config: CNTLoRAConf
     rewritten = [name for name in peft_model.peft_config if record_of(peft_model, name)]
     if base_is_rewritten(peft_model):
         raise ValueError(
-            f"the base weights were rewritten for the start of adapter {', '.join(rewritten)!r}, "
+            f"the base weights were rewritten for the initialisation of adapter "
+            f"{', '.join(rewritten)!r}, "
             "so that they are no longer those of the base model: load it anew"
         )
     check_materialised(peft_model, adapter_name)

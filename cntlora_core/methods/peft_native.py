@@ -1,4 +1,4 @@
-"""What peft itself can start, as methods: the rivals, and runs to compare with.
+"""What peft itself can initialise, as methods: the rivals, and runs to compare with.
 
 The records stand here; the modules that compute are imported when a method is used, so that the
 registry can be read without torch.
@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from cntlora_core.methods.base import (
+    InitializationRequest,
     Method,
     PlanFn,
-    PlannedStart,
-    StartRequest,
+    PlannedInitialization,
     WrappedModel,
 )
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def _lora(request: StartRequest) -> PlannedStart:
+def _lora(request: InitializationRequest) -> PlannedInitialization:
     from cntlora_core.methods.from_weights import plan_lora
 
     return plan_lora(request)
 
 
 def _from_weights(name: str, init: str) -> PlanFn:
-    def plan(request: StartRequest) -> PlannedStart:
+    def plan(request: InitializationRequest) -> PlannedInitialization:
         from cntlora_core.methods.from_weights import plan_from_weights
 
         return plan_from_weights(request, name, init)
@@ -36,14 +36,14 @@ def _from_weights(name: str, init: str) -> PlanFn:
     return plan
 
 
-def _eva(request: StartRequest) -> PlannedStart:
+def _eva(request: InitializationRequest) -> PlannedInitialization:
     from cntlora_core.methods.eva import plan_eva
 
     return plan_eva(request)
 
 
 def _corda(mode: Literal["ipm", "kpm"]) -> PlanFn:
-    def plan(request: StartRequest) -> PlannedStart:
+    def plan(request: InitializationRequest) -> PlannedInitialization:
         from cntlora_core.methods.corda import plan_corda
 
         return plan_corda(request, mode)
@@ -51,37 +51,47 @@ def _corda(mode: Literal["ipm", "kpm"]) -> PlanFn:
     return plan
 
 
-def _lora_ga(request: StartRequest) -> PlannedStart:
+def _lora_ga(request: InitializationRequest) -> PlannedInitialization:
     from cntlora_core.methods.lora_ga import plan_lora_ga
 
     return plan_lora_ga(request)
 
 
-def _loftq(model: nn.Module, lora_config: LoraConfig, request: StartRequest) -> WrappedModel:
+def _loftq(
+    model: nn.Module, lora_config: LoraConfig, request: InitializationRequest
+) -> WrappedModel:
     from cntlora_core.methods.comparisons import wrap_loftq
 
     return wrap_loftq(model, lora_config, request)
 
 
-def _dora(model: nn.Module, lora_config: LoraConfig, request: StartRequest) -> WrappedModel:
+def _dora(
+    model: nn.Module, lora_config: LoraConfig, request: InitializationRequest
+) -> WrappedModel:
     from cntlora_core.methods.comparisons import wrap_dora
 
     return wrap_dora(model, lora_config, request)
 
 
-def _adalora(model: nn.Module, lora_config: LoraConfig, request: StartRequest) -> WrappedModel:
+def _adalora(
+    model: nn.Module, lora_config: LoraConfig, request: InitializationRequest
+) -> WrappedModel:
     from cntlora_core.methods.comparisons import wrap_adalora
 
     return wrap_adalora(model, lora_config, request)
 
 
-def _vera(model: nn.Module, lora_config: LoraConfig, request: StartRequest) -> WrappedModel:
+def _vera(
+    model: nn.Module, lora_config: LoraConfig, request: InitializationRequest
+) -> WrappedModel:
     from cntlora_core.methods.comparisons import wrap_vera
 
     return wrap_vera(model, lora_config, request)
 
 
-def _full(model: nn.Module, lora_config: LoraConfig, request: StartRequest) -> WrappedModel:
+def _full(
+    model: nn.Module, lora_config: LoraConfig, request: InitializationRequest
+) -> WrappedModel:
     from cntlora_core.methods.comparisons import wrap_full
 
     return wrap_full(model, lora_config, request)
@@ -96,8 +106,8 @@ def pissa_with_iterations(iterations: int) -> Method:
         paper="arXiv 2404.02948",
         needs="nothing",
         rewrites_base=True,
-        b_starts_at_zero=False,
-        image_file="trained minus start",
+        b_initialized_to_zero=False,
+        image_file="trained minus initial",
         plan=_from_weights(name, name),
     )
 
@@ -109,16 +119,16 @@ PEFT_METHODS = (
         paper="arXiv 2106.09685",
         needs="nothing",
         rewrites_base=False,
-        b_starts_at_zero=True,
+        b_initialized_to_zero=True,
         plan=_lora,
     ),
     Method(
         name="lora_gaussian",
-        description="Plain LoRA with a normal random down matrix, as diffusers' scripts start it",
+        description="Plain LoRA with a normal random down matrix, as in diffusers' scripts",
         paper="arXiv 2106.09685",
         needs="nothing",
         rewrites_base=False,
-        b_starts_at_zero=True,
+        b_initialized_to_zero=True,
         plan=_from_weights("lora_gaussian", "gaussian"),
     ),
     Method(
@@ -127,7 +137,7 @@ PEFT_METHODS = (
         paper="https://datta0.github.io/posts/rethink-lora-init/",
         needs="nothing",
         rewrites_base=False,
-        b_starts_at_zero=False,
+        b_initialized_to_zero=False,
         plan=_from_weights("lora_orthogonal", "orthogonal"),
     ),
     Method(
@@ -136,19 +146,19 @@ PEFT_METHODS = (
         paper="arXiv 2404.02948",
         needs="nothing",
         rewrites_base=True,
-        b_starts_at_zero=False,
-        image_file="trained minus start",
+        b_initialized_to_zero=False,
+        image_file="trained minus initial",
         plan=_from_weights("pissa", "pissa"),
     ),
     pissa_with_iterations(16),
     Method(
         name="olora",
-        description="OLoRA: starts from the QR decomposition of each weight",
+        description="OLoRA: initialised from the QR decomposition of each weight",
         paper="arXiv 2406.01775",
         needs="nothing",
         rewrites_base=True,
-        b_starts_at_zero=False,
-        image_file="trained minus start",
+        b_initialized_to_zero=False,
+        image_file="trained minus initial",
         plan=_from_weights("olora", "olora"),
     ),
     Method(
@@ -157,7 +167,7 @@ PEFT_METHODS = (
         paper="arXiv 2410.07170",
         needs="activations",
         rewrites_base=False,
-        b_starts_at_zero=True,
+        b_initialized_to_zero=True,
         plan=_eva,
     ),
     Method(
@@ -166,8 +176,8 @@ PEFT_METHODS = (
         paper="arXiv 2406.05223",
         needs="activations",
         rewrites_base=True,
-        b_starts_at_zero=False,
-        image_file="trained minus start",
+        b_initialized_to_zero=False,
+        image_file="trained minus initial",
         plan=_corda("ipm"),
     ),
     Method(
@@ -176,18 +186,18 @@ PEFT_METHODS = (
         paper="arXiv 2406.05223",
         needs="activations",
         rewrites_base=True,
-        b_starts_at_zero=False,
-        image_file="trained minus start",
+        b_initialized_to_zero=False,
+        image_file="trained minus initial",
         plan=_corda("kpm"),
     ),
     Method(
         name="lora_ga",
-        description="LoRA-GA: starts along the gradient of full fine-tuning on your data",
+        description="LoRA-GA: initialised along the gradient of full fine-tuning on your data",
         paper="arXiv 2407.05000",
         needs="gradients",
         rewrites_base=True,
-        b_starts_at_zero=False,
-        image_file="trained minus start",
+        b_initialized_to_zero=False,
+        image_file="trained minus initial",
         plan=_lora_ga,
     ),
     Method(
@@ -196,7 +206,7 @@ PEFT_METHODS = (
         paper="arXiv 2310.08659",
         needs="nothing",
         rewrites_base=True,
-        b_starts_at_zero=False,
+        b_initialized_to_zero=False,
         preserves_output=False,
         image_file=None,
         image_file_note=(
@@ -212,7 +222,7 @@ PEFT_METHODS = (
         paper="arXiv 2402.09353",
         needs="nothing",
         rewrites_base=False,
-        b_starts_at_zero=True,
+        b_initialized_to_zero=True,
         image_file=None,
         image_file_note=(
             "loaders read the lengths that a DoRA file adds (dora_scale) differently, or leave "
@@ -227,7 +237,7 @@ PEFT_METHODS = (
         paper="arXiv 2303.10512",
         needs="nothing",
         rewrites_base=False,
-        b_starts_at_zero=False,
+        b_initialized_to_zero=False,
         peft_type="ADALORA",
         image_file=None,
         image_file_note="its training loop must prune ranks, which the image trainer does not do",
@@ -240,7 +250,7 @@ PEFT_METHODS = (
         paper="arXiv 2310.11454",
         needs="nothing",
         rewrites_base=False,
-        b_starts_at_zero=False,
+        b_initialized_to_zero=False,
         peft_type="VERA",
         image_file=None,
         image_file_note="image tools know no shared matrices, and the image trainer trains none",
@@ -253,7 +263,7 @@ PEFT_METHODS = (
         paper="",
         needs="nothing",
         rewrites_base=False,
-        b_starts_at_zero=True,
+        b_initialized_to_zero=True,
         peft_type=None,
         image_file=None,
         image_file_note="it changes whole weights, and leaves a checkpoint, not a LoRA",

@@ -1,9 +1,9 @@
 """What attachment points read, handed on as rows while the frozen model runs.
 
-peft's data-driven starts hook the model itself and want its inputs in one form: CorDA one sample a
-batch, EVA a dictionary with a mask. Here they hook *stand-ins*, which carry a point's weight and do
-no work; the rows that the model's own layers read are passed to them. So any kind of batch will do,
-padding is left out, and nothing is left behind on the model.
+peft's data-driven initialisations hook the model itself and want its inputs in one form: CorDA one
+sample a batch, EVA a dictionary with a mask. Here they hook *stand-ins*, which carry a point's
+weight and do no work; the rows that the model's own layers read are passed to them. So any kind of
+batch will do, padding is left out, and nothing is left behind on the model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from cntlora_core.activations.capture import RunFn, reading
 from cntlora_core.layers.attachment import AttachmentPoint
-from cntlora_core.methods.base import StartRequest
+from cntlora_core.methods.base import InitializationRequest
 
 RowSink = Callable[[str, Tensor], None]
 """``sink(point's name, rows)``; the rows (n, d_in) live until the model goes on."""
@@ -45,7 +45,7 @@ class RowPasses:
         rows: By point, rows so far.
     """
 
-    def __init__(self, request: StartRequest, sink: RowSink) -> None:
+    def __init__(self, request: InitializationRequest, sink: RowSink) -> None:
         self._request, self._sink = request, sink
         self._run: RunFn | None = None
         self.seconds = self.sink_seconds = 0.0

@@ -17,7 +17,7 @@ Value = TypeVar("Value")
 
 
 class Processes:
-    """The processes that compute one start together.
+    """The processes that compute one initialisation together.
 
     Args:
         joined: Whether to work with the other processes of torch.distributed's default group, where

@@ -1,1 +1,1 @@
-"""Tasks to try a start on: data, a model and a short training."""
+"""Tasks to try an initialisation on: data, a model and a short training."""

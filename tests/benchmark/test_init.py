@@ -1,4 +1,4 @@
-"""The benchmark of the start: its real code path on tiny models, and what it makes of numbers."""
+"""The benchmark of initialisations: its code path on tiny models, and what it makes of numbers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from cntlora_core.cli import main
 
 @pytest.mark.parametrize("method", [*DIRECT, "pissa", "self"])
 @pytest.mark.parametrize("case", CASES)
-def test_every_start_runs_on_every_case(case: Any, method: Any):
+def test_every_initialisation_runs_on_every_case(case: Any, method: Any):
     reports: list[dict[str, Any]] = []
     found = measure(InitTask(case, method, quick=True), reports.append)
     assert reports[0]["started"]
@@ -115,7 +115,7 @@ def test_the_command_measures_in_processes_and_ends_what_takes_too_long(tmp_path
     assert late["forward_seconds"] > 0
 
 
-def test_a_start_that_fails_is_said_to(tmp_path: Path):
+def test_an_initialisation_that_fails_is_said_to(tmp_path: Path):
     task = InitTask("roberta-large", "eva", model=str(tmp_path / "nowhere"))
     found = run_worker(task, 60.0, tmp_path / "log")
     assert not found["ended"]

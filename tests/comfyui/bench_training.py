@@ -9,8 +9,8 @@ text encoder, so ours is measured without both (equal work) and with both. The s
 ``cntlora_core.benchmark.stepclock``, which notes the end of every optimizer step of either node;
 the first step of each run is not counted. The peak is that of the whole server, from the moment
 before the run is queued. TrainLoraNode leaves gigabytes behind that ComfyUI gives back only when
-another node asks for room, so a start on the small model, which does, comes before each run.
-16 GB of memory and half an hour.
+another node asks for room, so the initialisation on the small model, which does, comes before each
+run. 16 GB of memory and half an hour.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def their_graph(case: Case, seed: int, args: argparse.Namespace) -> dict[str, An
 
 
 def make_room(server: Server) -> None:
-    """A start on the small model: what the run before has left is given back."""
+    """An initialisation on the small model: what the run before has left is given back."""
     changes = {"CNTLoRAInitialize": {"passes": 1}}
     graph = workflow("personalise_small_model", changes)
     kinds = ("CNTLoRALoadModel", "CNTLoRASubject", "CNTLoRAInitialize")

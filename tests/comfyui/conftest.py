@@ -78,10 +78,10 @@ def subject_of(pack: Pack, **inputs: Any) -> Any:
         return pack.nodes["CNTLoRASubject"].execute(**{**given, **lists})
 
 
-def train(pack: Pack, start: Any, class_images: Any = None, **inputs: Any) -> Any:
+def train(pack: Pack, initialized: Any, class_images: Any = None, **inputs: Any) -> Any:
     few = {"steps": STEPS, "preview_every": 2, "preview_steps": 1, "learning_rate": 1e-3}
     return pack.run(
-        "CNTLoRATrain", start=start, class_images=class_images, **{**few, **inputs}
+        "CNTLoRATrain", start=initialized, class_images=class_images, **{**few, **inputs}
     )  # fmt: skip
 
 

@@ -10,21 +10,21 @@ import torch
 from .conftest import Pack, pictures, subject_of, train
 
 
-def start_of(pack: Pack, **inputs: Any) -> Any:
+def initialize(pack: Pack, **inputs: Any) -> Any:
     model = pack.run("CNTLoRALoadModel", checkpoint="diffusers/tiny").args[0]
     subject = subject_of(pack, images=[pictures()]).args[0]
     few = {"rank": 3, "passes": 1, "rank_budget": "fixed", "adapter": "lava"}
     return pack.run("CNTLoRAInitialize", model=model, subject=subject, **{**few, **inputs})
 
 
-def test_lava_is_started_trained_saved_and_drawn_with(pack: Pack) -> None:
-    start = start_of(pack)
-    names = list(start.args[0].start.plan.ranks)
+def test_lava_is_initialised_trained_saved_and_drawn_with(pack: Pack) -> None:
+    initialized = initialize(pack)
+    names = list(initialized.args[0].initialization.plan.ranks)
     assert any(name.endswith(".conv1") for name in names)
-    trained = train(pack, start.args[0])
+    trained = train(pack, initialized.args[0])
     lora = trained.args[0]
     assert any(t.ndim == 4 and t.shape[-1] == 3 for t in lora.values())  # a convolution's
-    model = start.args[0].model
+    model = initialized.args[0].model
     few = {"prompts": "a photo of sks dog", "steps": 1}
     drawn = pack.run("CNTLoRASample", model=model, lora=lora, **few).args[0]
     assert not torch.equal(drawn, pack.run("CNTLoRASample", model=model, **few).args[0])
@@ -34,10 +34,10 @@ def test_lava_is_started_trained_saved_and_drawn_with(pack: Pack) -> None:
 
 
 def test_the_attention_alone(pack: Pack) -> None:
-    plan = start_of(pack, method="lora", convolutions=False).args[0].start.plan
+    plan = initialize(pack, method="lora", convolutions=False).args[0].initialization.plan
     assert not any("conv" in name for name in plan.ranks)
 
 
 def test_other_methods_are_refused_in_words(pack: Pack) -> None:
     with pytest.raises(ValueError, match="with adapter='lava' use cross, self, shift or lora"):
-        start_of(pack, method="pissa")
+        initialize(pack, method="pissa")

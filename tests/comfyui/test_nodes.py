@@ -27,10 +27,12 @@ def run(pack: Pack) -> SimpleNamespace:
     model = pack.run("CNTLoRALoadModel", checkpoint="diffusers/tiny").args[0]
     subject = subject_of(pack, images=[pictures(2), pictures(1, 48)])
     others = pack.run("CNTLoRAClassImages", model=model, subject=subject.args[0], count=2, steps=1)
-    start = pack.run("CNTLoRAInitialize", model=model, subject=subject.args[0], rank=4, passes=1)
-    trained = train(pack, start.args[0], others.args[0])
+    initialized = pack.run(
+        "CNTLoRAInitialize", model=model, subject=subject.args[0], rank=4, passes=1
+    )
+    trained = train(pack, initialized.args[0], others.args[0])
     return SimpleNamespace(
-        model=model, subject=subject, others=others, start=start, trained=trained
+        model=model, subject=subject, others=others, initialized=initialized, trained=trained
     )
 
 
@@ -43,7 +45,7 @@ def test_images_of_different_sizes_become_a_subject(run: SimpleNamespace) -> Non
 
 
 def test_nodes_show_pictures_that_are_there(run: SimpleNamespace, comfy: Path) -> None:
-    for output in (run.subject, run.others, run.start, run.trained):
+    for output in (run.subject, run.others, run.initialized, run.trained):
         assert output.ui["images"]
         for image in output.ui["images"]:
             with Image.open(comfy / image["type"] / image["filename"]) as picture:
@@ -51,11 +53,11 @@ def test_nodes_show_pictures_that_are_there(run: SimpleNamespace, comfy: Path) -
     assert len(run.trained.ui["images"]) == 2  # the loss, and the last preview
 
 
-def test_the_start_keeps_the_budget_and_can_be_trained(run: SimpleNamespace) -> None:
-    plan = run.start.args[0].start.plan
+def test_the_initialisation_keeps_the_budget_and_can_be_trained(run: SimpleNamespace) -> None:
+    plan = run.initialized.args[0].initialization.plan
     assert sum(plan.ranks.values()) == 4 * len(plan.ranks)
     assert not any(f.down.is_inference() or f.up.is_inference() for f in plan.factors.values())
-    assert run.start.args[1].ndim == 4
+    assert run.initialized.args[1].ndim == 4
 
 
 def test_training_gives_a_lora_losses_and_a_file(run: SimpleNamespace, comfy: Path) -> None:
@@ -77,20 +79,20 @@ def test_training_gives_a_lora_losses_and_a_file(run: SimpleNamespace, comfy: Pa
 def test_a_finished_training_is_found_again_and_another_one_is_not(
     pack: Pack, run: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    start, others = run.start.args[0], run.others.args[0]
+    initialized, others = run.initialized.args[0], run.others.args[0]
 
     def refuse(*_args: object, **_options: object) -> None:
         raise AssertionError("it trains")
 
     monkeypatch.setattr("cntlora_core.diffusion.job.personalise", refuse)
-    again = train(pack, start, others)
+    again = train(pack, initialized, others)
     assert again.args[2] == run.trained.args[2]
     assert again.args[1] == run.trained.args[1]
     for other in ({"training_seed": 1}, {"steps": 2}, {"trained_before": "train anew"}):
         with pytest.raises(AssertionError, match="it trains"):
-            train(pack, start, others, **other)
+            train(pack, initialized, others, **other)
     with pytest.raises(AssertionError, match="it trains"):
-        train(pack, start)
+        train(pack, initialized)
 
 
 class Steps:
@@ -118,7 +120,7 @@ def test_names_and_exports_train_nothing_and_more_steps_go_on(
     pack: Pack, run: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps = Steps(pack, monkeypatch)
-    graph = (pack, run.start.args[0], run.others.args[0])
+    graph = (pack, run.initialized.args[0], run.others.args[0])
     done, first = steps.of(*graph, name="once", training_seed=11, steps=4)
     assert done == 4
     folder = Path(first.args[2]).parent
@@ -154,7 +156,7 @@ def test_what_shapes_the_training_trains_anew(
     pack: Pack, run: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps = Steps(pack, monkeypatch)
-    graph = (pack, run.start.args[0], run.others.args[0])
+    graph = (pack, run.initialized.args[0], run.others.args[0])
     assert steps.of(*graph, training_seed=12, steps=1)[0] == 1
     assert steps.of(*graph, training_seed=12, steps=1, learning_rate=2e-3)[0] == 1
     monkeypatch.setattr("cntlora_core.diffusion.resume.ALGORITHM", 10**6)
@@ -163,7 +165,7 @@ def test_what_shapes_the_training_trains_anew(
 
 def test_a_damaged_state_is_said_and_can_be_trained_anew(pack: Pack, run: SimpleNamespace) -> None:
     inputs = {"training_seed": 13, "steps": 1, "preview_every": 0, "name": "damaged"}
-    graph = (pack, run.start.args[0], run.others.args[0])
+    graph = (pack, run.initialized.args[0], run.others.args[0])
     path = Path(train(*graph, **inputs).args[2])
     (path.parent / "state.safetensors").write_bytes(b"no state")
     path.unlink()
@@ -175,7 +177,7 @@ def test_a_damaged_state_is_said_and_can_be_trained_anew(pack: Pack, run: Simple
 def test_the_same_seed_trains_the_same_lora(pack: Pack, run: SimpleNamespace) -> None:
     again = train(
         pack,
-        run.start.args[0],
+        run.initialized.args[0],
         run.others.args[0],
         name="the same again",
         trained_before="train anew",
@@ -190,7 +192,7 @@ def test_cancelling_keeps_a_state_and_queueing_again_goes_on_from_it(
 ) -> None:
     from comfy import model_management  # pyright: ignore[reportMissingImports]
 
-    start, others = run.start.args[0], run.others.args[0]
+    initialized, others = run.initialized.args[0], run.others.args[0]
     reporter = pack.module("runtime").HostReporter
     plain = reporter._say
 
@@ -201,16 +203,16 @@ def test_cancelling_keeps_a_state_and_queueing_again_goes_on_from_it(
 
     monkeypatch.setattr(reporter, "_say", press_cancel)
     with pytest.raises(model_management.InterruptProcessingException):
-        train(pack, start, others, name="cancelled", preview_every=0, training_seed=5)
+        train(pack, initialized, others, name="cancelled", preview_every=0, training_seed=5)
     assert not model_management.processing_interrupted()
     folder = next((Path(run.trained.args[2]).parent.parent).glob("cancelled-*"))
     assert (folder / "state.safetensors").is_file()
     monkeypatch.undo()
-    resumed = train(pack, start, others, name="cancelled", preview_every=0, training_seed=5)
+    resumed = train(pack, initialized, others, name="cancelled", preview_every=0, training_seed=5)
     record = json.loads((folder / "run.json").read_text("utf-8"))
     assert any("going on after step 2" in note for note in record["notes"])
     whole = train(
-        pack, start, others, preview_every=0, training_seed=5, trained_before="train anew"
+        pack, initialized, others, preview_every=0, training_seed=5, trained_before="train anew"
     )
     assert resumed.args[1] == whole.args[1]
 
@@ -379,10 +381,10 @@ def test_large_pictures_before_the_small_encoders_are_remarked_upon(
 
 def test_previews_of_an_earlier_prompt_are_not_shown(pack: Pack, run: SimpleNamespace) -> None:
     asked = {"training_seed": 6, "validation_prompt": "a red dog"}
-    first = train(pack, run.start.args[0], run.others.args[0], **asked)
+    first = train(pack, run.initialized.args[0], run.others.args[0], **asked)
     assert len(first.ui["images"]) == 2
     again = train(
-        pack, run.start.args[0], run.others.args[0], **{**asked, "validation_prompt": "a cat"}
+        pack, run.initialized.args[0], run.others.args[0], **{**asked, "validation_prompt": "a cat"}
     )
     assert again.args[2] == first.args[2]
     assert len(again.ui["images"]) == 1  # the loss
@@ -473,18 +475,18 @@ def test_bad_photos_are_an_error_in_words(pack: Pack, inputs: dict[str, Any], wo
 
 
 def test_bad_settings_are_an_error_in_words(pack: Pack, run: SimpleNamespace) -> None:
-    def start(**inputs: Any) -> Any:
+    def initialize(**inputs: Any) -> Any:
         subject = run.subject.args[0]
         return pack.run("CNTLoRAInitialize", model=run.model, subject=subject, passes=1, **inputs)
 
     with pytest.raises(ValueError, match="more than their widths hold"):
-        start(rank=1280)
+        initialize(rank=1280)
     with pytest.raises(ValueError, match="belongs to constraint='shift'"):
-        start(rank=4, shift=10.0)
+        initialize(rank=4, shift=10.0)
     with pytest.raises(ValueError, match="lr_warmup=5 has no effect"):
-        train(pack, run.start.args[0], lr_warmup=5)
-    other = dataclasses.replace(run.start.args[0].start, model="0" * 16)
-    moved = dataclasses.replace(run.start.args[0], start=other)
+        train(pack, run.initialized.args[0], lr_warmup=5)
+    other = dataclasses.replace(run.initialized.args[0].initialization, model="0" * 16)
+    moved = dataclasses.replace(run.initialized.args[0], initialization=other)
     with pytest.raises(ValueError, match="made on another model"):
         train(pack, moved)
 
@@ -505,8 +507,8 @@ def live_bytes() -> int:
 def test_no_model_stays_in_memory(pack: Pack, run: SimpleNamespace) -> None:
     def teach_and_draw(seed: int) -> None:
         model, subject = run.model, run.subject.args[0]
-        start = pack.run("CNTLoRAInitialize", model=model, subject=subject, rank=4, passes=1)
-        lora = train(pack, start.args[0], run.others.args[0], training_seed=seed).args[0]
+        initialized = pack.run("CNTLoRAInitialize", model=model, subject=subject, rank=4, passes=1)
+        lora = train(pack, initialized.args[0], run.others.args[0], training_seed=seed).args[0]
         pack.run("CNTLoRASample", model=model, lora=lora, prompts="a dog", steps=1)
         pack.run("CNTLoRACompare", model=model, lora_1=lora, prompts="a dog", seeds="0", steps=1)
 
@@ -581,8 +583,8 @@ def test_caches_are_emptied_when_the_models_have_gone(
     model, lora = run.model, run.trained.args[0]
     few = {"model": model, "prompts": "a dog", "steps": 1}
     others = pack.run("CNTLoRAClassImages", model=model, subject=subject, count=1, steps=1)
-    start = pack.run("CNTLoRAInitialize", model=model, subject=subject, rank=4, passes=1)
-    train(pack, start.args[0], others.args[0], name="counted")
+    initialized = pack.run("CNTLoRAInitialize", model=model, subject=subject, rank=4, passes=1)
+    train(pack, initialized.args[0], others.args[0], name="counted")
     pack.run("CNTLoRASample", lora=lora, **few)
     pack.run("CNTLoRACompare", lora_1=lora, seeds="0", **few)
     pack.run("CNTLoRAEvaluate", images=pictures(1, 16), subject=subject, prompts="a dog")

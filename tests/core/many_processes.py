@@ -1,4 +1,5 @@
-"""Run by test_processes.py: starts of tiny models under Accelerate, written down for the test.
+"""Run by test_processes.py: initialisations of tiny models under Accelerate, written down for the
+test.
 
 Usage: python many_processes.py FOLDER. Under each number of processes, every process leaves
 FOLDER/<scenario>-<processes>-<rank>.safetensors with its factors and rewritten weights, or .txt
@@ -63,38 +64,38 @@ def part(all_of_them: list, shares: list[int]) -> list:
     return all_of_them[first : first + shares[dist.get_rank()]]
 
 
-def start(data, config=FIXED, net: Net | None = None, **options) -> PeftModel:
+def initialize(data, config=FIXED, net: Net | None = None, **options) -> PeftModel:
     lora = LoraConfig(r=3, lora_alpha=6, target_modules=["conv", "q", "k", "rare"])
     return get_cntlora_model(net or Net(), lora, config, data, **options)
 
 
 def uneven():
-    return start(part(batches([-1, 0, 2, 2, -1, 0, 2]), [5, 2, 0]), CNTLoRAConfig())
+    return initialize(part(batches([-1, 0, 2, 2, -1, 0, 2]), [5, 2, 0]), CNTLoRAConfig())
 
 
 def in_float64():
     data = [x.double() for x in batches([2, 2, 2])]
-    return start(part(data, [2, 1, 0]), net=Net().double())
+    return initialize(part(data, [2, 1, 0]), net=Net().double())
 
 
 def a_point_is_called_on_one_process_only():
-    return start(part(batches([-1, -1, 2, 2]), [2, 2, 0]))
+    return initialize(part(batches([-1, -1, 2, 2]), [2, 2, 0]))
 
 
 def no_point_of_a_kind_is_called_anywhere():
-    return start(part(batches([-1, -1, -1]), [2, 1, 0]))
+    return initialize(part(batches([-1, -1, -1]), [2, 1, 0]))
 
 
 def sharing_differs():
-    return start(part(batches([2, 2, 1, 1]), [2, 2, 0]))
+    return initialize(part(batches([2, 2, 1, 1]), [2, 2, 0]))
 
 
 def sharing_ends():
-    return start(part(batches([2, 2, 2, 1]), [2, 2, 0]))
+    return initialize(part(batches([2, 2, 2, 1]), [2, 2, 0]))
 
 
 def sharing_ends_in_a_stream():
-    return start(iter(part(batches([2, 2, 2, 1]), [2, 2, 0])))
+    return initialize(iter(part(batches([2, 2, 2, 1]), [2, 2, 0])))
 
 
 def wrapped():
@@ -108,34 +109,34 @@ def accelerate_dataloader():
     if dist.is_initialized():
         even = DataLoaderConfiguration(even_batches=False)
         loader = Accelerator(cpu=True, dataloader_config=even).prepare(loader)
-    return start(loader, forward_fn=lambda model, batch: model(batch[0]))
+    return initialize(loader, forward_fn=lambda model, batch: model(batch[0]))
 
 
 def non_finite():
     data = batches([2, 2, 2, 2])
     data[2][1] = float("nan")
-    return start(part(data, [2, 2, 0]))
+    return initialize(part(data, [2, 2, 0]))
 
 
 def no_batches():
-    return start([])
+    return initialize([])
 
 
 def other_points():
     alone = not dist.is_initialized() or dist.get_rank() == 0
-    return start(batches([2]), net=Net(5 if alone else 6))
+    return initialize(batches([2]), net=Net(5 if alone else 6))
 
 
 def other_settings():
     alone = not dist.is_initialized() or dist.get_rank() == 0
-    return start(batches([2]), CNTLoRAConfig(damping=0.1 if alone else 0.2))
+    return initialize(batches([2]), CNTLoRAConfig(damping=0.1 if alone else 0.2))
 
 
 def one_cannot_prepare():
     net = Net()
     if dist.is_initialized() and dist.get_rank() == 1:
         net.q = nn.Embedding(3, 3)
-    return start(batches([2]), net=net)
+    return initialize(batches([2]), net=net)
 
 
 def the_first_cannot_solve():
@@ -148,7 +149,7 @@ def the_first_cannot_solve():
 def by_itself():
     if dist.is_initialized() and dist.get_rank() > 0:
         raise LookupError("takes no part")
-    return start(batches([2, 2]), sum_across_processes=False)
+    return initialize(batches([2, 2]), sum_across_processes=False)
 
 
 def repeated_samples():
@@ -160,7 +161,7 @@ def repeated_samples():
     logging.getLogger("cntlora_core").addHandler(handler)
     if dist.is_initialized():
         loader = Accelerator(cpu=True).prepare(loader)
-    start(loader, forward_fn=lambda model, batch: model(batch[0]))
+    initialize(loader, forward_fn=lambda model, batch: model(batch[0]))
     logging.getLogger("cntlora_core").removeHandler(handler)
     raise LookupError("; ".join(seen))
 

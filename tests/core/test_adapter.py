@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from cntlora_core import CNTLoRAConfig, get_cntlora_model, initialize_lora_cntlora_weights
 from cntlora_core.adapter.inject import adapter_layers
 from cntlora_core.diffusion.settings import AdapterSettings
-from cntlora_core.methods import start_adapter
+from cntlora_core.methods import initialize_adapter
 
 
 class Net(nn.Module):
@@ -87,7 +87,7 @@ def test_peft_saves_loads_and_merges_the_adapter(tmp_path, budget):
     torch.testing.assert_close(merged(x), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_wrapped_model_gets_the_same_start_as_an_unwrapped_one():
+def test_a_wrapped_model_gets_the_same_initialisation_as_an_unwrapped_one():
     config = CNTLoRAConfig(rank_budget="fixed")
     fresh = get_cntlora_model(Net(), lora_config(), config, data())
     wrapped = get_peft_model(Net(), lora_config())
@@ -116,10 +116,10 @@ def test_a_batch_with_half_the_directions_reports_what_was_filled():
     narrow = [torch.randn(1, 2, 12)]
     model = get_cntlora_model(Net(), lora_config(), CNTLoRAConfig(rank_budget="fixed"), narrow)
     assert model.cntlora_report.filled == {"a": 2, "ab": 2, "c": 2}
-    assert "start as plain LoRA" in model.cntlora_report.summary()
+    assert "initialised as plain LoRA" in model.cntlora_report.summary()
 
 
-def test_same_seed_same_start():
+def test_same_seed_same_initialisation():
     first, second = (
         get_cntlora_model(Net(), lora_config(), CNTLoRAConfig(seed=5), data()[:1]) for _ in range(2)
     )
@@ -153,7 +153,7 @@ def test_all_linear_is_understood_as_peft_does():
 
 
 @pytest.mark.filterwarnings("ignore:the base weights of this model were rewritten")
-def test_peft_subtracts_the_start_for_the_stock_base(tmp_path):
+def test_peft_subtracts_the_initialisation_for_the_stock_base(tmp_path):
     model = get_cntlora_model(Net(), lora_config(), CNTLoRAConfig(), data())
     x = data()[0]
     model.save_pretrained(tmp_path / "start")
@@ -242,7 +242,7 @@ def test_an_alpha_that_no_factor_can_be_divided_by_is_refused_before_anything_is
         for method in ("cross", "lora", "pissa", "eva", "full"):
             plain = LoraConfig(r=4, lora_alpha=alpha, target_modules=["a"])
             with pytest.raises(ValueError, match=words):
-                start_adapter(Net(), plain, method, unread())
+                initialize_adapter(Net(), plain, method, unread())
 
 
 @pytest.mark.parametrize("alpha", [0.0, -8.0, float("nan"), float("inf")])

@@ -145,7 +145,7 @@ def test_one_layer_called_several_times_counts_each_call():
     torch.testing.assert_close(captured.of("other").matrix, x.T @ x / 4)
 
 
-def test_points_that_are_never_called_start_plainly_and_are_reported():
+def test_points_that_are_never_called_are_initialised_plainly_and_are_reported():
     class Half(Model):
         def forward(self, x):
             return self.tokens(x)

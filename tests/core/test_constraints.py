@@ -208,7 +208,7 @@ def test_ten_times_the_shift_is_ten_times_the_delta():
 
 @pytest.mark.parametrize("constraint", ["cross", "self"])
 @pytest.mark.parametrize("values", [torch.tensor([3.0]), torch.ones(4)])
-def test_where_nothing_need_change_the_start_is_plain_lora_s(constraint, values):
+def test_where_nothing_need_change_the_initialisation_is_plain_lora_s(constraint, values):
     config = CNTLoRAConfig(constraint=constraint)
     found = PointDelta(torch.randn(6, 9), pairs_of(values, 9), config)
     assert found.singular_values().numel() == 0
@@ -283,7 +283,7 @@ def test_split_says_which_factor_carries_the_spectrum():
     torch.testing.assert_close(norms[0.5][0], norms[0.5][1])
 
 
-def test_directions_that_the_data_lacks_start_as_plain_lora():
+def test_directions_that_the_data_lacks_are_initialised_as_plain_lora():
     rows = target_rows(3, 9).float()
     config = CNTLoRAConfig()
     spectrum = PointDelta(
@@ -298,7 +298,7 @@ def test_directions_that_the_data_lacks_start_as_plain_lora():
 
 
 @pytest.mark.parametrize("rows", [torch.zeros(0, 5), torch.zeros(20, 5)])
-def test_no_data_and_constant_zero_inputs_give_a_plain_start(rows):
+def test_no_data_and_constant_zero_inputs_give_a_plain_initialisation(rows):
     config = CNTLoRAConfig()
     spectrum = PointDelta(
         torch.randn(4, 5), principal_subspace(moment_of(rows), 3), config

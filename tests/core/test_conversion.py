@@ -1,4 +1,4 @@
-"""A trained adapter whose start was taken out of the base, saved for the stock base."""
+"""A trained adapter whose initialisation was taken out of the base, saved for the stock base."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two and three real processes: the start of all the data on each of them, or an error on each."""
+"""Two and three real processes: the initialisation of all the data, or an error, on each."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def errors(folder: Path, scenario: str, processes: int) -> list[str]:
         "accelerate_dataloader",
     ],
 )
-def test_every_process_gets_the_start_of_all_the_data(folder, scenario, processes):
+def test_every_process_gets_the_initialisation_of_all_the_data(folder, scenario, processes):
     alone = load_file(folder / f"{scenario}-1-0.safetensors")
     first, *others = (
         load_file(folder / f"{scenario}-{processes}-{r}.safetensors") for r in range(processes)
@@ -74,8 +74,13 @@ def test_every_process_gets_the_start_of_all_the_data(folder, scenario, processe
     [
         ("non_finite", 1, "FloatingPointError: the input of 'conv'", "reading activations"),
         ("sharing_ends_in_a_stream", 1, "SharedInputError: 'k'", "reading activations"),
-        ("one_cannot_prepare", 1, "ValueError: target_modules matches 'q'", "preparing the start"),
-        ("the_first_cannot_solve", 0, "ZeroDivisionError", "solving for the start"),
+        (
+            "one_cannot_prepare",
+            1,
+            "ValueError: target_modules matches 'q'",
+            "preparing the initialisation",
+        ),
+        ("the_first_cannot_solve", 0, "ZeroDivisionError", "solving for the initialisation"),
     ],
 )
 def test_they_fail_together_and_name_the_culprit(folder, scenario, culprit, own, others, processes):

@@ -1,4 +1,4 @@
-"""What must hold of a start whatever the data: through hooks, moments, spectrum and factors."""
+"""What holds of an initialisation whatever the data: by hooks, moments, spectrum and factors."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def linear(d_in: int, d_out: int, seed: int) -> nn.Linear:
     return module
 
 
-def start(module: nn.Linear, batches, config, rank: int) -> Factors:
+def initialize(module: nn.Linear, batches, config, rank: int) -> Factors:
     point = attachment_point("layer", module)
     captured = collect_moments(module, [point], batches)
     return plan_adapter([point], captured, config, rank=rank, scaling=2.0).factors["layer"]
@@ -49,11 +49,14 @@ def start(module: nn.Linear, batches, config, rank: int) -> Factors:
 @given(seed=seeds, config=configs, cuts=st.lists(st.integers(0, 40), max_size=4))
 def test_order_and_batch_split_do_not_matter(seed, config, cuts):
     rows, module = rows_of(40, 5, seed), linear(5, 4, seed)
-    whole = start(module, [rows], config, 3).delta()
+    whole = initialize(module, [rows], config, 3).delta()
     shuffled = rows[torch.randperm(40, generator=torch.Generator().manual_seed(seed))]
     split = list(torch.tensor_split(shuffled, sorted(cuts)))
     torch.testing.assert_close(
-        start(module, split, config, 3).delta(), whole, rtol=1e-3, atol=1e-3 * float(whole.norm())
+        initialize(module, split, config, 3).delta(),
+        whole,
+        rtol=1e-3,
+        atol=1e-3 * float(whole.norm()),
     )
 
 
@@ -63,9 +66,9 @@ def test_permuting_features_permutes_the_delta(seed, config):
     rows, module, other = rows_of(40, 5, seed), linear(5, 4, seed), linear(5, 4, seed)
     order = torch.randperm(5, generator=torch.Generator().manual_seed(seed))
     other.weight.data = module.weight.data[:, order]
-    delta = start(module, [rows], config, 3).delta()[:, order]
+    delta = initialize(module, [rows], config, 3).delta()[:, order]
     torch.testing.assert_close(
-        start(other, [rows[:, order]], config, 3).delta(),
+        initialize(other, [rows[:, order]], config, 3).delta(),
         delta,
         rtol=1e-3,
         atol=1e-3 * float(delta.norm()),
@@ -76,9 +79,9 @@ def test_permuting_features_permutes_the_delta(seed, config):
 @given(seed=seeds, config=configs, scale=st.sampled_from([1e-4, 0.03, 50.0, 1e4]))
 def test_scaling_the_inputs_does_not_matter(seed, config, scale):
     rows, module = rows_of(40, 5, seed), linear(5, 4, seed)
-    delta = start(module, [rows], config, 3).delta()
+    delta = initialize(module, [rows], config, 3).delta()
     torch.testing.assert_close(
-        start(module, [rows * scale], config, 3).delta(),
+        initialize(module, [rows * scale], config, 3).delta(),
         delta,
         rtol=1e-3,
         atol=1e-3 * float(delta.norm()),
@@ -94,13 +97,13 @@ def test_scaling_the_inputs_does_not_matter(seed, config, scale):
     d_out=st.integers(2, 9),
     data=st.data(),
 )
-def test_any_shape_gives_a_finite_start_that_fills_what_the_data_lacks(
+def test_any_shape_gives_a_finite_initialisation_that_fills_what_the_data_lacks(
     seed, config, n, d_in, d_out, data
 ):
     rank = data.draw(st.integers(1, min(d_in, d_out)))
     generator = torch.Generator().manual_seed(seed)
     rows, module = torch.randn(n, d_in, generator=generator), linear(d_in, d_out, seed)
-    factors = start(module, [rows], config, rank)
+    factors = initialize(module, [rows], config, rank)
     assert factors.down.shape == (rank, d_in)
     assert factors.up.shape == (d_out, rank)
     assert torch.isfinite(factors.delta()).all()
@@ -120,7 +123,7 @@ def test_any_shape_gives_a_finite_start_that_fills_what_the_data_lacks(
 @given(seed=seeds, config=configs, value=st.sampled_from([0.0, 1e-3, 3.0]))
 def test_constant_inputs_support_at_most_one_direction_and_zero_inputs_none(seed, config, value):
     row = rows_of(1, 5, seed) * value
-    factors = start(linear(5, 4, seed), [row.expand(20, 5)], config, 3)
+    factors = initialize(linear(5, 4, seed), [row.expand(20, 5)], config, 3)
     unchanged = config.unit == "least-change" and config.constraint != "shift"
     assert factors.filled == (3 if value == 0 or unchanged else 2)
     off = factors.delta() - factors.delta() @ row.T @ row / row.square().sum().clamp_min(1e-30)
@@ -131,7 +134,7 @@ def test_constant_inputs_support_at_most_one_direction_and_zero_inputs_none(seed
 @given(seed=seeds, config=configs)
 def test_duplicated_features_are_treated_alike_and_add_no_direction(seed, config):
     rows = rows_of(40, 3, seed)
-    factors = start(linear(6, 5, seed), [torch.cat([rows, rows], dim=1)], config, 4)
+    factors = initialize(linear(6, 5, seed), [torch.cat([rows, rows], dim=1)], config, 4)
     assert factors.filled == 1
     delta = factors.delta()
     torch.testing.assert_close(
@@ -141,11 +144,11 @@ def test_duplicated_features_are_treated_alike_and_add_no_direction(seed, config
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("constraint", ["cross", "self", "shift"])
-def test_models_of_other_data_types_get_nearly_the_float32_start(dtype, constraint):
+def test_models_of_other_data_types_get_nearly_the_float32_initialisation(dtype, constraint):
     rows, module = rows_of(64, 4, 3), linear(4, 5, 3)
     config = CNTLoRAConfig(constraint=constraint, rank_budget="fixed")
-    wanted = start(module, [rows], config, 2).delta()
-    factors = start(module.to(dtype), [rows.to(dtype)], config, 2)
+    wanted = initialize(module, [rows], config, 2).delta()
+    factors = initialize(module.to(dtype), [rows.to(dtype)], config, 2)
     assert factors.down.dtype == factors.up.dtype == torch.float32
     assert (factors.delta() - wanted).norm() < 0.05 * wanted.norm()
 
@@ -156,4 +159,4 @@ def test_non_finite_activations_name_the_point_and_the_batch(bad, where):
     batches = [rows_of(6, 4, i) for i in range(3)]
     batches[where][2, 1] = bad
     with pytest.raises(FloatingPointError, match=f"'layer' is not finite in batch {where}"):
-        start(linear(4, 3, 0), batches, CNTLoRAConfig(), 2)
+        initialize(linear(4, 3, 0), batches, CNTLoRAConfig(), 2)

@@ -50,7 +50,7 @@ def data():
 @pytest.mark.filterwarnings("ignore:.*without `get_apply_tensor_subclass`")
 @pytest.mark.parametrize("name", MAKERS)
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_the_start_is_that_of_the_dequantised_weight(name, wrapped):
+def test_the_initialisation_is_that_of_the_dequantised_weight(name, wrapped):
     base, x = MAKERS[name](), data()[0]
     before, weight = base(x), (base(torch.eye(64)) - base(torch.zeros(1, 64))).T.detach()
     assert 1e-3 < (weight - plain()[0].weight).norm() / weight.norm() < 0.2

@@ -22,7 +22,7 @@ from cntlora_core import (
 )
 from cntlora_core.adapter.record import RECORD_FILE
 from cntlora_core.lava import LavaConfig, get_lava_model
-from cntlora_core.methods import start_adapter
+from cntlora_core.methods import initialize_adapter
 
 TARGETS = ["conv", "a", "b"]
 
@@ -54,11 +54,11 @@ def initialised(method: str, base: nn.Module | None = None, **options) -> PeftMo
     config = LoraConfig(r=3, lora_alpha=6, target_modules=TARGETS, **options)
     if method == "lora_ga":  # linear layers, half their width
         config.target_modules, config.r = {"a", "b"}, 2
-    started = start_adapter(
+    initialized = initialize_adapter(
         base, config, method, data(), loss_fn=lambda model, x: model(x).square().sum()
     )
-    assert isinstance(started.model, PeftModel)
-    return started.model
+    assert isinstance(initialized.model, PeftModel)
+    return initialized.model
 
 
 def train(model: nn.Module) -> torch.Tensor:
@@ -133,7 +133,7 @@ def test_training_goes_on_from_what_was_saved(method, tmp_path):
 
 @pytest.mark.parametrize("budget", ["fixed", "ranks"])
 def test_rank_stabilised_scaling_saved_modules_and_biases_survive(tmp_path, budget):
-    started = start_adapter(
+    initialized = initialize_adapter(
         Net(),
         LoraConfig(
             r=3,
@@ -148,9 +148,9 @@ def test_rank_stabilised_scaling_saved_modules_and_biases_survive(tmp_path, budg
         data(),
         cntlora_config=CNTLoRAConfig(rank_budget=budget),
     )
-    trained = train(started.model)
-    started.save_pretrained(tmp_path / "converted")
-    started.model.save_pretrained(tmp_path / "raw")
+    trained = train(initialized.model)
+    initialized.save_pretrained(tmp_path / "converted")
+    initialized.model.save_pretrained(tmp_path / "raw")
     for model in (
         PeftModel.from_pretrained(Net(), tmp_path / "converted"),
         load_initialized(Net(), tmp_path / "raw"),
@@ -163,14 +163,14 @@ def test_rank_stabilised_scaling_saved_modules_and_biases_survive(tmp_path, budg
 @pytest.mark.parametrize("method", ["cross", "pissa", "olora", "corda_ipm", "corda_kpm"])
 def test_saving_leaves_the_live_model_as_it_is(method, tmp_path):
     base, config = Net(), LoraConfig(r=3, lora_alpha=6, target_modules=TARGETS)
-    started = start_adapter(base, config, method, data())
-    train(started.model)
-    before = {n: t.clone() for n, t in started.model.state_dict().items()}
+    initialized = initialize_adapter(base, config, method, data())
+    train(initialized.model)
+    before = {n: t.clone() for n, t in initialized.model.state_dict().items()}
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="is a file"):
-        started.save_pretrained(tmp_path / "file")
-    started.save_pretrained(tmp_path / "folder")
-    after = started.model.state_dict()
+        initialized.save_pretrained(tmp_path / "file")
+    initialized.save_pretrained(tmp_path / "folder")
+    after = initialized.model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 

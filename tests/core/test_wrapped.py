@@ -55,7 +55,7 @@ def test_only_the_named_adapter_changes_and_the_others_stay_valid():
     now = weights_of(model, ".one.") | weights_of(model, "base_layer")
     assert all(torch.equal(now[name], weight) for name, weight in others.items())
     assert torch.equal(model(x), of_one)
-    # The start of "two" is that of a model which has never had another adapter.
+    # The initialisation of "two" is that of a model which has never had another adapter.
     alone = get_cntlora_model(Net(), lora(r=2), KEEP, data())
     model.set_adapter("two")
     torch.testing.assert_close(model(x), alone(x), rtol=1e-4, atol=1e-5)
@@ -69,9 +69,9 @@ def test_rewriting_a_base_that_other_adapters_need_is_refused():
         initialize_lora_cntlora_weights(model, data(), REWRITE, adapter_name="two")
 
 
-def test_a_base_that_was_rewritten_is_no_base_for_another_start():
+def test_a_base_that_was_rewritten_is_no_base_for_another_initialisation():
     model = initialize_lora_cntlora_weights(get_peft_model(Net(), lora()), data(), REWRITE)
-    with pytest.raises(ValueError, match="rewritten for the start of adapter 'default'"):
+    with pytest.raises(ValueError, match="rewritten for the initialisation of adapter 'default'"):
         initialize_lora_cntlora_weights(model, data(), REWRITE)
     with pytest.warns(UserWarning, match="adapter 'two' will fit no other model"):
         model.add_adapter("two", lora())
@@ -130,18 +130,18 @@ def test_a_bias_of_the_adapter_starts_at_zero():
 def test_merging_switching_disabling_and_unloading_do_what_peft_says():
     x = data()[0]
     model = get_cntlora_model(Net(), lora(), KEEP, data())
-    started = model(x)
+    before = model(x)
     model.add_adapter("plain", lora(r=2))
     model.set_adapter("plain")
     torch.testing.assert_close(model(x), Net()(x))
     model.set_adapter("default")
-    torch.testing.assert_close(model(x), started)
+    torch.testing.assert_close(model(x), before)
     with model.disable_adapter():
         torch.testing.assert_close(model(x), Net()(x))
     model.merge_adapter()
-    torch.testing.assert_close(model(x), started, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
     model.unmerge_adapter()
-    torch.testing.assert_close(model(x), started, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model.unload()(x), Net()(x), rtol=1e-4, atol=1e-5)
 
 
@@ -299,7 +299,7 @@ def merged():
         (merged, {}, r"unmerge_adapter\(\)"),
     ],
 )
-def test_wrapped_models_that_no_start_fits_are_refused(make, options, words):
+def test_wrapped_models_that_no_initialisation_fits_are_refused(make, options, words):
     with pytest.raises((ValueError, TypeError), match=words):
         initialize_lora_cntlora_weights(make(), data(), REWRITE, **options)
 
@@ -307,7 +307,7 @@ def test_wrapped_models_that_no_start_fits_are_refused(make, options, words):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"init_lora_weights": "pissa"}, "another start"),
+        ({"init_lora_weights": "pissa"}, "another initialisation"),
         ({"layer_replication": [(0, 1)]}, "layer_replication"),
         ({"target_parameters": ["a.weight"]}, "target_parameters"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens changes"),
@@ -315,7 +315,7 @@ def test_wrapped_models_that_no_start_fits_are_refused(make, options, words):
         ({"rank_pattern": {"a": 7}, "r": 2}, "use rank_budget='fixed'"),
     ],
 )
-def test_configurations_that_do_not_go_with_a_start_are_refused(options, words):
+def test_configurations_that_do_not_go_with_an_initialisation_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
         get_cntlora_model(Net(), lora(**options), CNTLoRAConfig(), data())
 

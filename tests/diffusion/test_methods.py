@@ -42,12 +42,12 @@ def test_a_file_on_the_stock_model_equals_the_trained_model(
     kept = {}
     run = job.SubjectTrainer.run
 
-    def keep_start(trainer, **options):
-        kept["start"] = prediction(trainer.unet, trainer.text_encoder)
+    def keep_initialization(trainer, **options):
+        kept["initial"] = prediction(trainer.unet, trainer.text_encoder)
         run(trainer, **options)
 
     # Up to where the file is written, which is done here, in two layouts.
-    monkeypatch.setattr(job.SubjectTrainer, "run", keep_start)
+    monkeypatch.setattr(job.SubjectTrainer, "run", keep_initialization)
     monkeypatch.setattr(job, "_finish", lambda trainer, *rest: (trainer, rest))
     settings = JobSettings(
         model=str(tiny_model),
@@ -60,7 +60,7 @@ def test_a_file_on_the_stock_model_equals_the_trained_model(
     trainer, rest = job.personalise(settings)  # pyright: ignore[reportGeneralTypeIssues]
 
     base = prediction(stock.unet, stock.text_encoder)
-    assert (relative(kept["start"], base) < 1e-4) == method.preserves_output
+    assert (relative(kept["initial"], base) < 1e-4) == method.preserves_output
     assert trainer.plan.rewrites_base == method.rewrites_base
     in_memory = prediction(trainer.unet, trainer.text_encoder)
     assert relative(in_memory, base) > 1e-2
@@ -73,7 +73,7 @@ def test_a_file_on_the_stock_model_equals_the_trained_model(
         stock.unload_lora_weights()
         assert relative(after, in_memory) < 1e-4
         layers = read_lora_file(path).layers
-        factor = 2 if method.image_file == "trained minus start" else 1
+        factor = 2 if method.image_file == "trained minus initial" else 1
         trained = report.trained_ranks
         assert {n: layer.rank for n, layer in layers.items()} == {
             n: factor * rank for n, rank in trained.items()
@@ -88,7 +88,9 @@ def test_a_file_on_the_stock_model_equals_the_trained_model(
 def test_comparison_methods_are_refused_before_anything_is_read():
     for name, method in METHODS.items():
         if method.image_file is None:
-            with pytest.raises(ValueError, match=rf"{name}.*trains no image LoRA: .*start_adapter"):
+            with pytest.raises(
+                ValueError, match=rf"{name}.*trains no image LoRA: .*initialize_adapter"
+            ):
                 AdapterSettings(method=name)
         else:
             assert AdapterSettings(method=name, rank=4).method == name

@@ -26,7 +26,7 @@ from cntlora_core.diffusion.settings import (
     SubjectSettings,
     TrainingSettings,
 )
-from cntlora_core.diffusion.stages import encode_subject, plan_start, read_subject
+from cntlora_core.diffusion.stages import encode_subject, plan_initialization, read_subject
 from cntlora_core.lora_file.reading import load_lora_tensors, read_lora_file, read_lora_tensors
 
 
@@ -51,14 +51,14 @@ def test_stage_by_stage_is_the_same_as_in_one_go(settings, tmp_path) -> None:
     photos = class_images(parts, subject.prompts.class_prompt, settings.prior, resolution=32)
     encoded = encode_subject(parts, subject, cache=tmp_path / "cache")
     with torch.inference_mode():  # as a host may have it
-        start = plan_start(parts, encoded, settings.adapter, seed=3)
+        initialization = plan_initialization(parts, encoded, settings.adapter, seed=3)
     assert all(torch.equal(before[n], p) for n, p in parts.unet.named_parameters())
     output = dataclasses.replace(settings.output, output=str(tmp_path / "staged"))
     staged = personalise(
         dataclasses.replace(settings, output=output),
         subject=subject,
         class_photos=photos,
-        start=start,
+        initialization=initialization,
     )
     a, b = read_lora_file(whole.lora).layers, read_lora_file(staged.lora).layers
     assert a.keys() == b.keys()
@@ -79,9 +79,12 @@ def test_stage_by_stage_is_the_same_as_in_one_go(settings, tmp_path) -> None:
     assert finished_run(tmp_path / "cache") is None
 
     with pytest.raises(ValueError, match="other adapter settings"):
-        personalise(dataclasses.replace(settings, adapter=AdapterSettings(rank=2)), start=start)
+        personalise(
+            dataclasses.replace(settings, adapter=AdapterSettings(rank=2)),
+            initialization=initialization,
+        )
     with pytest.raises(ValueError, match="made on another model"):
-        dataclasses.replace(start, model="0" * 16).require_model(parts)
+        dataclasses.replace(initialization, model="0" * 16).require_model(parts)
 
 
 def change(settings: JobSettings, part: str, **values: Any) -> JobSettings:
@@ -94,7 +97,7 @@ def test_a_run_is_told_apart_by_what_shapes_its_training(settings, monkeypatch) 
     subject = read_subject(settings.subject)
 
     def key(settings: JobSettings, **identity: Any) -> str:
-        given = {"model": "m", "subject": subject, "class_photos": None, "start_seed": 0}
+        given = {"model": "m", "subject": subject, "class_photos": None, "init_seed": 0}
         return run_key(settings, run_identity(**{**given, **identity}))
 
     repainted = [np.asarray(photo.image) for photo in subject.photos.photos]
@@ -104,7 +107,7 @@ def test_a_run_is_told_apart_by_what_shapes_its_training(settings, monkeypatch) 
         key(settings),
         key(settings, model="n"),
         key(settings, subject=other),
-        key(settings, start_seed=1),
+        key(settings, init_seed=1),
         key(settings, class_photos=subject.photos),
         key(change(settings, "training", lr_schedule="cosine")),
         key(change(settings, "training", lr_schedule="cosine", steps=3)),

@@ -30,11 +30,11 @@ def trained(tiny_model: Path, photo_folder: Path, tmp_path: Path, monkeypatch):
     initial = {}
     run = job.SubjectTrainer.run
 
-    def keep_start(trainer, **options):
+    def keep_initialization(trainer, **options):
         initial.update({n: p.detach().clone() for n, p in trainer.parameters.items()})
         run(trainer, **options)
 
-    monkeypatch.setattr(job.SubjectTrainer, "run", keep_start)
+    monkeypatch.setattr(job.SubjectTrainer, "run", keep_initialization)
     monkeypatch.setattr(job, "_finish", lambda trainer, *rest: trainer)
 
     def train(adapter: AdapterSettings, **training):

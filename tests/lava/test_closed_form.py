@@ -1,4 +1,4 @@
-"""The data-driven start of LAVA."""
+"""The data-driven initialisation of LAVA."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_a_trained_adapter_is_saved_for_the_stock_base(net, make_net, x, tmp_pat
     assert 0 < small.relative_error < 1
 
 
-def test_too_wide_convolutions_start_plain(net, x):
+def test_too_wide_convolutions_are_initialised_plainly(net, x):
     before = net(x)
     settings = CNTLoRAConfig(max_unfolded_width=17, preserve_output=False, rank_budget="fixed")
     model = get_lava_model(net, config(target_modules=["first"]), settings, [])
@@ -118,7 +118,7 @@ def test_ranks_above_what_the_data_supports_are_filled(net):
     assert not v[:, 2:].any()
 
 
-def test_the_term_leaves_a_start_of_more_ranks_than_outputs_alone(net):
+def test_the_term_leaves_an_initialisation_of_more_ranks_than_outputs_alone(net):
     settings = CNTLoRAConfig(rank_budget="fixed")
     model = get_lava_model(net, config(r=9, target_modules=["first"]), settings, data())
     assert model.lava_report.errors["first"] < 0.5

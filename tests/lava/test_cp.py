@@ -39,7 +39,7 @@ def test_the_error_is_the_true_one_and_never_grows():
         assert found.error == pytest.approx(float(true), rel=1e-8)
         for before, after in zip(found.errors, found.errors[1:]):
             assert after <= before + 1e-10
-        assert found.errors[-1] < found.errors[0]  # better than the start from singular vectors
+        assert found.errors[-1] < found.errors[0]  # better than singular vectors
         assert found.error < last
         last = found.error
 

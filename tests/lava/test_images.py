@@ -41,8 +41,8 @@ def test_the_file_is_what_was_trained(train, tiny_model, tmp_path, name):
     layers = read_lora_file(result.lora).layers
     kernels = {n for n, layer in layers.items() if layer.mid is not None}
     for convolution in ("unet.down_blocks.0.resnets.0.conv1", "unet.conv_in"):
-        # Where a start was subtracted the mid is contracted: its factors nearly cancel. Under a
-        # shared budget some convolutions start as plain LAVA.
+        # Where an initialisation was subtracted the mid is contracted: its factors nearly cancel.
+        # Under a shared budget some convolutions are initialised as plain LAVA.
         if name != "cross":
             assert (convolution in kernels) == (name == "plain")
         side = 1 if convolution in kernels else 3

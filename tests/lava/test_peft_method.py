@@ -21,10 +21,10 @@ from .conftest import NAMES, config, layers, trained
 CONFTEST = Path(__file__).with_name("conftest.py")
 
 
-@pytest.mark.parametrize("start", [True, "lora"])
-def test_the_start_is_the_base_and_all_factors_are_trained(net, x, start):
+@pytest.mark.parametrize("init_weights", [True, "lora"])
+def test_the_initialisation_is_the_base_and_all_factors_are_trained(net, x, init_weights):
     before = net(x)
-    model = get_peft_model(net, config(init_weights=start))
+    model = get_peft_model(net, config(init_weights=init_weights))
     assert set(layers(model)) == set(NAMES)
     assert torch.equal(model(x), before)
     first = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
@@ -35,7 +35,7 @@ def test_the_start_is_the_base_and_all_factors_are_trained(net, x, start):
             assert not torch.equal(parameter, first[name]), name
 
 
-def test_orthogonal_start_has_orthonormal_columns(net):
+def test_orthogonal_initialisation_has_orthonormal_columns(net):
     for layer in layers(get_peft_model(net, config())).values():
         u = layer.lava_U["default"]
         torch.testing.assert_close(u.T @ u, torch.eye(3), rtol=0, atol=1e-5)

@@ -86,12 +86,12 @@ def test_the_documentation_names_every_method_as_its_record_does():
         if match := re.match(r"\| `(\w+)` \|", line):
             rows[match[1]] = [cell.strip() for cell in line.strip("|").split("|")]
     assert list(rows) == list(METHODS)
-    files = {None: "none", "as trained": "r", "trained minus start": "2r"}
+    files = {None: "none", "as trained": "r", "trained minus initial": "2r"}
     for name, method in METHODS.items():
         _, reads, base, up, file, paper = rows[name]
         assert reads in (method.needs, "the weight")
         assert (base in ("rewritten", "quantised")) == method.rewrites_base
-        assert (up in ("zero", "")) == method.b_starts_at_zero
+        assert (up in ("zero", "")) == method.b_initialized_to_zero
         assert file == files[method.image_file]
         if method.paper.startswith("arXiv"):
             assert method.paper.split()[1] in paper or paper == "the same"

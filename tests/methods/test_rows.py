@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from cntlora_core import CNTLoRAConfig
 from cntlora_core.activations.collection import collect_moments
 from cntlora_core.layers.attachment import find_attachment_points
-from cntlora_core.methods import METHODS, start_adapter
+from cntlora_core.methods import METHODS, initialize_adapter
 
 READING = [name for name, method in METHODS.items() if method.needs != "nothing"]
 ACTIVATIONS = [name for name in READING if METHODS[name].needs == "activations"]
@@ -19,7 +19,7 @@ LENGTHS = (7, 4, 5, 3)
 
 
 def same(first, second):
-    """Two starts with the same deltas and the same directions."""
+    """Two initialisations with the same deltas and the same directions."""
     assert first.plan.ranks == second.plan.ranks
     for name, factors in first.plan.factors.items():
         other = second.plan.factors[name]
@@ -46,7 +46,8 @@ def padded_and_cut(make_data):
 @pytest.mark.parametrize("name", READING)
 def test_padding_changes_no_more_than_if_it_were_cut_off(name, make_base, make_config, make_data):
     padded, cut = (
-        start_adapter(make_base(), make_config(), name, data) for data in padded_and_cut(make_data)
+        initialize_adapter(make_base(), make_config(), name, data)
+        for data in padded_and_cut(make_data)
     )
     same(padded, cut)
 
@@ -59,7 +60,7 @@ def test_a_function_says_which_tokens_count(name, make_base, make_config, make_d
     data = make_data()
     some = torch.zeros(4, 6, dtype=torch.long)
     some[:, :3] = 1
-    by_mask = start_adapter(
+    by_mask = initialize_adapter(
         make_base(),
         make_config(**options),
         name,
@@ -76,7 +77,7 @@ def test_a_function_says_which_tokens_count(name, make_base, make_config, make_d
             base(**batch)
     handle.remove()
     config = LoraConfig(r=4, lora_alpha=8, target_modules=["0"], **options)
-    alone = start_adapter(nn.Sequential(layer), config, name, rows, cntlora_config=fixed)
+    alone = initialize_adapter(nn.Sequential(layer), config, name, rows, cntlora_config=fixed)
     assert by_mask.plan is not None
     assert alone.plan is not None
     factors = by_mask.plan.factors["bert.encoder.layer.0.attention.self.query"]
@@ -110,7 +111,7 @@ def test_layers_may_be_called_by_keyword_and_read_flattened_tokens(name):
         for _ in range(4)
     ]
     config = LoraConfig(r=2, target_modules=["first", "second"])
-    same(*(start_adapter(Words(keywords), config, name, data) for keywords in (True, False)))
+    same(*(initialize_adapter(Words(keywords), config, name, data) for keywords in (True, False)))
 
 
 class Stream(IterableDataset):
@@ -126,10 +127,10 @@ def test_a_stream_of_unknown_length(name, make_base, make_config, make_data):
     data = make_data()
     loader = DataLoader(Stream(data), batch_size=None)
     calls = []
-    streamed = start_adapter(
+    streamed = initialize_adapter(
         make_base(), make_config(), name, loader, progress=lambda *now: calls.append(now)
     )
-    same(streamed, start_adapter(make_base(), make_config(), name, data))
+    same(streamed, initialize_adapter(make_base(), make_config(), name, data))
     assert calls
     if name != "eva":  # its progress is how many layers stand still
         assert calls == [(1, 0), (2, 0), (3, 0)]

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import BertConfig, BertModel
 
 from cntlora_core.tasks import glosses
-from cntlora_core.tasks.compare_starts import Comparison, compare, table_of
+from cntlora_core.tasks.compare_initializations import Comparison, compare, table_of
 from cntlora_core.tasks.glosses import (
     CATEGORIES,
     Gloss,
@@ -138,9 +138,11 @@ def test_the_validation_loss_is_the_mean_over_glosses(task: GlossTask):
     assert task.evaluate(model).loss == pytest.approx(float(torch.cat(losses).mean()), rel=1e-5)
 
 
-def test_starts_are_compared_on_the_same_glosses(encoder: Path, wordnet: Path, tmp_path: Path):
+def test_initialisations_are_compared_on_the_same_glosses(
+    encoder: Path, wordnet: Path, tmp_path: Path
+):
     comparison = Comparison(
-        starts=("lora", "cross"),
+        initializations=("lora", "cross"),
         steps=2,
         evaluate_at=(1, 2),
         rank=2,
@@ -151,7 +153,9 @@ def test_starts_are_compared_on_the_same_glosses(encoder: Path, wordnet: Path, t
         wordnet=wordnet,
         output=tmp_path / "glosses.json",
     )
-    compare(replace(comparison, starts=("lora",)))  # as if interrupted after the first training
+    compare(
+        replace(comparison, initializations=("lora",))
+    )  # as if interrupted after the first training
     first = json.loads((tmp_path / "glosses.json").read_text())["evaluations"]
     records = compare(comparison)
     assert records[:2] == first
@@ -164,10 +168,10 @@ def test_starts_are_compared_on_the_same_glosses(encoder: Path, wordnet: Path, t
     assert compare(comparison) == records
     with pytest.raises(ValueError, match="other settings"):
         compare(replace(comparison, rank=4))
-    # Both starts give the base model's output; the first step moves the same head.
+    # Both initialisations give the base model's output; the first step moves the same head.
     assert records[0]["loss"] == pytest.approx(records[2]["loss"], rel=0.05)
     with pytest.raises(ValueError, match="constraint must be one of"):
-        compare(Comparison(starts=("best",), encoder=encoder, wordnet=wordnet,
+        compare(Comparison(initializations=("best",), encoder=encoder, wordnet=wordnet,
             train=40, validation=20))  # fmt: skip
 
 
@@ -184,7 +188,7 @@ def test_all_of_wordnet():
     assert all(gloss.text for gloss in nouns)
 
 
-def test_the_real_encoder_learns_real_glosses_from_a_data_driven_start():
+def test_the_real_encoder_learns_real_glosses_from_a_data_driven_initialisation():
     try:
         find_encoder()
         find_wordnet()

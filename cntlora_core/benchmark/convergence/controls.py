@@ -11,7 +11,7 @@ import torch
 if TYPE_CHECKING:
     from cntlora_core.adapter.inject import AdapterPlan
     from cntlora_core.closed_form.factorization import Factors
-    from cntlora_core.diffusion.stages import Start
+    from cntlora_core.diffusion.stages import Initialization
 
 RANDOM_DIRECTIONS, PLAIN_NORMS = "random-directions", "plain-norms"
 CONTROLS = (RANDOM_DIRECTIONS, PLAIN_NORMS)
@@ -22,11 +22,11 @@ LORA_ROW_NORM = 1 / math.sqrt(3)
 """Root mean square norm of a row of plain LoRA's down matrix, uniform within 1 / sqrt(d_in)."""
 
 
-def controlled(start: Start, control: str, seed: int) -> Start:
+def controlled(initialization: Initialization, control: str, seed: int) -> Initialization:
     """The control of an initialisation.
 
     Args:
-        start: The initialisation, of a LoRA.
+        initialization: The initialisation, of a LoRA.
         control: One of :data:`CONTROLS`.
         seed: Seed of the random directions.
 
@@ -37,9 +37,9 @@ def controlled(start: Start, control: str, seed: int) -> Start:
 
     if control not in CONTROLS:
         raise ValueError(f"there is no control {control!r}; there are {', '.join(CONTROLS)}")
-    if not isinstance(start.plan, AdapterPlan):
+    if not isinstance(initialization.plan, AdapterPlan):
         raise ValueError(f"the control {control!r} is made of a LoRA: use adapter='lora'")
-    plan: AdapterPlan = start.plan
+    plan: AdapterPlan = initialization.plan
     if control == RANDOM_DIRECTIONS:
         from cntlora_core.closed_form.factorization import seeded_generator
 
@@ -47,10 +47,10 @@ def controlled(start: Start, control: str, seed: int) -> Start:
             name: random_directions(own, seeded_generator(seed, number))
             for number, (name, own) in enumerate(plan.factors.items())
         }
-        return dataclasses.replace(start, plan=dataclasses.replace(plan, factors=factors))
+        return dataclasses.replace(initialization, plan=dataclasses.replace(plan, factors=factors))
     factors = {name: plain_norms(own) for name, own in plan.factors.items()}
     return dataclasses.replace(
-        start, plan=dataclasses.replace(plan, factors=factors, rewrites_base=False)
+        initialization, plan=dataclasses.replace(plan, factors=factors, rewrites_base=False)
     )
 
 

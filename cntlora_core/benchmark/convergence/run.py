@@ -33,7 +33,7 @@ from cntlora_core.diffusion.sampler import checked_device
 from cntlora_core.diffusion.stages import (
     encode_class_images,
     encode_subject,
-    plan_start,
+    plan_initialization,
     training_data,
     training_resolution,
 )
@@ -170,14 +170,17 @@ def _execute(task: Task, folder: Path, reporter: Reporter) -> None:
     state, part = begun(folder, task) or (None, {})
     if state is None:
         with clock.timed("initialization"):
-            start = plan_start(
+            initialization = plan_initialization(
                 parts, encoded, run.adapter, seed=run.training.seed, reporter=reporter
             )
             if run.control:
-                start = controlled(start, run.method, run.training.seed)
-        plan = start.plan
-        part = {"rows": [], "initialization": start.report and start.report.to_dict()}
-        del start
+                initialization = controlled(initialization, run.method, run.training.seed)
+        plan = initialization.plan
+        part = {
+            "rows": [],
+            "initialization": initialization.report and initialization.report.to_dict(),
+        }
+        del initialization
     else:
         plan = state.plan
     scheduler, unet, text_encoder = parts.noise_scheduler, parts.unet, parts.text_encoder

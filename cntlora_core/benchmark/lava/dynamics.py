@@ -112,9 +112,9 @@ def _summarise_variance(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for run in runs:
         groups.setdefault((run["model"], run["start"], run["strength"]), []).append(run)
     rows = []
-    for (model, start, strength), group in groups.items():
+    for (model, initialization, strength), group in groups.items():
         looks = [list(at) for at in zip(*(run["looks"] for run in group))]
-        row = {"model": model, "start": start, "strength": strength, "seeds": len(group)}
+        row = {"model": model, "start": initialization, "strength": strength, "seeds": len(group)}
         for key in ("variance", "relative", "size", "deviation"):
             row[key] = mean(look[key] for at in looks[1:] or looks for look in at)
         row["accuracy"] = mean(run["accuracy"] for run in group)

@@ -194,25 +194,27 @@ def _run_robustness(cell: Cell, task: Task) -> dict[str, Any]:
     return judged(adapted, task, cell)
 
 
-# Plain starts against CNTLoRA's closed forms.
+# Plain initialisations against CNTLoRA's closed forms.
 
-_STARTS = ("orthogonal", "lora", "cross", "self", "shift")
+_INITIALIZATIONS = ("orthogonal", "lora", "cross", "self", "shift")
 
 
-def _start_cells(settings: LavaBenchmark) -> list[Cell]:
+def _initialization_cells(settings: LavaBenchmark) -> list[Cell]:
     return grid(
         model=some_models(settings),
         seed=range(settings.seeds),
-        start=_STARTS,
+        start=_INITIALIZATIONS,
         rate=settings.rates,
     )
 
 
-def _run_start(cell: Cell, task: Task) -> dict[str, Any]:
-    from cntlora_core.benchmark.lava.starts import started
+def _run_initialization(cell: Cell, task: Task) -> dict[str, Any]:
+    from cntlora_core.benchmark.lava.initializations import initialized
 
     settings, data = task.settings, task.data(cell["seed"])
-    adapted, found = started(task.fresh(cell["seed"]), cell["start"], data, settings, cell["seed"])
+    adapted, found = initialized(
+        task.fresh(cell["seed"]), cell["start"], data, settings, cell["seed"]
+    )
     every = max(1, settings.steps // 15)
     curve: list[tuple[int, float]] = []
 
@@ -234,8 +236,8 @@ def _run_start(cell: Cell, task: Task) -> dict[str, Any]:
     }
 
 
-def _summarise_starts(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each rate for itself, since which start is the faster may depend on it.
+def _summarise_initializations(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each rate for itself, since which initialisation is the faster may depend on it.
 
     ``course_mean`` is the mean accuracy over the course, on the pictures that are not judged by.
     """
@@ -274,9 +276,9 @@ EXPERIMENTS: dict[ExperimentName, Experiment] = {
     ),
     "starts": Experiment(
         "starts",
-        "plain starts and closed forms",
-        _start_cells,
-        _run_start,
-        _summarise_starts,
+        "plain initialisations and closed forms",
+        _initialization_cells,
+        _run_initialization,
+        _summarise_initializations,
     ),
 }

@@ -93,13 +93,13 @@ def _robustness(rows: Rows) -> Figure:
 def _variance(rows: Rows) -> Figure:
     groups = _by(rows, "model", "start")
     figure, axes = _panels(len(groups))
-    for axis, ((model, start), own) in zip(axes, groups.items(), strict=True):
+    for axis, ((model, initialization), own) in zip(axes, groups.items(), strict=True):
         for colour, row in zip(COLOURS[2:], own):
             axis.plot(
                 row["steps"], row["course"], marker="o", markersize=3, color=colour,
                 label=f"strength {row['strength']:g}",
             )  # fmt: skip
-        axis.set(title=f"{model}, start: {start}", xlabel="step", yscale="log")
+        axis.set(title=f"{model}, initialisation: {initialization}", xlabel="step", yscale="log")
         axis.set_ylabel("variance of the gradient of V")
         axis.legend(frameon=False, fontsize=8)
     return figure
@@ -118,7 +118,7 @@ def _spectrum(rows: Rows) -> Figure:
     return figure
 
 
-def _starts(rows: Rows) -> Figure:
+def _initializations(rows: Rows) -> Figure:
     groups = _by(rows, "model", "rate")
     figure, axes = _panels(len(groups))
     for axis, ((model, rate), own) in zip(axes, groups.items(), strict=True):
@@ -148,6 +148,6 @@ _PLOTS: dict[str, Callable[[Rows], Figure]] = {
     "robustness": _robustness,
     "variance": _variance,
     "spectrum": _spectrum,
-    "starts": _starts,
+    "starts": _initializations,
     "cost": _cost,
 }

@@ -11,7 +11,13 @@ from peft import PeftModel
 from cntlora_core import CNTLoRAConfig
 from cntlora_core.adapter.inject import adapter_layers
 from cntlora_core.layers.attachment import find_attachment_points
-from cntlora_core.methods import METHODS, Limits, StartRequest, get_method, start_adapter
+from cntlora_core.methods import (
+    METHODS,
+    InitializationRequest,
+    Limits,
+    get_method,
+    initialize_adapter,
+)
 
 CAN_QUANTISE = torch.cuda.is_available()
 RUNNABLE = [name for name in METHODS if name != "loftq" or CAN_QUANTISE]
@@ -19,13 +25,13 @@ STEPS = 10
 
 
 @pytest.fixture
-def start(make_base, make_config, make_data):
+def initialize(make_base, make_config, make_data):
     def run(method, **options):
         alpha = {"lora_alpha": 4} if method == "loftq" else {}
         config = options.pop("lora_config", None) or make_config(**alpha)
         base = options.pop("model", None) or make_base()
         data = options.pop("data", None) or make_data()
-        return start_adapter(base, config, method, data, steps=STEPS, **options)
+        return initialize_adapter(base, config, method, data, steps=STEPS, **options)
 
     return run
 
@@ -53,28 +59,28 @@ def up_matrices(model, peft_type):
 
 
 @pytest.mark.parametrize("name", RUNNABLE)
-def test_a_method_starts_as_its_record_says(name, start, make_base, make_data):
+def test_a_method_initialises_as_its_record_says(name, initialize, make_base, make_data):
     method = get_method(name)
     batch = make_data()[0]
     stock = make_base()
     expected, weights = logits(stock, batch), frozen_weights(stock)
-    started = start(name)
-    error = (logits(started.model, batch) - expected).norm() / expected.norm()
+    initialized = initialize(name)
+    error = (logits(initialized.model, batch) - expected).norm() / expected.norm()
     assert (error < 1e-4) == method.preserves_output
-    after = frozen_weights(started.model)
+    after = frozen_weights(initialized.model)
     assert after.keys() == weights.keys()
     changed = {n for n in weights if (after[n] - weights[n]).norm() > 1e-3 * weights[n].norm()}
     targeted = {n for n in weights if any(f"{t}.weight" in n for t in TARGETED)}
     assert changed == (targeted if method.rewrites_base else set())
     if method.peft_type is not None:
-        ups = up_matrices(started.model, method.peft_type)
+        ups = up_matrices(initialized.model, method.peft_type)
         assert ups
-        assert all(not up.any() for up in ups) == method.b_starts_at_zero
-        assert started.model.peft_config["default"].peft_type == method.peft_type
-    if started.plan is not None:
-        assert started.plan.rewrites_base == method.rewrites_base
-        assert started.report.ranks == started.plan.ranks
-    assert name in started.report.summary()
+        assert all(not up.any() for up in ups) == method.b_initialized_to_zero
+        assert initialized.model.peft_config["default"].peft_type == method.peft_type
+    if initialized.plan is not None:
+        assert initialized.plan.rewrites_base == method.rewrites_base
+        assert initialized.report.ranks == initialized.plan.ranks
+    assert name in initialized.report.summary()
 
 
 TARGETED = ["query", "key", "value", "intermediate.dense"]
@@ -82,11 +88,11 @@ TARGETED = ["query", "key", "value", "intermediate.dense"]
 
 @pytest.mark.parametrize("name", RUNNABLE)
 def test_a_step_trains_the_adapter_alone_and_what_is_saved_fits_the_stock_base(
-    name, start, make_base, make_data, tmp_path
+    name, initialize, make_base, make_data, tmp_path
 ):
     data = make_data()
-    started = start(name)
-    model = started.model
+    initialized = initialize(name)
+    model = initialized.model
     frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
     trained = [p for p in model.parameters() if p.requires_grad]
     before = logits(model, data[0])
@@ -98,7 +104,7 @@ def test_a_step_trains_the_adapter_alone_and_what_is_saved_fits_the_stock_base(
         losses.append(loss.item())
         loss.backward()
         optimizer.step()
-        started.after_step(step)
+        initialized.after_step(step)
         optimizer.zero_grad()
     assert losses[-1] < losses[0]
     assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
@@ -106,27 +112,27 @@ def test_a_step_trains_the_adapter_alone_and_what_is_saved_fits_the_stock_base(
     assert (after - before).norm() > 1e-3 * before.norm()
     if name in ("full", "loftq"):
         with pytest.raises(ValueError, match="save"):
-            started.save_pretrained(tmp_path)
+            initialized.save_pretrained(tmp_path)
         return
     parameters = [p.detach().clone() for p in trained]
-    started.save_pretrained(tmp_path / "adapter")
+    initialized.save_pretrained(tmp_path / "adapter")
     assert all(torch.equal(p, q) for p, q in zip(trained, parameters, strict=True))
     stock = PeftModel.from_pretrained(make_base(), tmp_path / "adapter")
     assert (logits(stock, data[0]) - after).norm() < 1e-4 * after.norm()
 
 
 @pytest.mark.skipif(CAN_QUANTISE, reason="it runs on a GPU")
-def test_loftq_says_what_it_lacks(start):
+def test_loftq_says_what_it_lacks(initialize):
     with pytest.raises(ValueError, match=r"loftq.*CUDA or XPU device.*pissa"):
-        start("loftq")
+        initialize("loftq")
 
 
 @pytest.mark.parametrize("name", [n for n in RUNNABLE if n != "full"])
-def test_a_seed_gives_the_same_start_and_the_global_generator_stays(
-    name, start, make_base, make_config, make_data
+def test_a_seed_gives_the_same_initialisation_and_the_global_generator_stays(
+    name, initialize, make_base, make_config, make_data
 ):
     def factors():
-        model = start(name, seed=5).model
+        model = initialize(name, seed=5).model
         return [
             p.detach().clone() for n, p in model.named_parameters() if "lora" in n or "vera" in n
         ]
@@ -137,7 +143,7 @@ def test_a_seed_gives_the_same_start_and_the_global_generator_stays(
     torch.manual_seed(99)
     expected = torch.rand(2)
     torch.manual_seed(99)
-    start_adapter(base, config, name, make_data(), steps=STEPS)
+    initialize_adapter(base, config, name, make_data(), steps=STEPS)
     assert torch.equal(torch.rand(2), expected)
 
 
@@ -160,7 +166,7 @@ def test_planning_leaves_the_model_as_it_was(name, make_base, make_config, make_
     before = state()
     points = find_attachment_points(base, make_config())
     plan = METHODS[name].plan
-    plan(StartRequest(base, points, 4, 2.0, make_data()))
+    plan(InitializationRequest(base, points, 4, 2.0, make_data()))
     assert state() == before
     # Neither does it where the data turns out to be bad.
     if METHODS[name].needs == "nothing":
@@ -168,14 +174,14 @@ def test_planning_leaves_the_model_as_it_was(name, make_base, make_config, make_
     bad = make_data()
     bad[1] = {"input_ids": bad[1]["input_ids"] + 1000}
     with pytest.raises(IndexError):
-        plan(StartRequest(base, points, 4, 2.0, bad, limits=Limits(1)))
+        plan(InitializationRequest(base, points, 4, 2.0, bad, limits=Limits(1)))
     assert state() == before
 
 
 @pytest.mark.parametrize("name", [n for n in RUNNABLE if METHODS[n].needs == "activations"])
-def test_padding_changes_nothing(name, start, make_data):
+def test_padding_changes_nothing(name, initialize, make_data):
     first, second = (
-        start(name, data=make_data(padding_token=token)).plan.factors for token in (0, 3)
+        initialize(name, data=make_data(padding_token=token)).plan.factors for token in (0, 3)
     )
     for point in first:
         torch.testing.assert_close(
@@ -186,45 +192,45 @@ def test_padding_changes_nothing(name, start, make_data):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16])
 @pytest.mark.parametrize("name", [n for n in RUNNABLE if METHODS[n].plan is not None])
-def test_half_precision_bases_keep_float32_factors(name, dtype, start, make_base):
-    started = start(name, model=make_base(dtype))
-    for layer in adapter_layers(started.model).values():
+def test_half_precision_bases_keep_float32_factors(name, dtype, initialize, make_base):
+    initialized = initialize(name, model=make_base(dtype))
+    for layer in adapter_layers(initialized.model).values():
         assert layer.lora_A["default"].weight.dtype == torch.float32
         assert layer.get_base_layer().weight.dtype == dtype
-    assert (started.report.rounding > 0) == METHODS[name].rewrites_base
+    assert (initialized.report.rounding > 0) == METHODS[name].rewrites_base
 
 
-def test_misuse_is_refused_in_words(start, make_base, make_config, make_data):
+def test_misuse_is_refused_in_words(initialize, make_base, make_config, make_data):
     with pytest.raises(ValueError, match=r"no method 'peva'.*Did you mean 'eva'"):
-        start("peva")
+        initialize("peva")
     for name, needs in (("eva", "activations"), ("lora_ga", "gradients")):
         with pytest.raises(ValueError, match=f"reads {needs}: give a dataloader"):
-            start_adapter(make_base(), make_config(), name)
+            initialize_adapter(make_base(), make_config(), name)
     with pytest.raises(ValueError, match="no effect on method 'eva'"):
-        start("eva", cntlora_config=CNTLoRAConfig())
+        initialize("eva", cntlora_config=CNTLoRAConfig())
     with pytest.raises(ValueError, match="disagree: leave init_lora_weights out"):
-        start("eva", lora_config=make_config(init_lora_weights="pissa"))
+        initialize("eva", lora_config=make_config(init_lora_weights="pissa"))
     with pytest.raises(ValueError, match="use method='dora'"):
-        start("eva", lora_config=make_config(use_dora=True))
+        initialize("eva", lora_config=make_config(use_dora=True))
     with pytest.raises(ValueError, match="leave rank_pattern and alpha_pattern out"):
-        start("pissa", lora_config=make_config(rank_pattern={"query": 2}))
+        initialize("pissa", lora_config=make_config(rank_pattern={"query": 2}))
     with pytest.raises(ValueError, match="disagree: give the method alone"):
-        start("cross", cntlora_config=CNTLoRAConfig(constraint="self"))
+        initialize("cross", cntlora_config=CNTLoRAConfig(constraint="self"))
     with pytest.raises(ValueError, match="needs an even rank"):
-        start("lora_orthogonal", lora_config=make_config(r=3))
+        initialize("lora_orthogonal", lora_config=make_config(r=3))
     for name in ("pissa", "olora", "corda_ipm", "eva"):
         with pytest.raises(ValueError, match="use a rank of at most 24"):
-            start(name, lora_config=make_config(r=25))
+            initialize(name, lora_config=make_config(r=25))
     with pytest.raises(ValueError, match="use a rank of at most 12"):
-        start("lora_ga", lora_config=make_config(r=13))
+        initialize("lora_ga", lora_config=make_config(r=13))
     with pytest.raises(ValueError, match="give steps"):
-        start_adapter(make_base(), make_config(), "adalora")
+        initialize_adapter(make_base(), make_config(), "adalora")
     unlabelled = [{k: v for k, v in b.items() if k != "labels"} for b in make_data()]
     with pytest.raises(ValueError, match="give loss_fn"):
-        start("lora_ga", data=unlabelled)
+        initialize("lora_ga", data=unlabelled)
     for name in ("eva", "corda_ipm", "lora_ga"):
         with pytest.raises(ValueError, match="no batches"):
-            start_adapter(make_base(), make_config(), name, [])
+            initialize_adapter(make_base(), make_config(), name, [])
 
 
 def test_a_layer_that_reads_nothing_is_named(make_config, make_data):
@@ -241,7 +247,7 @@ def test_a_layer_that_reads_nothing_is_named(make_config, make_data):
     for name in ("eva", "corda_kpm", "lora_ga"):
         options = {"loss_fn": lambda model, x: model(x).square().mean()} if "ga" in name else {}
         with pytest.raises(ValueError, match=r"'unused'.*leave it out"):
-            start_adapter(
+            initialize_adapter(
                 Detour(),
                 make_config(r=2, target_modules=["used", "unused"]),
                 name,

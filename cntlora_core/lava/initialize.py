@@ -1,4 +1,4 @@
-"""Base model + data -> model with LAVA adapters that start from the data."""
+"""Base model + data -> model with LAVA adapters that are initialised from the data."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ def get_lava_model(
     progress: ProgressFn | None = None,
     sum_across_processes: bool = True,
 ) -> PeftModel:
-    """Wrap a base model with LAVA adapters that start from CNTLoRA's closed form.
+    """Wrap a base model with LAVA adapters that are initialised from CNTLoRA's closed form.
 
     As :func:`cntlora_core.get_cntlora_model`; each delta is carried into LAVA's factors, which is
     exact for matrices and an approximation for convolutions, whose error is reported. Modules that
     have no closed form (convolutions in groups or in one dimension, or wider than
-    ``max_unfolded_width``) start plain. With ``preserve_output`` the frozen weights are rewritten:
-    save the trained adapter with :func:`cntlora_core.save_converted`.
+    ``max_unfolded_width``) are initialised plainly. With ``preserve_output`` the frozen weights are
+    rewritten: save the trained adapter with :func:`cntlora_core.save_converted`.
 
     Args:
         model: The base model; its targeted modules are wrapped in place.
         lava_config: The adapter's settings.
-        cntlora_config: The start's settings; None for the defaults. ``split`` is followed where
-            the orthogonality term does not act on U.
+        cntlora_config: The initialisation's settings; None for the defaults. ``split`` is followed
+            where the orthogonality term does not act on U.
         dataloader: Batches of the data to adapt to; any iterable.
         forward_fn: See :func:`cntlora_core.get_cntlora_model`, like all that is not named here.
         mask_fn: See there.
@@ -69,7 +69,9 @@ def get_lava_model(
             "rank_budget='ranks' or 'fixed'"
         )
     processes = Processes(sum_across_processes)
-    modules = processes.run(lambda: adaptable_modules(model, lava_config), "preparing the start")
+    modules = processes.run(
+        lambda: adaptable_modules(model, lava_config), "preparing the initialisation"
+    )
     plan, report = plan_lava(
         model,
         modules,
@@ -104,12 +106,12 @@ def plan_lava(
     solve_progress: ProgressFn | None = None,
     processes: Processes | None = None,
 ) -> tuple[LavaPlan, InitializationReport]:
-    """Ranks and starting factors of all modules, on the base model as it is.
+    """Ranks and initial factors of all modules, on the base model as it is.
 
     Args:
         model: What ``forward_fn`` is given.
         modules: What gets an adapter, by its name within the model.
-        batches: What the closed form reads; None for a plain start everywhere.
+        batches: What the closed form reads; None for a plain initialisation everywhere.
         lava_config: The adapter's settings.
         config: The closed form's.
         forward_fn: As in :func:`~cntlora_core.initialization.solve.solve`, like all that follows.

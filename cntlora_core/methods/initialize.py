@@ -19,7 +19,7 @@ from cntlora_core.adapter.inject import AdapterPlan, check_lora_config, inject_a
 from cntlora_core.config import CNTLoRAConfig
 from cntlora_core.initialization.report import InitializationReport
 from cntlora_core.layers.attachment import find_attachment_points
-from cntlora_core.methods.base import Limits, Method, StartRequest, WrappedModel
+from cntlora_core.methods.base import InitializationRequest, Limits, Method, WrappedModel
 from cntlora_core.methods.from_weights import seeded
 from cntlora_core.methods.peft_model import check_not_distributed
 from cntlora_core.methods.registry import get_method
@@ -30,14 +30,14 @@ _INITS |= {"lora_orthogonal": "orthogonal"}
 
 
 @dataclass(frozen=True)
-class StartedAdapter:
+class InitializedAdapter:
     """A model that is ready to be trained.
 
     Attributes:
         model: A :class:`peft.PeftModel`; for full fine-tuning the base model itself.
-        method: What it was started by.
+        method: What it was initialised by.
         report: What that did, and how long it took.
-        plan: The starting factors of every attachment point, in float32, with the scaling; with
+        plan: The initial factors of every attachment point, in float32, with the scaling; with
             ``plan.rewrites_base`` they are what a file for the stock base has to subtract. None for
             methods that are no plain LoRA.
     """
@@ -86,7 +86,7 @@ class StartedAdapter:
         save_converted(model, folder)
 
 
-def start_adapter(
+def initialize_adapter(
     model: nn.Module,
     lora_config: LoraConfig,
     method: str | Method,
@@ -100,7 +100,7 @@ def start_adapter(
     seed: int = 0,
     limits: Limits | None = None,
     progress: ProgressFn | None = None,
-) -> StartedAdapter:
+) -> InitializedAdapter:
     """Make any model ready to be trained, by any method of the registry.
 
     Args:
@@ -118,7 +118,8 @@ def start_adapter(
             ``.loss`` of what ``forward_fn`` returns.
         cntlora_config: Settings of CNTLoRA's own variants; the constraint is the method's.
         steps: How many training steps will follow; AdaLoRA needs to know.
-        seed: Seed of all that is random in the start; the global generator is left as it was.
+        seed: Seed of all that is random in the initialisation; the global generator is left as it
+            was.
         limits: When to give EVA's iteration up.
         progress: Called with (done, total or 0) during the passes over the data.
 
@@ -127,16 +128,17 @@ def start_adapter(
             rank that a method cannot give, or settings that contradict the method; in words.
 
     Example:
-        >>> started = start_adapter(base, LoraConfig(r=8, target_modules="all-linear"), "eva", data)
-        >>> train(started.model)
-        >>> started.save_pretrained("adapter")
+        >>> initialized = initialize_adapter(base, LoraConfig(r=8, target_modules="all-linear"),
+        "eva", data)
+        >>> train(initialized.model)
+        >>> initialized.save_pretrained("adapter")
     """
     chosen = get_method(method) if isinstance(method, str) else method
     check_not_distributed(model)
     _check(chosen, lora_config, dataloader, cntlora_config)
     root = lora_config.r**0.5 if lora_config.use_rslora else lora_config.r
     points = [] if chosen.name == "full" else find_attachment_points(model, lora_config)
-    request = StartRequest(
+    request = InitializationRequest(
         model=model,
         points=points,
         rank=lora_config.r,
@@ -153,19 +155,21 @@ def start_adapter(
         passes_progress=progress,
     )
     with seeded(seed):
-        wrapped = _start(chosen, model, lora_config, request)
-    return StartedAdapter(wrapped.model, chosen, wrapped.report, wrapped.plan, wrapped.after_step)
+        wrapped = _initialize(chosen, model, lora_config, request)
+    return InitializedAdapter(
+        wrapped.model, chosen, wrapped.report, wrapped.plan, wrapped.after_step
+    )
 
 
-def _start(
-    method: Method, model: nn.Module, lora_config: LoraConfig, request: StartRequest
+def _initialize(
+    method: Method, model: nn.Module, lora_config: LoraConfig, request: InitializationRequest
 ) -> WrappedModel:
     if method.wrap is not None:
         return method.wrap(model, lora_config, request)
     assert method.plan is not None
     planned = method.plan(request)
     peft_model, rounding = inject_adapter(
-        model, _without_start(lora_config), planned.plan, method=method.name
+        model, _without_initialization(lora_config), planned.plan, method=method.name
     )
     report = dataclasses.replace(planned.report, rounding=max(rounding.values(), default=0.0))
     return WrappedModel(peft_model, report, planned.plan)
@@ -195,8 +199,8 @@ def _check(
         )
     if lora_config.use_dora and method.name != "dora":
         raise ValueError(
-            f"use_dora=True has a start of its own, which method {method.name!r} would overwrite: "
-            "use method='dora', or leave it out"
+            f"use_dora=True has an initialisation of its own, which method {method.name!r} would "
+            "overwrite: use method='dora', or leave it out"
         )
     if method.family == "peft" and (lora_config.rank_pattern or lora_config.alpha_pattern):
         raise ValueError(
@@ -206,8 +210,8 @@ def _check(
     check_lora_config(lora_config, rewrites_base=False)
 
 
-def _without_start(lora_config: LoraConfig) -> LoraConfig:
-    """Without the settings of a start that is over: loading the adapter must not repeat it."""
+def _without_initialization(lora_config: LoraConfig) -> LoraConfig:
+    """Without the settings of a finished initialisation: loading the adapter must not repeat it."""
     plain = copy.deepcopy(lora_config)
     plain.init_lora_weights = True
     plain.eva_config = plain.corda_config = plain.lora_ga_config = None

@@ -1,4 +1,4 @@
-"""LAVA on a network under one of its starts."""
+"""LAVA on a network under one of its initialisations."""
 
 from __future__ import annotations
 
@@ -18,29 +18,39 @@ if TYPE_CHECKING:
     from cntlora_core.benchmark.lava.networks import TextNetwork
 
 
-def started(
-    network: Network | TextNetwork, start: str, data: Pictures, settings: LavaBenchmark, seed: int
+def initialized(
+    network: Network | TextNetwork,
+    initialization: str,
+    data: Pictures,
+    settings: LavaBenchmark,
+    seed: int,
 ) -> tuple[Adapted, dict[str, Any]]:
-    """Wrap a network's convolutions, and what there is to say of the start.
+    """Wrap a network's convolutions, and what there is to say of the initialisation.
 
     Args:
         network: A pre-trained network; it is changed.
-        start: ``orthogonal`` or ``lora``, which read nothing, or a constraint of CNTLoRA's.
+        initialization: ``orthogonal`` or ``lora``, which read nothing, or a constraint of
+            CNTLoRA's.
         data: What the closed forms read: up to four batches of its ``train`` part.
         settings: The benchmark's.
-        seed: Of what is random in the start.
+        seed: Of what is random in the initialisation.
     """
     began = time.perf_counter()
-    if start in ("orthogonal", "lora"):
-        adapted = adapt(network, "lava_term", settings, init_weights=start)
-        return adapted, {"start_seconds": time.perf_counter() - began, "start_error": 0.0}
+    if initialization in ("orthogonal", "lora"):
+        adapted = adapt(network, "lava_term", settings, init_weights=initialization)
+        return adapted, {
+            "initialization_seconds": time.perf_counter() - began,
+            "initialization_error": 0.0,
+        }
     config = LavaConfig(
         r=settings.rank,
         lava_alpha=settings.rank,
         target_modules=list(adapted_modules(network)),
         orthogonality=settings.orthogonality,
     )
-    closed_form = CNTLoRAConfig(constraint=cast(Constraint, start), rank_budget="fixed", seed=seed)
+    closed_form = CNTLoRAConfig(
+        constraint=cast(Constraint, initialization), rank_budget="fixed", seed=seed
+    )
     network.eval()
     batches = [_without_empty_columns(b) for b in data.train[0].split(settings.batch)[:4]]
     model = get_lava_model(
@@ -54,9 +64,9 @@ def started(
     network.head.requires_grad_(True)
     report = model.lava_report
     found = {
-        "start_seconds": time.perf_counter() - began,
-        "start_error": report.relative_error,
-        "start_plain": len(report.plain),
+        "initialization_seconds": time.perf_counter() - began,
+        "initialization_error": report.relative_error,
+        "plain_modules": len(report.plain),
     }
     return Adapted(model, OrthogonalityLoss(model), settings.rank), found
 
