@@ -149,7 +149,7 @@ class DrawPictures(io.ComfyNode):
         scheduler: str,
         lora: dict[str, Tensor] | None = None,
     ) -> io.NodeOutput:
-        from cntlora_core.diffusion.sampler import draw
+        from cntlora_core.diffusion.sampler import generate
 
         given = [] if lora is None else [lora]
         asked = [prompt for prompt in prompt_lines(prompts, given) for _ in range(per_prompt)]
@@ -159,7 +159,7 @@ class DrawPictures(io.ComfyNode):
 
         def sample(reporter: HostReporter) -> list[Image.Image]:
             pipeline = load_pipeline(model, loras, settings.scheduler, reporter)
-            return draw(pipeline, asked, settings, seeds=seeds, reporter=reporter)
+            return generate(pipeline, asked, settings, seeds=seeds, reporter=reporter)
 
         pictures = run_heavy(sample)
         return io.NodeOutput(image_tensor(pictures), "\n".join(asked), ui=shown(pictures))

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 PREVIEW_SIDE = 512
 SHOWN_CLASS_IMAGES = 16
-DRAW_THEM = "draw them with the model"
+GENERATE_THEM = "draw them with the model"
 
 
 def folder_digest(folder: Path) -> str:
@@ -220,8 +220,8 @@ class ClassPictures(io.ComfyNode):
                 SubjectSocket.Input("subject", tooltip="The subject; the images show its class."),
                 io.Combo.Input(
                     "source",
-                    options=[DRAW_THEM, *input_folders()[1:]],
-                    default=DRAW_THEM,
+                    options=[GENERATE_THEM, *input_folders()[1:]],
+                    default=GENERATE_THEM,
                     tooltip="Let the model generate the images, or take those of a folder of "
                     "ComfyUI's input directory.",
                 ),
@@ -281,7 +281,7 @@ class ClassPictures(io.ComfyNode):
         subject: Any = None,
     ) -> str:
         """Changes with the content of the folder, not only with its name."""
-        return "" if source == DRAW_THEM else folder_digest(input_folder(source))
+        return "" if source == GENERATE_THEM else folder_digest(input_folder(source))
 
     @classmethod
     def execute(
@@ -299,7 +299,7 @@ class ClassPictures(io.ComfyNode):
         from cntlora_core.diffusion.stages import training_resolution
 
         prompt = subject.prompts.class_prompt
-        if source != DRAW_THEM:
+        if source != GENERATE_THEM:
             side = subject.settings.resolution or PREVIEW_SIDE
             folder = input_folder(source)
             photos = load_photos(folder, read_captions=False, resolution=side, shrink=True)

@@ -244,13 +244,13 @@ def small_model() -> Graph:
         "CNTLoRACompare", (1180, 220), model=model.out(), lora_1=lora.out(), prompts=prompts,
         seeds="0, 1, 2", guidance=2.5, tall=720, wide=520,
     )  # fmt: skip
-    drawn = graph.add(
+    generated = graph.add(
         "CNTLoRASample", (800, 910), model=model.out(), lora=lora.out(), prompts=prompts,
         per_prompt=4, guidance=2.5, tall=640,
     )  # fmt: skip
     graph.add(
-        "CNTLoRAEvaluate", (1180, 980), images=drawn.out(), subject=subject.out(),
-        prompts=drawn.out(1), tall=600, wide=520,
+        "CNTLoRAEvaluate", (1180, 980), images=generated.out(), subject=subject.out(),
+        prompts=generated.out(1), tall=600, wide=520,
     )  # fmt: skip
     graph.note(
         (40, 740),
@@ -287,7 +287,7 @@ def sd15() -> Graph:
         "StringConcatenate", (1180, 830), string_a=subject.out(2), string_b="in the snow",
         delimiter=" ", title="Your subject ...",
     )  # fmt: skip
-    _draw(graph, (1560, 40), applied, loaded, prompt.out())
+    _generate(graph, (1560, 40), applied, loaded, prompt.out())
     graph.note(
         (40, 740),
         "**Teach Stable Diffusion 1.5 your subject.**\n\n1. Put 4 to 6 photos into a folder in "
@@ -342,7 +342,7 @@ def use_saved() -> Graph:
     lora = graph.add(
         "LoraLoader", (420, 40), model=loaded.out(), clip=loaded.out(1), lora_name=name
     )
-    _draw(graph, (800, 40), lora, loaded, "a photo of sks backpack in the snow")
+    _generate(graph, (800, 40), lora, loaded, "a photo of sks backpack in the snow")
     graph.add("CNTLoRAInspect", (40, 260), lora_name=name, tall=340, wide=640)
     graph.note(
         (40, 640),
@@ -352,19 +352,21 @@ def use_saved() -> Graph:
     return graph
 
 
-def _draw(graph: Graph, at: tuple[int, int], lora: Node, loaded: Node, prompt: str | Link) -> None:
+def _generate(
+    graph: Graph, at: tuple[int, int], lora: Node, loaded: Node, prompt: str | Link
+) -> None:
     x, y = at
     wanted = graph.add("CLIPTextEncode", (x, y), clip=lora.out(1), text=prompt, title="Prompt")
     unwanted = graph.add(
         "CLIPTextEncode", (x, y + 240), clip=lora.out(1), text="", title="Negative prompt"
     )
     empty = graph.add("EmptyLatentImage", (x, y + 480), width=512, height=512)
-    drawn = graph.add(
+    generated = graph.add(
         "KSampler", (x + 380, y), model=lora.out(), positive=wanted.out(), negative=unwanted.out(),
         latent_image=empty.out(), seed=0, steps=25, cfg=7.5, sampler_name="dpmpp_2m",
         scheduler="karras",
     )  # fmt: skip
-    picture = graph.add("VAEDecode", (x + 380, y + 440), samples=drawn.out(), vae=loaded.out(2))
+    picture = graph.add("VAEDecode", (x + 380, y + 440), samples=generated.out(), vae=loaded.out(2))
     graph.add("SaveImage", (x + 760, y), images=picture.out(), filename_prefix="cntlora", tall=420)
 
 

@@ -95,7 +95,7 @@ def run_demo(
     sampling_steps: int = 30,
     reporter: Reporter = silent,
 ) -> Path:
-    """Personalise the small model, draw with and without the LoRA, and put it side by side.
+    """Personalise the small model, generate with and without the LoRA, and put it side by side.
 
     Returns:
         The sheet: the subject's photos, the base model and the trained one, for several prompts.
@@ -105,7 +105,12 @@ def run_demo(
     """
     from cntlora_core.data.photos import load_photos
     from cntlora_core.diffusion.job import personalise
-    from cntlora_core.diffusion.sampler import LoRAUse, apply_lora_files, draw, load_for_sampling
+    from cntlora_core.diffusion.sampler import (
+        LoRAUse,
+        apply_lora_files,
+        generate,
+        load_for_sampling,
+    )
     from cntlora_core.figures.sheets import comparison_sheet, save_image
 
     started = time.perf_counter()
@@ -124,9 +129,11 @@ def run_demo(
     sampling = SamplingSettings(steps=sampling_steps, guidance=GUIDANCE, batch_size=15)
     prompts = demo_prompts(subject)
     asked = [prompt for prompt in prompts for _ in range(PICTURES_PER_PROMPT)]
-    before = draw(pipeline, asked, sampling, reporter=reporter, stage="drawing: base model")
+    before = generate(pipeline, asked, sampling, reporter=reporter, stage="generating: base model")
     apply_lora_files(pipeline, [LoRAUse(result.lora)])
-    after = draw(pipeline, asked, sampling, reporter=reporter, stage="drawing: trained model")
+    after = generate(
+        pipeline, asked, sampling, reporter=reporter, stage="generating: trained model"
+    )
 
     count = PICTURES_PER_PROMPT
     rows = [

@@ -27,17 +27,17 @@ RECORD_NAME, SHEET_NAME = "fidelity.json", "fidelity.png"
 class Evaluate:
     """Measure subject fidelity (DINO, CLIP-I) and prompt fidelity (CLIP-T), as DreamBooth did.
 
-    Give folders of generated pictures, or a model with LoRA files to draw them with, or both.
+    Give folders of generated pictures, or a model with LoRA files to generate them with, or both.
 
     Attributes:
         subject: Folder of real pictures of the subject.
-        output: Folder for the numbers, the sheet and the pictures that are drawn.
+        output: Folder for the numbers, the sheet and the images that are generated.
         generated: Folders of generated pictures; prompts.json or text files beside the pictures
             say their prompts.
         model: Stable Diffusion 1.5 as one .safetensors file, a diffusers folder or a hub id, to
-            draw with.
+            generate with.
         lora: LoRA files; a strength may follow each after a colon: dog.safetensors:0.8
-        base: Draw without a LoRA too.
+        base: Generate without a LoRA too.
         prompt: Prompts, or text files (.txt) with one in each line; {token} and {class} are filled
             in, and {} by both. For folders: the prompt of pictures that have none of their own.
         token: The word that stands for the subject; CLIP is not asked for it.
@@ -48,7 +48,7 @@ class Evaluate:
             Default: facebook/dino-vits16, and small for the small model.
         clip: CLIP model by hub id or folder; small likewise. Default:
             openai/clip-vit-large-patch14.
-        device: Where to draw and to look; default: CUDA, then MPS, then the CPU.
+        device: Where to generate and to measure; default: CUDA, then MPS, then the CPU.
     """
 
     subject: UserPath
@@ -61,7 +61,7 @@ class Evaluate:
     token: str | None = None
     class_name: str | None = None
     per_prompt: int = 4
-    drawing: Annotated[SamplingSettings, tyro.conf.arg(name="")] = field(
+    sampling: Annotated[SamplingSettings, tyro.conf.arg(name="")] = field(
         default_factory=SamplingSettings
     )
     precision: Precision = "float32"
@@ -70,7 +70,7 @@ class Evaluate:
     device: str | None = None
 
     def after_cancel(self) -> str:
-        return "; the pictures drawn so far are kept"
+        return "; the images generated so far are kept"
 
     def run(self, reporter: Reporter) -> None:
         from cntlora_core.metrics.view import fidelity_table, prompt_table
@@ -102,7 +102,7 @@ class Evaluate:
         if not self.generated and self.model is None:
             raise ValueError("nothing to measure: give --generated folders, or --model and --lora")
         if self.lora and self.model is None:
-            raise ValueError("LoRA files need a --model to draw with")
+            raise ValueError("LoRA files need a --model to generate with")
         prompts = self._prompts() if self.prompt else ()  # as all else, before anything is loaded
         require_unicode("prompt", *prompts, self.token, self.class_name)
         if self.per_prompt < 1:
@@ -159,7 +159,7 @@ class Evaluate:
         return encoders
 
     def _sets(self, reporter: Reporter) -> Any:
-        """Label, pictures and prompts of each set: the folders', then those that are drawn."""
+        """Label, pictures and prompts of each set: the folders', then those that are generated."""
         from cntlora_core.metrics.pictures import read_pictures
 
         asked = self._prompts() if self.prompt else ()
@@ -174,7 +174,7 @@ class Evaluate:
                 reporter("measuring", 0, 0, {"note": note})
             yield folder.resolve().name, list(found.pictures), found.prompts
         if self.model is not None:
-            yield from self._drawn(reporter)
+            yield from self._generated(reporter)
 
     def _prompts(self) -> tuple[str, ...]:
         from cntlora_core.data.captions import subject_prompts
@@ -188,13 +188,18 @@ class Evaluate:
 
         return [LoRAUse.parse(text) for text in self.lora]
 
-    def _drawn(self, reporter: Reporter) -> Any:
+    def _generated(self, reporter: Reporter) -> Any:
         from cntlora_core.diffusion.sampler import load_for_sampling
-        from cntlora_core.metrics.drawing import Drawings, draw_each, folder_names, save_drawings
+        from cntlora_core.metrics.generation import (
+            GenerationSettings,
+            folder_names,
+            generate_each,
+            save_generated,
+        )
         from cntlora_core.runtime.files import folder_within
 
         bare = self.base or not self.lora
-        drawings = Drawings(self._prompts(), self.per_prompt, bare, self.drawing)
+        settings = GenerationSettings(self._prompts(), self.per_prompt, bare, self.sampling)
         loras = self._loras()
         folders = folder_names(loras)
         reporter("loading the model", 0, 1, {})
@@ -202,10 +207,10 @@ class Evaluate:
             str(self.model),
             precision=self.precision,
             device=self.device,
-            scheduler=self.drawing.scheduler,
+            scheduler=self.sampling.scheduler,
         )
         reporter("loading the model", 1, 1, {})
-        for label, pictures in draw_each(pipeline, loras, drawings, reporter):
+        for label, pictures in generate_each(pipeline, loras, settings, reporter):
             images: list[Image.Image] = pictures
-            save_drawings(folder_within(self.output, folders[label]), images, drawings)
-            yield label, images, drawings.all_prompts
+            save_generated(folder_within(self.output, folders[label]), images, settings)
+            yield label, images, settings.all_prompts

@@ -25,7 +25,7 @@ class Sample:
         lora: LoRA files; a strength may follow each after a colon: dog.safetensors:0.8
         per_prompt: Pictures for each prompt.
         precision: Data type of the model.
-        device: Where to draw; default: CUDA, then MPS, then the CPU.
+        device: Where to generate; default: CUDA, then MPS, then the CPU.
     """
 
     model: str
@@ -33,17 +33,17 @@ class Sample:
     output: UserPath
     lora: tuple[str, ...] = ()
     per_prompt: int = 1
-    drawing: Annotated[SamplingSettings, tyro.conf.arg(name="")] = field(
+    sampling: Annotated[SamplingSettings, tyro.conf.arg(name="")] = field(
         default_factory=SamplingSettings
     )
     precision: Precision = "float32"
     device: str | None = None
 
     def after_cancel(self) -> str:
-        return "; the pictures drawn so far are kept"
+        return "; the images generated so far are kept"
 
     def run(self, reporter: Reporter) -> None:
-        from cntlora_core.diffusion.sampler import LoRAUse, draw, load_for_sampling
+        from cntlora_core.diffusion.sampler import LoRAUse, generate, load_for_sampling
         from cntlora_core.diffusion.settings import require_unicode
         from cntlora_core.figures.sheets import save_image
         from cntlora_core.metrics.pictures import write_prompts
@@ -65,28 +65,28 @@ class Sample:
             [LoRAUse.parse(text) for text in self.lora],
             precision=self.precision,
             device=self.device,
-            scheduler=self.drawing.scheduler,
+            scheduler=self.sampling.scheduler,
             reporter=reporter,
         )
         reporter("loading the model", 1, 1, {})
         prompts = [prompt for prompt in self.prompt for _ in range(self.per_prompt)]
-        at_once = self.drawing.batch_size
+        at_once = self.sampling.batch_size
         for start in range(0, len(prompts), at_once):
             chosen = prompts[start : start + at_once]
-            seeds = [self.drawing.seed + start + i for i in range(len(chosen))]
-            pictures = draw(
+            seeds = [self.sampling.seed + start + i for i in range(len(chosen))]
+            pictures = generate(
                 pipeline,
                 chosen,
-                self.drawing,
+                self.sampling,
                 seeds=seeds,
                 reporter=lambda stage, done, total, values, start=start: reporter(
                     stage, start + done, len(prompts), values
                 ),
             )
-            drawn: dict[str, str] = {}
+            prompt_of: dict[str, str] = {}
             for prompt, seed, picture in zip(chosen, seeds, pictures, strict=True):
                 path = folder / f"{safe_name(prompt, max_length=60)}-{seed}.png"
                 save_image(picture, path)
-                drawn[path.name] = prompt
+                prompt_of[path.name] = prompt
                 print(path)
-            write_prompts(folder, drawn)
+            write_prompts(folder, prompt_of)

@@ -1,4 +1,4 @@
-"""Personalising Stable Diffusion 1.5: load, teach, draw.
+"""Personalising Stable Diffusion 1.5: load, teach, generate.
 
 >>> from cntlora_core.diffusion import JobSettings, personalise, sample
 """
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from cntlora_core.diffusion.pipeline import StableDiffusionParts, load_stable_diffusion
     from cntlora_core.diffusion.sampler import (
         LoRAUse,
-        draw,
+        generate,
         load_for_sampling,
         sample,
     )
@@ -34,7 +34,7 @@ _HOMES = {
     "StableDiffusionParts": "pipeline",
     "load_stable_diffusion": "pipeline",
     "LoRAUse": "sampler",
-    "draw": "sampler",
+    "generate": "sampler",
     "load_for_sampling": "sampler",
     "sample": "sampler",
 }
@@ -50,7 +50,7 @@ __all__ = [
     "StableDiffusionParts",
     "SubjectSettings",
     "TrainingSettings",
-    "draw",
+    "generate",
     "load_for_sampling",
     "load_stable_diffusion",
     "personalise",

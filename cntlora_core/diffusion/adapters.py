@@ -65,7 +65,7 @@ def inject_plan(
     parts = [(unet, "unet."), (text_encoder, "text_encoder.")]
     rounding: dict[str, float] = {}
     for model, prefix in parts:
-        part = plan.under(prefix)
+        part = plan.for_prefix(prefix)
         if not part.factors:
             continue
         if isinstance(part, AdapterPlan):

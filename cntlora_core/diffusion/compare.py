@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from cntlora_core.diffusion.sampler import LoRAUse, apply_lora_files, draw
+from cntlora_core.diffusion.sampler import LoRAUse, apply_lora_files, generate
 from cntlora_core.diffusion.settings import SamplingSettings
 from cntlora_core.figures.sheets import comparison_sheet
 from cntlora_core.runtime.progress import Reporter, silent
@@ -19,14 +19,14 @@ LARGEST_SIDE = 256
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is drawn.
+    """What is generated.
 
     Attributes:
         prompts: One or more.
-        strengths: Each LoRA is drawn at each of them.
-        seeds: Each prompt is drawn with each of them; the same for every LoRA.
+        strengths: Each LoRA is generated at each of them.
+        seeds: Each prompt is generated with each of them; the same for every LoRA.
         with_base: A row for the model without a LoRA.
-        sampling: How each picture is drawn.
+        sampling: How each image is generated.
     """
 
     prompts: tuple[str, ...]
@@ -47,12 +47,12 @@ def compare(
     comparison: Comparison,
     reporter: Reporter = silent,
 ) -> Image.Image:
-    """Draw the same prompts and seeds with each LoRA at each strength.
+    """Generate images of the same prompts and seeds with each LoRA at each strength.
 
     Args:
         pipeline: Without adapters; it is left without them.
         loras: A label and a LoRA for each row; its own strength multiplies those compared.
-        comparison: What to draw.
+        comparison: What to generate.
         reporter: Told the number of pictures done.
 
     Returns:
@@ -64,30 +64,30 @@ def compare(
     total = per_pass * (len(loras) * len(strengths) + comparison.with_base)
     done = 0
 
-    def drawn() -> list[list[Image.Image]]:
+    def generated() -> list[list[Image.Image]]:
         nonlocal done
         before = done
-        pictures = draw(
+        pictures = generate(
             pipeline,
             [prompt for prompt in prompts for _ in seeds],
             comparison.sampling,
             seeds=list(seeds) * len(prompts),
             reporter=lambda stage, n, _, values: reporter(stage, before + n, total, values),
-            stage="drawing the comparison",
+            stage="generating the comparison",
         )
         done += per_pass
         return [pictures[i * len(seeds) : (i + 1) * len(seeds)] for i in range(len(prompts))]
 
     rows: list[tuple[str, list[list[Image.Image]]]] = []
     if comparison.with_base:
-        rows.append((BASE_LABEL, [cell for cell in drawn() for _ in strengths]))
+        rows.append((BASE_LABEL, [cell for cell in generated() for _ in strengths]))
     for label, lora in loras:
         try:
             apply_lora_files(pipeline, [lora])
             by_strength = []
             for strength in strengths:
                 pipeline.set_adapters(["lora_0"], [lora.strength * strength])
-                by_strength.append(drawn())
+                by_strength.append(generated())
         finally:
             pipeline.unload_lora_weights()
         rows.append((label, [cells[i] for i in range(len(prompts)) for cells in by_strength]))

@@ -90,7 +90,7 @@ def trained_layers(
 
         return lora_layers(_lava_factors(unet, text_encoder, plan)), _canonical(plan.ranks)
     layers = collect_adapter(unet, prefix="unet")
-    if plan.under("text_encoder.").factors:
+    if plan.for_prefix("text_encoder.").factors:
         layers |= collect_adapter(text_encoder, prefix="text_encoder")
     ranks = {name: layer.rank for name, layer in layers.items()}
     if plan.rewrites_base:
@@ -160,8 +160,8 @@ def export_lora(
 def _lava_factors(unet: nn.Module, text_encoder: nn.Module, plan: LavaPlan):
     from cntlora_core.lava.image_file import collect_lava
 
-    found = collect_lava(unet, plan.under("unet."), "unet")
-    return found | collect_lava(text_encoder, plan.under("text_encoder."), "text_encoder")
+    found = collect_lava(unet, plan.for_prefix("unet."), "unet")
+    return found | collect_lava(text_encoder, plan.for_prefix("text_encoder."), "text_encoder")
 
 
 def _lava_compressed(

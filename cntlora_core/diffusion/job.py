@@ -26,7 +26,7 @@ from cntlora_core.diffusion.resume import (
     steps_in,
 )
 from cntlora_core.diffusion.running import only_run_in
-from cntlora_core.diffusion.sampler import checked_device, draw
+from cntlora_core.diffusion.sampler import checked_device, generate
 from cntlora_core.diffusion.settings import JobSettings, SamplingSettings
 from cntlora_core.diffusion.stages import (
     Initialization,
@@ -96,7 +96,7 @@ def personalise(
     Args:
         settings: All there is to decide.
         subject: The subject, read already; default: read from the settings.
-        class_photos: The class images, drawn already; default: as the settings say.
+        class_photos: The class images, generated already; default: as the settings say.
         initialization: The adapter's initialisation, planned already with the adapter settings;
             default: planned now.
         resume: Go on from the state that a run left in the output folder: an interrupted one to its
@@ -191,7 +191,7 @@ def _personalise(
             run.note(initialization.report.summary())
         plan = initialization.plan
         report = initialization.report.to_dict() if initialization.report is not None else None
-    del parts  # and with it the VAE, unless samples are drawn
+    del parts  # and with it the VAE, unless samples are generated
 
     trainer = SubjectTrainer(
         unet,
@@ -307,7 +307,7 @@ def _previewer(
         modes = [module.training for module in modules]
         for module in modules:
             module.eval()
-        pictures = draw(
+        pictures = generate(
             pipeline,
             training.sample_prompts,
             SamplingSettings(
@@ -316,7 +316,7 @@ def _previewer(
                 seed=training.seed,
             ),
             reporter=reporter,
-            stage="drawing samples",
+            stage="generating samples",
         )
         for module, mode in zip(modules, modes, strict=True):
             module.train(mode)
@@ -356,7 +356,7 @@ def _lora_path(folder: Path, settings: JobSettings, subject: Subject) -> Path:
 
 
 def sample_names(step: int, prompts: Sequence[str]) -> list[str]:
-    """Names of the files of the pictures that are drawn after a step, one for each prompt."""
+    """Names of the files of the images that are generated after a step, one for each prompt."""
     return [f"{step:06d}-{name}.png" for name in distinct_names(prompts)]
 
 

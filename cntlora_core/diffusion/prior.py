@@ -11,7 +11,7 @@ from PIL import Image
 
 from cntlora_core.data.photos import PhotoSet, load_photos
 from cntlora_core.diffusion.pipeline import StableDiffusionParts
-from cntlora_core.diffusion.sampler import draw
+from cntlora_core.diffusion.sampler import generate
 from cntlora_core.diffusion.settings import PriorSettings, SamplingSettings
 from cntlora_core.figures.sheets import save_image
 from cntlora_core.runtime.file_names import safe_name
@@ -112,7 +112,7 @@ def _draw_missing(
     How many images are computed at once changes their rounding. So image i is always computed in
     the batch of the same number, among the same others, whichever of them are missing.
     """
-    stage, total, seed = "drawing class images", len(wanted), settings.class_seed
+    stage, total, seed = "generating class images", len(wanted), settings.class_seed
     write_json_atomic(
         wanted[0].parent / "about.json",
         {"model": parts.source, "prompt": class_prompt, "resolution": resolution, "seed": seed},
@@ -135,7 +135,7 @@ def _draw_missing(
             within = {"within": values["within"] * k / size} if "within" in values else {}
             reporter(stage, n, total, values | within)
 
-        pictures = draw(
+        pictures = generate(
             pipeline,
             [class_prompt] * size,
             sampling,

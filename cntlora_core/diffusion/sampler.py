@@ -55,7 +55,7 @@ class LoRAUse:
             )
 
     def check(self) -> tuple[str, ...]:
-        """Reads the file, and refuses what is no LoRA to draw with, before a model is loaded.
+        """Reads the file, and refuses what is no LoRA to sample with, before a model is loaded.
 
         Returns:
             What will be left out of it, in words.
@@ -75,7 +75,7 @@ class LoRAUse:
         """``file.safetensors`` or ``file.safetensors:0.8``.
 
         Raises:
-            ValueError: if what follows the colon is no number, or no strength to draw with.
+            ValueError: if what follows the colon is no number, or no strength to sample with.
         """
         if not text.strip():
             raise ValueError("the name of a LoRA is empty: give a .safetensors file after --lora")
@@ -207,23 +207,23 @@ def _ranks_without_alphas(shapes: Mapping[str, Sequence[int]]) -> bool:
     return len(ranks) > 1
 
 
-def draw(
+def generate(
     pipeline: StableDiffusionPipeline,
     prompts: Sequence[str],
     settings: SamplingSettings | None = None,
     *,
     seeds: Sequence[int] | None = None,
     reporter: Reporter = silent,
-    stage: str = "drawing",
+    stage: str = "generating",
 ) -> list[Image.Image]:
-    """Draw one picture for each prompt.
+    """Generate one image for each prompt.
 
     Each picture has a seed of its own, so that it does not depend on the others of its batch.
 
     Args:
         pipeline: From :func:`load_for_sampling`, or any Stable Diffusion 1.5 pipeline.
         prompts: One for each picture.
-        settings: How to draw.
+        settings: How to sample.
         seeds: One for each picture; default: counting up from the settings' seed.
         reporter: Told the number of pictures done; notes say what was cut off a long prompt.
     """
@@ -277,16 +277,16 @@ def sample(
     settings: SamplingSettings | None = None,
     **loading: Any,
 ) -> list[Image.Image]:
-    """Load, apply LoRA files and draw, in one call; see :func:`load_for_sampling` and
-    :func:`draw`."""
+    """Load, apply LoRA files and generate, in one call; see :func:`load_for_sampling` and
+    :func:`generate`."""
     settings = settings or SamplingSettings()
     uses = [use if isinstance(use, LoRAUse) else LoRAUse.parse(str(use)) for use in loras]
     if not isinstance(model, StableDiffusionParts):
         pipeline = load_for_sampling(model, uses, scheduler=settings.scheduler, **loading)
-        return draw(pipeline, prompts, settings)
+        return generate(pipeline, prompts, settings)
     pipeline = model.pipeline(settings.scheduler)  # pyright: ignore[reportArgumentType]
     try:
         apply_lora_files(pipeline, uses)
-        return draw(pipeline, prompts, settings)
+        return generate(pipeline, prompts, settings)
     finally:
         pipeline.unload_lora_weights()  # the parts are the caller's, without adapters

@@ -203,8 +203,8 @@ class TrainingSettings:
         device: Where to train; default: CUDA, then MPS, then the CPU.
         seed: Seed of everything random in a run.
         save_every: Steps between states from which an interrupted run can go on.
-        sample_prompts: Prompts drawn while training.
-        sample_every: Steps between those samples; 0 draws them at the end only.
+        sample_prompts: Prompts of images generated while training.
+        sample_every: Steps between those samples; 0 generates them at the end only.
         sample_steps: Sampling steps of such a sample.
     """
 
@@ -260,7 +260,7 @@ class TrainingSettings:
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How pictures are drawn.
+    """How images are generated.
 
     Attributes:
         steps: Sampling steps.
@@ -270,7 +270,7 @@ class SamplingSettings:
         scheduler: The sampler; default: the model's own.
         seed: Seed of the first picture (for evaluate: of each prompt's first); the next has
             the next seed.
-        batch_size: Pictures drawn at once.
+        batch_size: Images generated at once.
     """
 
     steps: int = 30

@@ -105,7 +105,7 @@ class SubjectTrainer:
         self._settings = settings or {}
         self._device = next(unet.parameters()).device
         self._dtype = next(unet.parameters()).dtype
-        self._trains_text = bool(plan.under("text_encoder.").factors)
+        self._trains_text = bool(plan.for_prefix("text_encoder.").factors)
         rounding = inject_plan(unet, text_encoder, adapter, plan)
         self.largest_rounding = max(rounding.values())
         if training.gradient_checkpointing:
@@ -251,14 +251,14 @@ class SubjectTrainer:
     def _batch(self, step: int, micro: int) -> _Batch:
         """The samples of one batch: a function of seed, step and micro-batch alone."""
         size, data = self.training.batch_size, self.data
-        drawn = (step * self.training.gradient_accumulation + micro) * size
+        first = (step * self.training.gradient_accumulation + micro) * size
         generator = _generator(self.training.seed, 1, step, micro)
-        photos = _draw(len(data.photos), drawn, size, self.training.seed, 2)
+        photos = _shuffled_items(len(data.photos), first, size, self.training.seed, 2)
         latents = [data.photos.sample(i, generator) for i in photos]
         tokens = [data.photo_tokens[data.photos.photo_index[i]] for i in photos]
         if data.class_images is not None and self.prior_weight > 0:
             assert data.class_tokens is not None
-            others = _draw(len(data.class_images), drawn, size, self.training.seed, 3)
+            others = _shuffled_items(len(data.class_images), first, size, self.training.seed, 3)
             latents += [data.class_images.sample(i, generator) for i in others]
             tokens += [data.class_tokens[0]] * size
         stacked = torch.stack(latents)
@@ -366,7 +366,7 @@ def _checkpoint_gradients(unet: Any, text_encoder: Any) -> None:
     (renamed or text_encoder.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
-def _draw(count: int, start: int, size: int, seed: int, stream: int) -> Sequence[int]:
+def _shuffled_items(count: int, start: int, size: int, seed: int, stream: int) -> Sequence[int]:
     """Items ``start`` to ``start + size`` of an endless sequence of shuffled passes over all."""
     items = []
     for position in range(start, start + size):

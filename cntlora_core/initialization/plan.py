@@ -78,7 +78,7 @@ class Plan(Generic[FactorsT]):
         """Ranks that are initialised as plain LoRA, which the delta does not have."""
         return {name: f.filled for name, f in self.factors.items() if f.filled}
 
-    def under(self, prefix: str) -> Self:
+    def for_prefix(self, prefix: str) -> Self:
         """The part of the plan whose names start with ``prefix``, without it."""
         part = {n[len(prefix) :]: f for n, f in self.factors.items() if n.startswith(prefix)}
         return dataclasses.replace(self, factors=part)

@@ -1,9 +1,9 @@
-"""CNTLoRA's deltas, carried into LAVA's factors.
+"""CNTLoRA's deltas, converted to LAVA's factors.
 
 The closed form of a convolution is that of its kernel as a matrix (c_out, c_in kh kw), from the
 second moment of its unfolded input. Its delta has few singular directions, but each of them is any
 (c_in, kh, kw) kernel. LAVA's terms are products of vectors: what they can hold of the delta is
-found by alternating least squares, and what they cannot is reported. A matrix is carried exactly.
+found by alternating least squares, and what they cannot is reported. A matrix is converted exactly.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cntlora_core.config import CNTLoRAConfig
 from cntlora_core.initialization.plan import AdapterPlan
 from cntlora_core.lava.config import LavaConfig
 from cntlora_core.lava.cp import decompose
-from cntlora_core.lava.factors import LavaFactors, LavaPlan, plain_factors, widened
+from cntlora_core.lava.factors import LavaFactors, LavaPlan, fill_rank, plain_factors
 from cntlora_core.lava.layer import weight_shape
 from cntlora_core.layers.attachment import AttachmentPoint, attachment_point
 from cntlora_core.layers.unfolding import unfolded_width
@@ -83,14 +83,14 @@ def lava_plan(
         known = closed_form.factors.get(name)
         if known is None:
             return plain_factors(shape, ranks[name], scalings[name], generator)
-        return carried(known, shape, ranks[name], orthonormal, split, generator)
+        return to_lava_factors(known, shape, ranks[name], orthonormal, split, generator)
 
     names = list(modules)
     factors = map_in_threads(factors_of, list(enumerate(names)))
     return LavaPlan(dict(zip(names, factors, strict=True)), closed_form.rewrites_base)
 
 
-def carried(
+def to_lava_factors(
     known: Factors,
     shape: Sequence[int],
     rank: int,
@@ -111,7 +111,7 @@ def carried(
     supported = known.rank - known.filled
     left, right = known.up[:, :supported], known.down[:supported]
     if not supported or not (left.any() and right.any()):
-        return widened(_empty(shape, known.scaling), rank, generator)
+        return fill_rank(_empty(shape, known.scaling), rank, generator)
     exact = orthonormal or len(shape) == 2
     terms = min(rank, supported) if exact else rank
     right = right.reshape(supported, *shape[1:])
@@ -120,7 +120,7 @@ def carried(
     if not orthonormal:
         sizes = v.norm(dim=0).clamp_min(1e-300)
         u, v = u * sizes**split, v / sizes**split
-    carried_over = LavaFactors(
+    factors = LavaFactors(
         u.float().contiguous(),
         v.float().contiguous(),
         tuple(factor.float().contiguous() for factor in spatial),
@@ -128,7 +128,7 @@ def carried(
         error=found.error,
         size=float((known.scaling * (known.up.double() @ known.down.double())).norm()),
     )
-    return widened(carried_over, rank, generator)
+    return fill_rank(factors, rank, generator)
 
 
 def _empty(shape: Sequence[int], scaling: float) -> LavaFactors:

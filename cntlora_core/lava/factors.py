@@ -95,12 +95,12 @@ def plain_factors(
 
 def orthonormal_columns(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     """Random orthonormal columns; where there are more columns than rows, orthonormal rows."""
-    drawn = torch.randn(max(rows, columns), min(rows, columns), generator=generator)
-    q = torch.linalg.qr(drawn).Q
+    normal = torch.randn(max(rows, columns), min(rows, columns), generator=generator)
+    q = torch.linalg.qr(normal).Q
     return q if rows >= columns else q.T.contiguous()
 
 
-def widened(factors: LavaFactors, rank: int, generator: torch.Generator) -> LavaFactors:
+def fill_rank(factors: LavaFactors, rank: int, generator: torch.Generator) -> LavaFactors:
     """The same delta with plain terms added up to a rank, their U orthonormal to what is there.
 
     The scaling stays; the added terms are counted in ``filled``. Those beyond the rows of U, which

@@ -38,7 +38,7 @@ def get_lava_model(
 ) -> PeftModel:
     """Wrap a base model with LAVA adapters that are initialised from CNTLoRA's closed form.
 
-    As :func:`cntlora_core.get_cntlora_model`; each delta is carried into LAVA's factors, which is
+    As :func:`cntlora_core.get_cntlora_model`; each delta is converted to LAVA's factors, which is
     exact for matrices and an approximation for convolutions, whose error is reported. Modules that
     have no closed form (convolutions in groups or in one dimension, or wider than
     ``max_unfolded_width``) are initialised plainly. With ``preserve_output`` the frozen weights are

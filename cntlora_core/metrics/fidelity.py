@@ -27,7 +27,7 @@ class PromptFidelity:
     """The pictures of one prompt; cosines in [-1, 1].
 
     Attributes:
-        prompt: As the pictures were drawn with.
+        prompt: As the pictures were generated with.
         pictures: How many.
         dino: Mean cosine with the real pictures, by DINO's features.
         clip_i: The same by CLIP's.

@@ -1,4 +1,4 @@
-"""Folders of generated pictures, each with the prompt that it was drawn with, and prompt files."""
+"""Folders of generated images, each with its prompt, and prompt files."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def read_prompts(texts: Sequence[str], subject: SubjectPrompts | None) -> tuple[
         subject: Fills in ``{token}`` and ``{class}``, and ``{}`` for both.
 
     Raises:
-        ValueError: a placeholder without a value, or nothing to draw.
+        ValueError: a placeholder without a value, or no prompt.
         OSError: a file cannot be read.
     """
     prompts: list[str] = []

@@ -227,7 +227,7 @@ def load_gloss_task(
     batch_size: int = 32,
     seed: int = 0,
 ) -> GlossTask:
-    """Draw glosses and tokenise them.
+    """Sample glosses and tokenise them.
 
     Args:
         encoder: Folder of a transformers encoder with its tokenizer; default: `find_encoder`.
@@ -236,7 +236,7 @@ def load_gloss_task(
         train: Glosses to train on.
         validation: Glosses to measure on.
         batch_size: Glosses in a batch.
-        seed: Which glosses are drawn.
+        seed: Which glosses are sampled.
 
     Raises:
         FileNotFoundError, ImportError: encoder or WordNet are missing; says how to get them.
@@ -251,7 +251,7 @@ def load_gloss_task(
         )
     categories = tuple(sorted({gloss.category for gloss in glosses}))
     tokenizer = AutoTokenizer.from_pretrained(str(encoder), local_files_only=True)
-    drawn = random.Random(seed).sample(glosses, train + validation)
+    sampled = random.Random(seed).sample(glosses, train + validation)
 
     def batches_of(chosen: Sequence[Gloss]) -> list[Batch]:
         return [
@@ -259,7 +259,7 @@ def load_gloss_task(
             for i in range(0, len(chosen), batch_size)
         ]
 
-    return GlossTask(encoder, categories, batches_of(drawn[:train]), batches_of(drawn[train:]))
+    return GlossTask(encoder, categories, batches_of(sampled[:train]), batches_of(sampled[train:]))
 
 
 def _batch(glosses: Sequence[Gloss], tokenizer: Any, categories: tuple[str, ...]) -> Batch:

@@ -38,8 +38,8 @@ def main(
     )
     result = personalise(settings, overwrite=True)
     prompt = f"a photo of {penguin.token} {penguin.class_name} in the snow"
-    drawing = SamplingSettings(steps=sampling, guidance=2.5)
-    images = sample(settings.model, [prompt], loras=[result.lora], settings=drawing)
+    sampling_settings = SamplingSettings(steps=sampling, guidance=2.5)
+    images = sample(settings.model, [prompt], loras=[result.lora], settings=sampling_settings)
     images[0].save(output / "snow.png")
     return Path(result.lora)
 

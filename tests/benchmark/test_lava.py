@@ -13,7 +13,6 @@ from cntlora_core.benchmark.lava import cost
 from cntlora_core.benchmark.lava.dynamics import gradient_variance, shape_of, spectrum
 from cntlora_core.benchmark.lava.experiments import against, at_best_rates
 from cntlora_core.benchmark.lava.finetuning import Task, accuracy, adapt
-from cntlora_core.benchmark.lava.ledger import Ledger
 from cntlora_core.benchmark.lava.networks import adapted_modules, build_network
 from cntlora_core.benchmark.lava.pictures import (
     SHAPES,
@@ -21,6 +20,7 @@ from cntlora_core.benchmark.lava.pictures import (
     radius_table,
     target_pictures,
 )
+from cntlora_core.benchmark.lava.results import ResultFile
 from cntlora_core.benchmark.lava.run import run_lava
 from cntlora_core.benchmark.lava.settings import MODELS, LavaBenchmark
 from cntlora_core.cli import main
@@ -176,14 +176,14 @@ def test_costs_are_ratios_of_one_turn():
     assert rows["lora"]["step"] == 2
 
 
-def test_a_ledger_keeps_and_refuses(tmp_path: Path):
+def test_a_result_file_keeps_and_refuses(tmp_path: Path):
     path = tmp_path / "x.json"
-    ledger = Ledger(path, {"rank": 4})
-    assert ledger.keep("a", lambda: {"found": 1})["found"] == 1
-    again = Ledger(path, {"rank": 4})
+    results = ResultFile(path, {"rank": 4})
+    assert results.keep("a", lambda: {"found": 1})["found"] == 1
+    again = ResultFile(path, {"rank": 4})
     assert again.keep("a", lambda: {"found": 2})["found"] == 1
     with pytest.raises(ValueError, match=r"other settings \(rank differ\)"):
-        Ledger(path, {"rank": 5})
+        ResultFile(path, {"rank": 5})
 
 
 def test_the_command_runs_and_goes_on(tmp_path: Path, capsys):

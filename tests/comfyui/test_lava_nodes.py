@@ -17,7 +17,7 @@ def initialize(pack: Pack, **inputs: Any) -> Any:
     return pack.run("CNTLoRAInitialize", model=model, subject=subject, **{**few, **inputs})
 
 
-def test_lava_is_initialised_trained_saved_and_drawn_with(pack: Pack) -> None:
+def test_lava_is_initialised_trained_saved_and_sampled_with(pack: Pack) -> None:
     initialized = initialize(pack)
     names = list(initialized.args[0].initialization.plan.ranks)
     assert any(name.endswith(".conv1") for name in names)
@@ -26,8 +26,8 @@ def test_lava_is_initialised_trained_saved_and_drawn_with(pack: Pack) -> None:
     assert any(t.ndim == 4 and t.shape[-1] == 3 for t in lora.values())  # a convolution's
     model = initialized.args[0].model
     few = {"prompts": "a photo of sks dog", "steps": 1}
-    drawn = pack.run("CNTLoRASample", model=model, lora=lora, **few).args[0]
-    assert not torch.equal(drawn, pack.run("CNTLoRASample", model=model, **few).args[0])
+    generated = pack.run("CNTLoRASample", model=model, lora=lora, **few).args[0]
+    assert not torch.equal(generated, pack.run("CNTLoRASample", model=model, **few).args[0])
     saved = pack.run("CNTLoRASave", lora=lora, filename_prefix="lava").args[0]
     report = pack.run("CNTLoRAInspect", lora_name=saved).args[0]
     assert "method: cross" in report

@@ -218,7 +218,7 @@ def test_cancelling_keeps_a_state_and_queueing_again_goes_on_from_it(
 
 
 CANCELLED_IN = {
-    "drawing class images": ("CNTLoRAClassImages", {"count": 9, "steps": 3, "images_seed": 9}),
+    "generating class images": ("CNTLoRAClassImages", {"count": 9, "steps": 3, "images_seed": 9}),
     "encoding photos": ("CNTLoRAInitialize", {"rank": 4, "passes": 1}),
     "reading activations": ("CNTLoRAInitialize", {"rank": 4, "passes": 5}),
     "looking at pictures (DINO)": ("CNTLoRAEvaluate", {"prompts": "a dog"}),
@@ -285,13 +285,13 @@ def test_saving_puts_the_lora_where_loaders_look(
 def test_drawing_with_the_lora_changes_the_pictures(pack: Pack, run: SimpleNamespace) -> None:
     few = {"prompts": "a photo of sks dog\n\na red dog", "steps": 1, "per_prompt": 2}
     plain, prompts = pack.run("CNTLoRASample", model=run.model, **few).args
-    drawn = pack.run("CNTLoRASample", model=run.model, lora=run.trained.args[0], **few).args[0]
+    generated = pack.run("CNTLoRASample", model=run.model, lora=run.trained.args[0], **few).args[0]
     off = pack.run(
         "CNTLoRASample", model=run.model, lora=run.trained.args[0], strength=0.0, **few
     ).args[0]
     assert prompts.splitlines() == ["a photo of sks dog"] * 2 + ["a red dog"] * 2
     assert plain.shape == (4, 32, 32, 3)
-    assert not torch.equal(plain, drawn)
+    assert not torch.equal(plain, generated)
     assert torch.equal(plain, off)
     assert not torch.equal(plain[0], plain[1])
 
@@ -323,11 +323,11 @@ def test_pictures_are_measured_against_the_photos(
     output = pack.run("CNTLoRAEvaluate", images=images, subject=subject, prompts=prompts, **judges)
     dino, clip_i, clip_t, sheet, report = output.args
     encoders = load_encoders(tiny_encoders / "vision", tiny_encoders / "clip")
-    drawn = [Image.fromarray(np.rint(x.numpy() * 255).astype(np.uint8)) for x in images]
+    generated = [Image.fromarray(np.rint(x.numpy() * 255).astype(np.uint8)) for x in images]
     expected = measure(
         encoders,
         subject_features(encoders, [photo.image for photo in subject.photos.photos]),
-        drawn,
+        generated,
         ["a red sks dog"] * 2 + ["a cat"] * 2,
         token="sks",
     )
@@ -350,8 +350,8 @@ def test_token_and_class_in_prompts_are_the_lora_s_own(pack: Pack, run: SimpleNa
     lora, model = run.trained.args[0], run.model
     few = {"model": model, "steps": 1}
     template, words = "a photo of {token} {class}", "a photo of sks dog"
-    drawn = pack.run("CNTLoRASample", lora=lora, prompts=template, **few)
-    assert drawn.args[1] == words
+    generated = pack.run("CNTLoRASample", lora=lora, prompts=template, **few)
+    assert generated.args[1] == words
     grids = [
         pack.run("CNTLoRACompare", lora_1=lora, lora_2=lora, prompts=text, seeds="0", **few).args[0]
         for text in (template, words)

@@ -178,7 +178,9 @@ MANY = "many photos"
 
 CANCELLED_IN = {
     "encoding photos": {"CNTLoRASubject": {"folder": MANY}},
-    "drawing class images": {"CNTLoRAClassImages": {"count": 500, "steps": 30, "images_seed": 1}},
+    "generating class images": {
+        "CNTLoRAClassImages": {"count": 500, "steps": 30, "images_seed": 1}
+    },
     "reading activations": {"CNTLoRAInitialize": {"passes": 500, "start_seed": 1}},
     "training": {"CNTLoRATrain": {"steps": 5000, "training_seed": 8, "preview_every": 0}},
 }

@@ -1,4 +1,4 @@
-"""The whole way at SD1.5's size in a real ComfyUI server: teach, save, load with stock nodes, draw.
+"""All steps at SD1.5's size in a real ComfyUI server: teach, save, load, generate by stock nodes.
 
 Needs COMFYUI_PATH, COMFYUI_PYTHON and a single-file checkpoint in CNTLORA_SD15_CHECKPOINT (one with
 random weights will do: ``python -m cntlora_core.diffusion.random_checkpoint``), 16 GB of memory and
@@ -32,13 +32,13 @@ pytestmark = [
 ]
 
 NAME = "sd15.safetensors"
-DRAWN = {
+SAMPLING = {
     "CheckpointLoaderSimple": {"ckpt_name": NAME},
     "EmptyLatentImage": {"width": 256, "height": 256},
     "KSampler": {"steps": 2},
 }
 TAUGHT = {
-    **DRAWN,
+    **SAMPLING,
     "CNTLoRALoadModel": {"checkpoint": NAME},
     "CNTLoRASubject": {"resolution": 256},
     "CNTLoRAClassImages": {"count": 1, "steps": 1},
@@ -69,14 +69,14 @@ def test_teaching_saving_loading_and_drawing(server: Server) -> None:
     assert first.status == "success", first.messages
     applied = picture(server, first, teach)
 
-    def draw(strength: float) -> np.ndarray:
+    def generate(strength: float) -> np.ndarray:
         strengths = {"strength_model": strength, "strength_clip": strength}
-        graph = workflow("use_a_saved_lora", {**DRAWN, "LoraLoader": strengths})
+        graph = workflow("use_a_saved_lora", {**SAMPLING, "LoraLoader": strengths})
         outcome = server.run(graph)
         assert outcome.status == "success", outcome.messages
         return picture(server, outcome, graph)
 
-    loaded, base = draw(1.0), draw(0.0)
+    loaded, base = generate(1.0), generate(0.0)
     assert np.abs(loaded - base).mean() > 1.0
     # Load LoRA, from the file, does what Apply Subject LoRA did without it.
     assert np.abs(loaded - applied).max() <= 1

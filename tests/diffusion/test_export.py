@@ -142,14 +142,14 @@ def test_sampling_with_files_strengths_and_seeds(train, tiny_model):
     result, _ = train(ADAPTERS["cross"])
     settings = SamplingSettings(steps=3, resolution=32, seed=4)
 
-    def drawn(*loras):
+    def generated(*loras):
         return [p.tobytes() for p in sample(tiny_model, ["a dog", "sks dog"], loras, settings)]
 
-    base = drawn()
-    assert drawn(LoRAUse(result.lora, 0.0)) == base
-    assert drawn(str(result.lora)) != base
-    assert drawn(f"{result.lora}:0.5") != drawn(result.lora)
-    # Each picture has its own seed: drawn alone it is the same.
+    base = generated()
+    assert generated(LoRAUse(result.lora, 0.0)) == base
+    assert generated(str(result.lora)) != base
+    assert generated(f"{result.lora}:0.5") != generated(result.lora)
+    # Each picture has its own seed: generated alone it is the same.
     single = dataclasses.replace(settings, seed=5, batch_size=1)
     alone = sample(tiny_model, ["sks dog"], (), single)
     difference = [abs(a - b) for a, b in zip(alone[0].tobytes(), base[1], strict=True)]

@@ -28,7 +28,7 @@ def cases(changes: dict[str, Change]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("change", list(changes.values()), ids=list(changes))
 
 
-def draws(model: Path | str, output: Path, *more: str) -> list[str]:
+def sample_command(model: Path | str, output: Path, *more: str) -> list[str]:
     return [
         "sample", "--model", str(model), "--prompt", "a dog", "--output", str(output),
         "--device", "cpu", "--steps", "1", "--batch-size", "1", *more,
@@ -50,7 +50,7 @@ def test_a_damaged_lora(
     lora, out = tmp_path / "x.safetensors", tmp_path / "out"
     lora.write_bytes(change(sound.lora.read_bytes()))
     arguments = {
-        "sample": draws(sound.model, out, "--lora", str(lora)),
+        "sample": sample_command(sound.model, out, "--lora", str(lora)),
         "evaluate": measures(sound, out, "--model", str(sound.model), "--lora", str(lora)),
         "inspect": ["inspect", str(lora), "--output", str(out)],
     }[command]
@@ -67,7 +67,7 @@ def test_a_damaged_part_of_a_model(sound: Sound, run: Run, tmp_path: Path, chang
     part = list(WEIGHTS)[list(DAMAGED.values()).index(change) % len(WEIGHTS)]
     inside = f"{part}/{WEIGHTS[part]}.safetensors"
     model, out = damaged_copy(sound.model, tmp_path / "model", inside, change), tmp_path / "out"
-    assert_refused(run(draws(model, out)), inside, out)
+    assert_refused(run(sample_command(model, out)), inside, out)
 
 
 @cases(NO_SAFETENSORS | BAD_ENTRIES)
@@ -80,7 +80,7 @@ def test_a_damaged_single_file(sound: Sound, run: Run, tmp_path: Path, change: C
     whole = save({name: torch.zeros(4, 4) for name in names})
     model, out = tmp_path / "model.safetensors", tmp_path / "out"
     model.write_bytes(change(whole))
-    assert_refused(run(draws(model, out)), "model.safetensors", out)
+    assert_refused(run(sample_command(model, out)), "model.safetensors", out)
 
 
 CONFIGS = (
@@ -101,7 +101,7 @@ def test_a_damaged_configuration(
 ) -> None:
     change = BAD_JSON[kind]
     model, out = damaged_copy(sound.model, tmp_path / "model", inside, change), tmp_path / "out"
-    assert_refused(run(draws(model, out)), str(model), out)
+    assert_refused(run(sample_command(model, out)), str(model), out)
 
 
 VALUES: dict[str, list[dict[str, object]]] = {
@@ -185,7 +185,7 @@ def test_a_configuration_that_makes_no_sense(
 ) -> None:
     change = json_with(**values)
     model, out = damaged_copy(sound.model, tmp_path / "model", inside, change), tmp_path / "out"
-    assert_refused(run(draws(model, out)), str(model), out)
+    assert_refused(run(sample_command(model, out)), str(model), out)
 
 
 @pytest.mark.parametrize("change", [
@@ -195,7 +195,7 @@ def test_a_configuration_that_makes_no_sense(
 def test_damaged_merges(sound: Sound, run: Run, tmp_path: Path, change: Change) -> None:
     inside = "tokenizer/merges.txt"
     model, out = damaged_copy(sound.model, tmp_path / "model", inside, change), tmp_path / "out"
-    said = run(draws(model, out))
+    said = run(sample_command(model, out))
     if change(b"#version") == b"" and said.status == 0:
         return  # an empty list of merges is a tokenizer of single bytes
     assert_refused(said, str(model), out)
@@ -207,7 +207,7 @@ def test_vocabulary_larger_than_the_text_encoder(sound: Sound, run: Run, tmp_pat
 
     inside = "tokenizer/vocab.json"
     model, out = damaged_copy(sound.model, tmp_path / "model", inside, shifted), tmp_path / "out"
-    assert_refused(run(draws(model, out)), str(model), out)
+    assert_refused(run(sample_command(model, out)), str(model), out)
 
 
 PLACES = ("fifo", "device", "folder", "dangling link", "loop of links", "unreadable name")
@@ -236,11 +236,11 @@ def test_something_else_than_a_file(
     else:
         path = path.with_name("x" * 300 + ".safetensors")
     arguments = {
-        "model": draws(path, out),
-        "lora": draws(sound.model, out, "--lora", str(path)),
+        "model": sample_command(path, out),
+        "lora": sample_command(sound.model, out, "--lora", str(path)),
         "inspected": ["inspect", str(path), "--output", str(out)],
         "base model": ["inspect", str(sound.lora), "--model", str(path), "--output", str(out)],
-        "weights of a part": draws(tmp_path / "model", out),
+        "weights of a part": sample_command(tmp_path / "model", out),
     }[what]
     named = "diffusion_pytorch_model" if what == "weights of a part" else path.name
     assert_refused(run(arguments), named, out)

@@ -10,7 +10,7 @@ import pytest
 from cntlora_core.runtime.reading import printable
 
 from .conftest import Run, Sound, assert_refused, train_flags
-from .test_files import draws, measures
+from .test_files import measures, sample_command
 
 NUMBERS = ("nan", "inf", "-1")
 COUNTS = ("nan", "-1")
@@ -143,7 +143,7 @@ def test_sample(sound: Sound, run: Run, tmp_path: Path, flag: str, value: str) -
     out = tmp_path / "out"
     check(
         run,
-        given(draws(sound.model, out), flag, value, sound),
+        given(sample_command(sound.model, out), flag, value, sound),
         flag,
         value.format(lora=sound.lora),
         out,

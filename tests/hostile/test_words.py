@@ -19,7 +19,7 @@ from cntlora_core.runtime.reading import printable
 from cntlora_core.runtime.seeds import torch_seed
 
 from .conftest import Run, Sound
-from .test_files import draws
+from .test_files import sample_command
 
 
 @pytest.mark.parametrize(
@@ -77,18 +77,18 @@ def test_what_of_a_lora_is_left_out_is_said(sound: Sound, run: Run, tmp_path: Pa
     tensors[f"{stem}.lora_up.weight"] = torch.ones(32, 2)
     save_file(tensors, tmp_path / "x.safetensors")
     out = tmp_path / "out"
-    said = run(draws(sound.model, out, "--lora", str(tmp_path / "x.safetensors")))
+    said = run(sample_command(sound.model, out, "--lora", str(tmp_path / "x.safetensors")))
     assert "2 keys of a second text encoder" in said.err
     assert "is a DoRA: 1 magnitudes" in said.err
 
 
 def test_seeds_of_any_size_differ() -> None:
     seeds = [0, 1, -1, 2**32, 2**32 + 1, 2**63, 2**64 - 1, 2**64, 2**64 + 1, -(2**63), 10**40]
-    drawn = {
+    generated = {
         float(torch.randn(1, generator=torch.Generator().manual_seed(torch_seed(seed))))
         for seed in seeds
     }
-    assert len(drawn) == len(seeds)
+    assert len(generated) == len(seeds)
     assert [torch_seed(seed) for seed in (0, 7, 2**32 - 1)] == [0, 7, 2**32 - 1]
 
 

@@ -143,12 +143,12 @@ def test_a_shared_budget_gives_ranks_of_their_own(net, tmp_path, make_net, x):
 def test_difference_and_fewer_terms():
     torch.manual_seed(3)
 
-    def drawn(scaling=2.0):
+    def planned(scaling=2.0):
         return LavaFactors(
             torch.randn(7, 2), torch.randn(5, 2), (torch.randn(3, 2), torch.randn(2, 2)), scaling
         )
 
-    one, two = drawn(), drawn()
+    one, two = planned(), planned()
     both = difference(one, two)
     torch.testing.assert_close(both.delta(), one.delta() - two.delta(), rtol=1e-5, atol=1e-5)
     back, error = brought_back(difference(one, one), 2)
@@ -158,7 +158,7 @@ def test_difference_and_fewer_terms():
     assert error < 1e-4
     torch.testing.assert_close(same.delta(), one.delta(), rtol=1e-3, atol=1e-3)
     with pytest.raises(ValueError, match="differ in scaling"):
-        difference(one, drawn(1.0))
+        difference(one, planned(1.0))
 
 
 def test_a_plain_adapter_is_saved_as_it_is(net, make_net, x, tmp_path):

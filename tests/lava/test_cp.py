@@ -8,7 +8,7 @@ import torch
 from cntlora_core.lava.cp import _updated, decompose, khatri_rao
 
 
-def drawn(*shape, seed=0):
+def normal(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
@@ -23,14 +23,14 @@ def of_tensor(tensor, rank, **options):
 
 @pytest.mark.parametrize("sides", [(9, 7, 3, 3), (6, 11, 3), (12, 40, 3, 2)])
 def test_a_sum_of_few_terms_is_found_again(sides):
-    factors = [drawn(n, 2, seed=i) for i, n in enumerate(sides)]
+    factors = [normal(n, 2, seed=i) for i, n in enumerate(sides)]
     found = of_tensor(outer(factors), 2, iterations=500, tolerance=0)
     assert found.error < 1e-6
     torch.testing.assert_close(outer(found.factors), outer(factors), rtol=1e-4, atol=1e-4)
 
 
 def test_the_error_is_the_true_one_and_never_grows():
-    left, right = drawn(10, 4), drawn(4, 6, 3, 3, seed=1)
+    left, right = normal(10, 4), normal(4, 6, 3, 3, seed=1)
     whole = torch.einsum("ij,j...->i...", left, right)
     last = 1.0
     for rank in (1, 2, 4, 8):
@@ -46,15 +46,15 @@ def test_the_error_is_the_true_one_and_never_grows():
 
 def test_compressing_to_the_span_changes_nothing():
     # 50 channels of input, 12 = 3 x 2 x 2 directions in them.
-    left, right = drawn(20, 3), drawn(3, 50, 2, 2, seed=1)
+    left, right = normal(20, 3), normal(3, 50, 2, 2, seed=1)
     found = decompose(left, right, 3, iterations=300, tolerance=0)
     direct = of_tensor(torch.einsum("ij,j...->i...", left, right), 3, iterations=300, tolerance=0)
     assert found.error == pytest.approx(direct.error, abs=1e-5)
 
 
 def test_an_update_is_the_least_squares_solution():
-    tensor = drawn(5, 4, 3, 2)
-    factors = [drawn(n, 3, seed=9 + n) for n in tensor.shape]
+    tensor = normal(5, 4, 3, 2)
+    factors = [normal(n, 3, seed=9 + n) for n in tensor.shape]
     for mode in range(4):
         others = factors[:mode] + factors[mode + 1 :]
         unfolding = tensor.movedim(mode, 0).flatten(1)
@@ -63,7 +63,7 @@ def test_an_update_is_the_least_squares_solution():
 
 
 def test_of_a_matrix_it_is_the_truncated_svd():
-    left, right = drawn(8, 5), drawn(5, 6, seed=1)
+    left, right = normal(8, 5), normal(5, 6, seed=1)
     found = decompose(left, right, 2)
     values = torch.linalg.svdvals(left @ right)
     assert found.error == pytest.approx(float(values[2:].norm() / values.norm()))
@@ -76,7 +76,7 @@ def test_of_a_matrix_it_is_the_truncated_svd():
 
 @pytest.mark.parametrize("rank", [1, 3, 5])
 def test_orthonormal_first_factors(rank):
-    left, right = drawn(10, 5), drawn(5, 6, 3, 3, seed=1)
+    left, right = normal(10, 5), normal(5, 6, 3, 3, seed=1)
     found = decompose(left, right, rank, orthonormal=True)
     u = found.factors[0]
     torch.testing.assert_close(u.T @ u, torch.eye(rank, dtype=u.dtype))
@@ -90,13 +90,13 @@ def test_orthonormal_first_factors(rank):
 
 
 def test_more_terms_than_singular_vectors_give():
-    tensor = drawn(2, 2, 2)
+    tensor = normal(2, 2, 2)
     found = of_tensor(tensor, 6, iterations=500)
     assert found.error < 0.05
     assert all(f.shape == (2, 6) for f in found.factors)
 
 
 def test_zeros():
-    found = decompose(torch.zeros(4, 2), drawn(2, 3, 3, 3), 2)
+    found = decompose(torch.zeros(4, 2), normal(2, 3, 3, 3), 2)
     assert found.error == 0
     assert all(not f.any() for f in found.factors)

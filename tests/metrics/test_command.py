@@ -14,7 +14,7 @@ from cntlora_core.cli import main
 from cntlora_core.diffusion.compare import BASE_LABEL
 from cntlora_core.diffusion.sampler import LoRAUse
 from cntlora_core.lora_file.writing import LoRALayer, write_lora_file
-from cntlora_core.metrics.drawing import folder_names
+from cntlora_core.metrics.generation import folder_names
 
 
 @pytest.fixture
@@ -53,12 +53,12 @@ def test_folders_are_measured(
     arguments += ["--generated", str(made), str(photo_folder), *judged_by(tiny_encoders)]
     assert main(arguments) == 0
     record = json.loads((out / "fidelity.json").read_text("utf-8"))
-    drawn, photos, themselves = record["results"]
-    assert [row["prompt"] for row in drawn["by_prompt"]] == ["a red dog", "a cat"]
+    generated, photos, themselves = record["results"]
+    assert [row["prompt"] for row in generated["by_prompt"]] == ["a red dog", "a cat"]
     assert photos["clip_t"] is None
-    assert photos["dino"] > themselves["dino"] > drawn["dino"]
+    assert photos["dino"] > themselves["dino"] > generated["dino"]
     printed = capsys.readouterr().out
-    assert f"{100 * drawn['dino']:.1f}" in printed
+    assert f"{100 * generated['dino']:.1f}" in printed
     assert "the photos themselves" in printed
     with Image.open(out / "fidelity.png") as sheet:
         assert sheet.width > 300
@@ -83,7 +83,7 @@ def test_a_lora_is_drawn_with_and_measured_beside_the_base(
     for name in ("dino", "clip_i", "clip_t"):
         assert off[name] == pytest.approx(base[name], abs=1e-6)
     assert [row["prompt"] for row in base["by_prompt"]] == ["a photo of sks dog", "a red dog"]
-    # What was drawn can be measured again, to the same numbers.
+    # What was generated can be measured again, to the same numbers.
     again = tmp_path / "again"
     folder = out / "my_lora"
     arguments = ["evaluate", "--subject", str(photo_folder), "--output", str(again)]

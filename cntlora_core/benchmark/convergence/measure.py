@@ -17,7 +17,7 @@ from cntlora_core.data.captions import encode_prompts
 from cntlora_core.data.latents import LatentSet
 from cntlora_core.diffusion.initialize import NoisedBatch, NoisedPhotos
 from cntlora_core.diffusion.pipeline import StableDiffusionParts
-from cntlora_core.diffusion.sampler import draw
+from cntlora_core.diffusion.sampler import generate
 from cntlora_core.metrics import Encoders, load_encoders, measure, subject_features
 from cntlora_core.runtime.progress import Reporter, silent
 
@@ -97,7 +97,7 @@ class Measurements:
         ]
         seeds = list(range(settings.per_prompt)) * len(subject.templates)
         with self._evaluating():
-            images = draw(
+            images = generate(
                 self._pipeline, prompts, settings.sampling(), seeds=seeds, reporter=reporter
             )
         encoders = _encoders(*self._bench.encoders, str(self._unet.device))

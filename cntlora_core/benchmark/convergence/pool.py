@@ -27,7 +27,7 @@ _QUIET_AND_ALONE = {
 }
 _TELL_SECONDS = 0.5
 _SECONDS_TO_END = 10.0
-_TOLD = ("training", "drawing class images")
+_TOLD = ("training", "generating class images")
 
 
 @dataclass(frozen=True)

@@ -39,19 +39,19 @@ class Task:
         network: The network, as it was pre-trained.
         settings: The benchmark's.
         pictures: By seed; of a text, tokens (n, length) in place of pictures.
-        draw: Makes those of a seed; default: the settings' pictures.
+        sample: Makes those of a seed; default: the settings' pictures.
     """
 
     name: TaskName
     network: Network | TextNetwork
     settings: LavaBenchmark
     pictures: dict[int, Pictures] = field(default_factory=dict)
-    draw: Callable[[int], Pictures] | None = None
+    sample: Callable[[int], Pictures] | None = None
 
     def data(self, seed: int) -> Pictures:
         if seed not in self.pictures:
-            draw = self.draw or (lambda seed: target_pictures(self.settings, seed))
-            self.pictures[seed] = draw(seed)
+            sample = self.sample or (lambda seed: target_pictures(self.settings, seed))
+            self.pictures[seed] = sample(seed)
         return self.pictures[seed]
 
     def fresh(self, seed: int) -> Network | TextNetwork:
@@ -68,7 +68,7 @@ def prepare_task(
     name: ModelName, settings: LavaBenchmark, folder: Path, reporter: Reporter
 ) -> Task:
     """Pre-train a network, or read one that was pre-trained before under the same settings."""
-    classes, draw = source_pictures(settings)
+    classes, sample = source_pictures(settings)
     torch.manual_seed(0)
     network = build_network(name, classes, settings.width)
     kind = {
@@ -86,7 +86,7 @@ def prepare_task(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps + 1)
     network.train()
     for step in range(steps):
-        pictures, labels = draw(settings.batch, generator)
+        pictures, labels = sample(settings.batch, generator)
         loss = nn.functional.cross_entropy(network(pictures), labels)
         optimizer.zero_grad()
         loss.backward()
@@ -94,7 +94,7 @@ def prepare_task(
         optimizer.step()
         schedule.step()
         reporter(f"pre-training {name}", step + 1, steps, {"loss": loss.item()})
-    judged = accuracy(network, draw(min(1000, 8 * settings.batch), generator))
+    judged = accuracy(network, sample(min(1000, 8 * settings.batch), generator))
     state = {key: tensor.contiguous() for key, tensor in network.state_dict().items()}
     save_safetensors_atomic(state, weights)
     write_json_atomic(note, {"settings": kind, "accuracy": judged})

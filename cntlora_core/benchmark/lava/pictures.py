@@ -13,7 +13,7 @@ from torch import Tensor
 from cntlora_core.benchmark.lava.settings import LavaBenchmark
 
 Draw = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
-"""``draw(count, generator)``: pictures (count, 3, size, size) in -1..1, labels (count,)."""
+"""``sample(count, generator)``: pictures (count, 3, size, size) in -1..1, labels (count,)."""
 
 SHAPES = (
     *("disc", "triangle", "square", "pentagon", "star of 5", "star of 4"),
@@ -52,11 +52,11 @@ def target_pictures(settings: LavaBenchmark, seed: int) -> Pictures:
         return _photographs(settings.photos, settings.size, count, judged, generator)
     if settings.target == "emoji":
         assert settings.sprites is not None
-        classes, draw = _emoji(settings.sprites, ("3d",), settings.size)
+        classes, sample = _emoji(settings.sprites, ("3d",), settings.size)
     else:
-        classes, draw = len(SHAPES), _shapes(settings.size, "sketch")
+        classes, sample = len(SHAPES), _shapes(settings.size, "sketch")
     return Pictures(
-        classes, draw(count, generator), draw(judged // 2, generator), draw(judged, generator)
+        classes, sample(count, generator), sample(judged // 2, generator), sample(judged, generator)
     )
 
 
@@ -163,13 +163,13 @@ def _emoji(node_modules: Path, styles: tuple[str, ...], size: int) -> tuple[int,
     backgrounds = every_background()
     collage = Collage(sprites, backgrounds, 11, CollageConfig(size=size, per_background=4))
 
-    def draw(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def sample(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
             chosen = torch.randint(len(sprites), (count,))
             return collage.draw(chosen, torch.randint(len(backgrounds), (count,))), name_of[chosen]
 
-    return len(CORE_NAMES), draw
+    return len(CORE_NAMES), sample
 
 
 def _photographs(
@@ -177,7 +177,7 @@ def _photographs(
 ) -> Pictures:
     """Random crops; to choose and to judge by, those of photographs that training never shows.
 
-    Which photographs these are is drawn too: one of each class for either.
+    Which photographs these are is sampled too: one of each class for either.
     """
     from cntlora_core.data.photos import load_photos
 

@@ -12,8 +12,8 @@ from cntlora_core.benchmark.lava.cost import cost_experiment
 from cntlora_core.benchmark.lava.dynamics import SPECTRUM, VARIANCE
 from cntlora_core.benchmark.lava.experiments import EXPERIMENTS, Experiment, key_of
 from cntlora_core.benchmark.lava.finetuning import Task, prepare_task
-from cntlora_core.benchmark.lava.ledger import Ledger
 from cntlora_core.benchmark.lava.plots import plot_experiment
+from cntlora_core.benchmark.lava.results import ResultFile
 from cntlora_core.benchmark.lava.settings import ExperimentName, LavaBenchmark
 from cntlora_core.benchmark.lava.text import prepare_text_task
 from cntlora_core.runtime.console import result_console
@@ -62,9 +62,9 @@ def _run_experiment(
     tasks: dict[str, Task],
     reporter: Reporter,
 ) -> list[dict[str, Any]]:
-    ledger = Ledger(folder / f"{experiment.name}.json", settings.identity())
+    results = ResultFile(folder / f"{experiment.name}.json", settings.identity())
     cells = experiment.cells(settings)
-    missing = [cell for cell in cells if key_of(cell) not in ledger.cells]
+    missing = [cell for cell in cells if key_of(cell) not in results.cells]
     known = len(cells) - len(missing)
     if known:
         note = f"{experiment.name}: {known} of {len(cells)} runs are there already"
@@ -81,11 +81,11 @@ def _run_experiment(
                     tasks[model] = prepare_task(model, settings, pretrained, reporter)
             task = tasks[model]
         reporter(experiment.name, number, len(missing), {})
-        ledger.keep(key_of(cell), lambda c=cell, t=task: experiment.run(c, t))  # pyright: ignore[reportArgumentType]
+        results.keep(key_of(cell), lambda c=cell, t=task: experiment.run(c, t))  # pyright: ignore[reportArgumentType]
         reporter(experiment.name, number + 1, len(missing), {})
-    runs = [cell | ledger.cells[key_of(cell)] for cell in cells]
+    runs = [cell | results.cells[key_of(cell)] for cell in cells]
     rows = experiment.summarise(runs)
-    ledger.write(rows)
+    results.write(rows)
     plot_experiment(experiment.name, rows, folder / f"{experiment.name}.png")
     return rows
 

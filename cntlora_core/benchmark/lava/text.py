@@ -36,18 +36,18 @@ def prepare_text_task(settings: LavaBenchmark) -> Task:
     # Ten times as many as pictures: they are shorter, and of more classes.
     sizes = (10 * settings.pictures, judged // 2, judged)
 
-    def draw(seed: int) -> Pictures:
-        drawn = random.Random(seed).sample(glosses, sum(sizes))
+    def sample(seed: int) -> Pictures:
+        sampled = random.Random(seed).sample(glosses, sum(sizes))
         tokens = tokenizer(
-            [gloss.text for gloss in drawn],
+            [gloss.text for gloss in sampled],
             padding="max_length",
             truncation=True,
             max_length=_LENGTH,
             return_tensors="pt",
         )["input_ids"]
-        labels = torch.tensor([categories.index(gloss.category) for gloss in drawn])
+        labels = torch.tensor([categories.index(gloss.category) for gloss in sampled])
         parts = list(zip(tokens.split(sizes), labels.split(sizes)))
         return Pictures(len(categories), *parts)
 
     smaller = dataclasses.replace(settings, batch=max(8, settings.batch // 2))
-    return Task("minilm", network.eval(), smaller, draw=draw)
+    return Task("minilm", network.eval(), smaller, sample=sample)

@@ -120,7 +120,7 @@ def main() -> None:
         counted = count_right(read_answers(args.answers.read_text(encoding="utf-8")), key)
         print(json.dumps(counted, indent=2))
         return
-    from cntlora_core.diffusion.sampler import draw, load_for_sampling
+    from cntlora_core.diffusion.sampler import generate, load_for_sampling
     from cntlora_core.diffusion.settings import SamplingSettings
 
     args.output.mkdir(parents=True, exist_ok=True)
@@ -130,7 +130,9 @@ def main() -> None:
     settings = SamplingSettings(
         steps=args.steps, guidance=args.guidance, seed=args.seed, batch_size=20
     )
-    lay_out(draw(pipeline, [prompt for prompt, _ in rows], settings), args.output / "images.png")
+    lay_out(
+        generate(pipeline, [prompt for prompt, _ in rows], settings), args.output / "images.png"
+    )
     names = "\n".join(names_to_choose_from(40, args.seed))
     (args.output / "names.txt").write_text(names + "\n", encoding="utf-8")
     write_json_atomic(key_file, [{"prompt": prompt, "name": name} for prompt, name in rows])

@@ -1,4 +1,4 @@
-"""Let the judge look at what the model draws: ``python -m cntlora_core.mini.making.evaluate``."""
+"""Classify what the model generates: ``python -m cntlora_core.mini.making.evaluate``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import ResNetForImageClassification
 
-from cntlora_core.diffusion.sampler import draw, load_for_sampling
+from cntlora_core.diffusion.sampler import generate, load_for_sampling
 from cntlora_core.diffusion.settings import SamplingSettings
 from cntlora_core.metrics.pictures import read_pictures
 from cntlora_core.mini import model_path
@@ -91,7 +91,7 @@ def load_judge(folder: Path | None = None) -> ResNetForImageClassification:
 
 
 def rows_of_prompts(prompts: Sequence[str], thing: str) -> list[tuple[str, str, str] | None]:
-    """What the judge is to find in pictures that were drawn for prompts.
+    """What the judge is to find in pictures that were generated for prompts.
 
     Args:
         prompts: One for each picture.
@@ -168,8 +168,10 @@ def main() -> None:
     )
     pipeline = load_for_sampling(str(args.model or model_path()), (), device="cpu")
     with ConsoleReporter().running() as reporter:
-        drawn = draw(pipeline, [prompt for prompt, _, _ in rows], settings, reporter=reporter)
-    things, backgrounds = judge(load_judge(args.classifier), as_batch(drawn), rows)
+        generated = generate(
+            pipeline, [prompt for prompt, _, _ in rows], settings, reporter=reporter
+        )
+    things, backgrounds = judge(load_judge(args.classifier), as_batch(generated), rows)
     figures = {
         "pictures": len(rows),
         "things": round(things.float().mean().item(), 4),
@@ -184,7 +186,7 @@ def main() -> None:
         },
     }
     write_json_atomic(args.output / "judged.json", figures)
-    first = [Image.fromarray(np.asarray(picture)) for picture in drawn[: 3 * len(JUDGED_NAMES)]]
+    first = [Image.fromarray(np.asarray(picture)) for picture in generated[: 3 * len(JUDGED_NAMES)]]
     save_sheet(args.output / "judged.png", first, 10)
     print(f"right things {figures['things']:.1%}, right backgrounds {figures['backgrounds']:.1%}")
 

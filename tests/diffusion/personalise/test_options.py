@@ -22,8 +22,8 @@ def test_class_images_and_latents_are_reused_and_topped_up(settings):
     personalise(change(settings, "training", steps=1), reporter=first)
     again = StopAt(-1)
     personalise(change(settings, "training", steps=1, seed=7), overwrite=True, reporter=again)
-    assert "drawing class images" in first.stages
-    assert "drawing class images" not in again.stages
+    assert "generating class images" in first.stages
+    assert "generating class images" not in again.stages
     folder = next((Path(settings.prior.cache) / "class_images").iterdir())
     before = {p.name: p.stat().st_mtime_ns for p in folder.glob("*.png")}
     more = change(change(settings, "training", steps=1), "prior", num_class_images=3)

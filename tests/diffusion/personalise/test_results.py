@@ -34,7 +34,7 @@ def test_a_run_leaves_a_lora_pictures_and_a_record(settings):
     assert {
         "loading the model",
         "encoding photos",
-        "drawing class images",
+        "generating class images",
         "encoding class images",
         "reading activations",
         "training",

@@ -22,8 +22,8 @@ def test_script_writes_both_layouts_and_spares_what_is_there(narrow: Path, tmp_p
     assert sorted(item.name for item in tmp_path.iterdir()) == ["r", "r.safetensors"]
     half = load_stable_diffusion(tmp_path / "r")
     assert_same(half, load_narrow(tmp_path / "r.safetensors", narrow))
-    drawn = random_parts(narrow, seed=5)
-    assert torch.equal(half.unet.conv_in.weight, drawn.unet.conv_in.weight.half().float())
+    parts = random_parts(narrow, seed=5)
+    assert torch.equal(half.unet.conv_in.weight, parts.unet.conv_in.weight.half().float())
     assert main([str(tmp_path / "r"), "--layout", "diffusers"]) == 1
 
 

@@ -12,7 +12,7 @@ from cntlora_core.benchmark.init import machine
 from cntlora_core.runtime.files import write_json_atomic
 
 
-class Ledger:
+class ResultFile:
     """One experiment's results, by key, in one JSON file.
 
     Args:

@@ -1,4 +1,4 @@
-"""Drawing what is to be measured: the same prompts and seeds with each LoRA."""
+"""Generating what is to be measured: the same prompts and seeds with each LoRA."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from cntlora_core.diffusion.compare import BASE_LABEL
-from cntlora_core.diffusion.sampler import LoRAUse, apply_lora_files, draw
+from cntlora_core.diffusion.sampler import LoRAUse, apply_lora_files, generate
 from cntlora_core.diffusion.settings import SamplingSettings
 from cntlora_core.figures.sheets import save_image
 from cntlora_core.metrics.pictures import write_prompts
@@ -20,14 +20,14 @@ from cntlora_core.runtime.progress import Reporter, silent
 
 
 @dataclass(frozen=True)
-class Drawings:
-    """What is drawn with each LoRA.
+class GenerationSettings:
+    """What is generated with each LoRA.
 
     Attributes:
         prompts: One or more.
         per_prompt: Pictures of each; DreamBooth's protocol takes four.
-        with_base: Draw without a LoRA too, to see what it brought.
-        sampling: How each picture is drawn; the seeds count up from its own for every prompt.
+        with_base: Generate without a LoRA too, to see what it brought.
+        sampling: How each image is generated; the seeds count up from its own for every prompt.
     """
 
     prompts: tuple[str, ...]
@@ -37,7 +37,7 @@ class Drawings:
 
     def __post_init__(self) -> None:
         if not self.prompts:
-            raise ValueError("there are no prompts to draw")
+            raise ValueError("there are no prompts to generate images for")
         if self.per_prompt < 1:
             raise ValueError(f"per_prompt must be at least 1, got {self.per_prompt}")
 
@@ -53,29 +53,29 @@ class Drawings:
         return list(range(first, first + self.per_prompt)) * len(self.prompts)
 
 
-def draw_each(
+def generate_each(
     pipeline: StableDiffusionPipeline,
     loras: Sequence[LoRAUse],
-    drawings: Drawings,
+    settings: GenerationSettings,
     reporter: Reporter = silent,
 ) -> Iterator[tuple[str, list[Image.Image]]]:
-    """Draw without a LoRA, if asked for, and with each; yields a label and the pictures.
+    """Generate without a LoRA, if asked for, and with each; yields a label and the pictures.
 
     Args:
         pipeline: Without adapters; it is left without them.
         loras: Each for itself, with its strength.
-        drawings: What to draw.
+        settings: What to generate.
         reporter: Told the number of pictures done.
     """
-    prompts, seeds = drawings.all_prompts, drawings.all_seeds
+    prompts, seeds = settings.all_prompts, settings.all_seeds
 
     def pictures(label: str) -> tuple[str, list[Image.Image]]:
-        stage = f"drawing {label}"
-        return label, draw(
-            pipeline, prompts, drawings.sampling, seeds=seeds, reporter=reporter, stage=stage
+        stage = f"generating {label}"
+        return label, generate(
+            pipeline, prompts, settings.sampling, seeds=seeds, reporter=reporter, stage=stage
         )
 
-    if drawings.with_base:
+    if settings.with_base:
         yield pictures(BASE_LABEL)
     for lora, label in zip(loras, _labels(loras), strict=True):
         try:
@@ -99,19 +99,21 @@ def _labels(loras: Sequence[LoRAUse]) -> list[str]:
 
 
 def folder_names(loras: Sequence[LoRAUse]) -> dict[str, str]:
-    """The name of a folder for each label that :func:`draw_each` yields, no two alike."""
+    """The name of a folder for each label that :func:`generate_each` yields, no two alike."""
     labels = [BASE_LABEL, *_labels(loras)]
     return dict(zip(labels, distinct_names(labels), strict=True))
 
 
-def save_drawings(folder: Path, pictures: Sequence[Image.Image], drawings: Drawings) -> Path:
+def save_generated(
+    folder: Path, pictures: Sequence[Image.Image], settings: GenerationSettings
+) -> Path:
     """Write pictures and their prompts, so that the folder can be measured again."""
     folder = require_writable_folder(folder)
     prompts = {}
     for number, (prompt, seed, picture) in enumerate(
-        zip(drawings.all_prompts, drawings.all_seeds, pictures, strict=True)
+        zip(settings.all_prompts, settings.all_seeds, pictures, strict=True)
     ):
-        name = f"{number // drawings.per_prompt:02}-{safe_name(prompt, max_length=60)}-{seed}.png"
+        name = f"{number // settings.per_prompt:02}-{safe_name(prompt, max_length=60)}-{seed}.png"
         save_image(picture, folder / name)
         prompts[name] = prompt
     write_prompts(folder, prompts)
