@@ -52,7 +52,7 @@ class SubjectSettings:
         images: Folder of 1 or more photos of the subject, ideally 4 to 6; empty where they are
             handed over in memory.
         token: The rare word that will stand for the subject.
-        class_name: What kind of thing it is, such as "dog"; with the token it makes the prompts
+        class_name: The class of the subject, such as "dog"; with the token it makes the prompts
             "a photo of sks dog" and "a photo of a dog".
         instance_prompt: A whole prompt in place of token and class name.
         class_prompt: The prompt of the class images, with instance_prompt.

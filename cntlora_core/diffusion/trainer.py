@@ -207,9 +207,9 @@ class SubjectTrainer:
         if not finite:
             self._forgive_or_raise(norm)
         self._between_steps = False
-        rate = self.optimizer.param_groups[0]["lr"]
+        learning_rate = self.optimizer.param_groups[0]["lr"]
         if finite:
-            self._decay(rate)
+            self._decay(learning_rate)
         self._scaler.step(self.optimizer)
         self._scaler.update()
         self.optimizer.zero_grad()
@@ -223,19 +223,19 @@ class SubjectTrainer:
             "prior_loss": prior,
             "grad_norm": norm if finite else 0.0,
             "skipped": float(not finite),
-            "learning_rate": rate,
+            "learning_rate": learning_rate,
             "seconds": time.perf_counter() - started,
         }
 
     @torch.no_grad()
-    def _decay(self, rate: float) -> None:
+    def _decay(self, learning_rate: float) -> None:
         """AdamW's decoupled weight decay, towards the initialisation p0 in place of 0.
 
-        ``p - rate * weight_decay * (p - p0)``. Where the frozen weight became ``W - s B0 A0``, a
-        pull towards 0 would be one away from W.
+        ``p - learning_rate * weight_decay * (p - p0)``. Where the frozen weight became ``W - s B0
+        A0``, a pull towards 0 would be one away from W.
         """
         for parameter, initial in zip(self.parameters.values(), self._initial):
-            parameter.lerp_(initial, rate * self.training.weight_decay)
+            parameter.lerp_(initial, learning_rate * self.training.weight_decay)
 
     def _forgive_or_raise(self, norm: float) -> None:
         # A float16 base overflows now and then; the scaler then skips the step and halves its
@@ -353,10 +353,10 @@ class SubjectTrainer:
             self._scaler.load_state_dict(state.extra["scaler"])
         self.step, self.history = state.step, list(state.history)
         self._lr_schedule.load_state_dict(state.extra["lr_schedule"])
-        for group, rate in zip(
+        for group, learning_rate in zip(
             self.optimizer.param_groups, self._lr_schedule.get_last_lr(), strict=True
         ):
-            group["lr"] = rate
+            group["lr"] = learning_rate
 
 
 def _checkpoint_gradients(unet: Any, text_encoder: Any) -> None:

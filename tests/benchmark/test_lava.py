@@ -11,7 +11,7 @@ from PIL import Image
 
 from cntlora_core.benchmark.lava import cost
 from cntlora_core.benchmark.lava.dynamics import gradient_variance, shape_of, spectrum
-from cntlora_core.benchmark.lava.experiments import against, at_best_rates
+from cntlora_core.benchmark.lava.experiments import against, at_best_learning_rates
 from cntlora_core.benchmark.lava.finetuning import Task, accuracy, adapt
 from cntlora_core.benchmark.lava.networks import adapted_modules, build_network
 from cntlora_core.benchmark.lava.pictures import (
@@ -142,14 +142,14 @@ def test_what_is_said_of_a_spectrum():
 
 
 def test_the_rate_is_chosen_by_other_pictures_than_it_is_judged_by():
-    def run(seed, rate, chosen_by, accuracy):
+    def run(seed, learning_rate, chosen_by, accuracy):
         more = {"last_loss": 0.0, "trained": 1, "share": 0.1, "rank": 4}
-        return {"method": "a", "seed": seed, "rate": rate, "chosen_by": chosen_by,
+        return {"method": "a", "seed": seed, "rate": learning_rate, "chosen_by": chosen_by,
                 "accuracy": accuracy, **more}  # fmt: skip
 
     runs = [run(0, 0.1, 0.9, 0.5), run(1, 0.1, 0.7, 0.7), run(0, 0.2, 0.7, 0.9)]
     runs.append(run(1, 0.2, 0.6, 0.9))
-    (row,) = at_best_rates(runs, ("method",))
+    (row,) = at_best_learning_rates(runs, ("method",))
     assert row["rate"] == 0.1
     assert row["accuracy"] == pytest.approx(0.6)
     assert row["spread"] == pytest.approx(0.2 / 2**0.5)

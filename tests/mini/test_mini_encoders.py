@@ -23,11 +23,11 @@ from cntlora_core.mini.making.evaluate import (
     load_judge,
     prompts_to_judge,
 )
-from cntlora_core.mini.making.things import with_article
+from cntlora_core.mini.making.object_classes import with_article
 
 SHARE = 0.9  # of the pictures; the card has 100 % and 97.5 % of 200
 
-Drawn = tuple[list[tuple[str, str, str]], list[Image.Image]]
+Generated = tuple[list[tuple[str, str, str]], list[Image.Image]]
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +36,8 @@ def encoders() -> Encoders:
 
 
 @pytest.fixture(scope="module")
-def drawn() -> Drawn:
-    """A picture of each of twenty things, and what was asked for."""
+def generated() -> Generated:
+    """A picture of each of twenty objects, and what was asked for."""
     rows = prompts_to_judge(20, seed=1)
     settings = SamplingSettings(steps=12, guidance=2.5, seed=1, batch_size=20)
     prompts = [prompt for prompt, _, _ in rows]
@@ -58,9 +58,9 @@ def test_held_out_pictures_are_nearest_to_the_photos_of_their_subject(encoders: 
 
 
 def test_a_drawn_picture_is_nearest_to_its_name_and_to_its_whole_prompt(
-    encoders: Encoders, drawn: Drawn
+    encoders: Encoders, generated: Generated
 ) -> None:
-    rows, pictures = drawn
+    rows, pictures = generated
     images = encoders.clip.encode_images(pictures)
     names, notes = encoders.clip.encode_prompts(
         [f"a photo of {with_article(name)}" for _, name, _ in rows]
@@ -83,18 +83,20 @@ def test_a_subject_scores_more_with_itself_than_with_others(encoders: Encoders) 
     assert (own.clip_t or 0) > (other.clip_t or 0)
 
 
-def test_the_judge_finds_thing_and_background_in_what_the_model_draws(drawn: Drawn) -> None:
-    rows, pictures = drawn
+def test_the_judge_finds_thing_and_background_in_what_the_model_generates(
+    generated: Generated,
+) -> None:
+    rows, pictures = generated
     classifier = load_judge()
-    things, backgrounds = judge(classifier, as_batch(pictures), rows)
-    assert things.float().mean() >= SHARE
+    objects, backgrounds = judge(classifier, as_batch(pictures), rows)
+    assert objects.float().mean() >= SHARE
     assert backgrounds.float().mean() >= SHARE
     shuffled = rows[1:] + rows[:1]  # a judge that says yes to everything would pass the above
     assert judge(classifier, as_batch(pictures), shuffled)[0].float().mean() < 0.2
 
 
-def test_a_folder_is_judged_by_its_prompts(drawn: Drawn, tmp_path: Path) -> None:
-    rows, pictures = drawn
+def test_a_folder_is_judged_by_its_prompts(generated: Generated, tmp_path: Path) -> None:
+    rows, pictures = generated
     at = next(i for i, (_, name, _) in enumerate(rows) if name == "penguin")
     for name in ("right", "wrong", "other"):
         pictures[at].save(tmp_path / f"{name}.png")

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from cntlora_core import mini
-from cntlora_core.mini.making.things import THINGS
+from cntlora_core.mini.making.object_classes import OBJECT_CLASSES
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,10 @@ def test_any_text_is_encoded_and_comes_back(tokenizer: CLIPTokenizer, text: str)
 
 
 def test_names_and_the_token_are_one_token_a_word(tokenizer: CLIPTokenizer):
-    for word in ["sks", *(word for thing in THINGS for word in thing.name.split())]:
+    for word in [
+        "sks",
+        *(word for object_class in OBJECT_CLASSES for word in object_class.name.split()),
+    ]:
         assert len(tokenizer(word)["input_ids"]) == 3, word
 
 
@@ -112,9 +115,9 @@ def test_padding_is_the_end_token_up_to_77(tokenizer: CLIPTokenizer):
 def test_the_autoencoder_keeps_pictures_of_the_style_it_never_saw(vae: AutoencoderKL):
     pictures = subject_pictures()
     latents = vae.encode(pictures).latent_dist.mean
-    drawn = vae.decode(latents).sample.clamp(-1, 1)
+    decoded = vae.decode(latents).sample.clamp(-1, 1)
     assert latents.shape == (len(pictures), 4, 16, 16)
-    error = (drawn - pictures).pow(2).flatten(1).mean(1)
+    error = (decoded - pictures).pow(2).flatten(1).mean(1)
     decibels = 10 * torch.log10(4 / error)
     assert decibels.mean() > 26
 

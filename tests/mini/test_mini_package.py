@@ -24,16 +24,16 @@ from cntlora_core.mini.making.compose import (
 )
 from cntlora_core.mini.making.make_subjects import SUBJECTS
 from cntlora_core.mini.making.near_doubles import NEAR, nearest
-from cntlora_core.mini.making.sprites import STYLES, SpriteSource
-from cntlora_core.mini.making.things import (
+from cntlora_core.mini.making.object_classes import (
     CORE_NAMES,
     HELD_OUT_NAMES,
     KEPT_OUT_3D,
-    MODEL_THINGS,
-    THINGS,
-    trained_things,
+    MODEL_CLASSES,
+    OBJECT_CLASSES,
+    trained_classes,
     with_article,
 )
+from cntlora_core.mini.making.sprites import STYLES, SpriteSource
 from cntlora_core.mini.making.train_clip import ClipSet
 from cntlora_core.mini.making.vocabulary import learn_merges
 
@@ -67,7 +67,7 @@ def test_no_held_out_picture_is_a_training_picture():
 
 
 def test_subjects_are_of_both_kinds_and_their_class_is_known_to_the_model():
-    known = {thing.name: thing.kind for thing in trained_things()}
+    known = {object_class.name: object_class.kind for object_class in trained_classes()}
     subjects = [mini.subject(name) for name in mini.subjects()]
     assert {subject.kind for subject in subjects} == {"live", "object"}
     for subject in subjects:
@@ -79,7 +79,7 @@ def test_subjects_are_of_both_kinds_and_their_class_is_known_to_the_model():
 
 def test_prompts_speak_of_what_training_showed():
     words = {word for phrase in SCENES for word in phrase.split()} | {*COLOURS, *PATTERNS}
-    words |= {word for thing in trained_things() for word in thing.name.split()}
+    words |= {word for object_class in trained_classes() for word in object_class.name.split()}
     words |= {"a", "an", "and", "with", "wearing", "background", "on", "in"}
     for name in mini.subjects():
         prompts = mini.subject(name).prompts
@@ -94,17 +94,17 @@ def test_an_unknown_subject_is_named_with_those_there_are():
         mini.subject("unicycle")
 
 
-def test_held_out_names_are_things_but_not_trained():
-    names = {thing.name for thing in THINGS}
+def test_held_out_names_are_classes_but_not_trained():
+    names = {object_class.name for object_class in OBJECT_CLASSES}
     assert set(HELD_OUT_NAMES) <= names
-    assert not set(HELD_OUT_NAMES) & {thing.name for thing in trained_things()}
-    assert len(trained_things()) >= 100
+    assert not set(HELD_OUT_NAMES) & {object_class.name for object_class in trained_classes()}
+    assert len(trained_classes()) >= 100
 
 
 def test_the_manifest_lists_every_drawing():
     path = mini._HERE / "making" / "manifest.json"
     manifest = json.loads(path.read_text(encoding="utf-8"))
-    drawings = {emoji for thing in THINGS for emoji in thing.emoji}
+    drawings = {emoji for object_class in OBJECT_CLASSES for emoji in object_class.emoji}
     assert manifest["held_out_names"] == list(HELD_OUT_NAMES)
     for style in ("google", "twitter", "3d"):
         assert set(manifest["sha256"][style]) == drawings
@@ -140,7 +140,7 @@ def test_a_scene_is_drawn_in_range_and_repeatably_at_any_size(scene: str):
         assert np.abs(first - other).max() > 1
 
 
-def test_paste_puts_the_thing_where_it_was_told():
+def test_paste_puts_the_object_where_it_was_told():
     sprite = Image.new("RGBA", (40, 20), (255, 0, 0, 255)).convert("RGBa")
     image = np.zeros((64, 64, 3), np.float32)
     top, left = paste(image, sprite, Placement(0.5, (0.5, 0.25), 0.0, False))
@@ -171,7 +171,9 @@ MAGENTA, GREEN = (255, 0, 255), (0, 200, 80)
 def source(tmp_path_factory: pytest.TempPathFactory) -> SpriteSource:
     """Packages of plain discs: magenta where a 3D drawing is to be kept out, green elsewhere."""
     root = tmp_path_factory.mktemp("node_modules")
-    drawn = [emoji for thing in (*THINGS, *MODEL_THINGS) for emoji in thing.emoji]
+    drawn = [
+        emoji for object_class in (*OBJECT_CLASSES, *MODEL_CLASSES) for emoji in object_class.emoji
+    ]
     emoji = list(dict.fromkeys([*drawn, *KEPT_OUT_3D]))
     rows = [{"short_name": name, "unified": f"{i:04X}"} for i, name in enumerate(emoji)]
     table = root / "emoji-datasource-google" / "emoji.json"
@@ -201,8 +203,10 @@ def test_no_sample_and_no_picture_of_the_autoencoder_shows_a_drawing_kept_out(so
     plain = ComposeConfig(recolour_share=0)
     shown, everything = [], source.everything()
     for seed, styles in ((1, STYLES), (2, ("3d",))):
-        things = tuple(t for t in MODEL_THINGS if styles == STYLES or t.emoji[0] not in KEPT_OUT_3D)
-        composer = Composer(source, plain, seed, things, styles)
+        classes = tuple(
+            t for t in MODEL_CLASSES if styles == STYLES or t.emoji[0] not in KEPT_OUT_3D
+        )
+        composer = Composer(source, plain, seed, classes, styles)
         shown += [composer.sample(index)[0] for index in range(60)]
     assert (
         min(np.abs(picture - np.array(MAGENTA, np.float32)).max(-1).min() for picture in shown) > 30
@@ -213,7 +217,7 @@ def test_no_sample_and_no_picture_of_the_autoencoder_shows_a_drawing_kept_out(so
 
 
 def test_a_caption_without_a_background_has_a_plain_one_behind_it(source: SpriteSource):
-    names = [*(thing.name for thing in MODEL_THINGS), "hat", "crown"]
+    names = [*(object_class.name for object_class in MODEL_CLASSES), "hat", "crown"]
     composer = Composer(source, ComposeConfig(bare_share=1.0), 3)
     white = 0
     for index in range(40):
@@ -227,12 +231,12 @@ def test_a_caption_without_a_background_has_a_plain_one_behind_it(source: Sprite
     assert not any(named.sample(index)[1].endswith(tuple(names)) for index in range(40))
 
 
-def test_the_model_learns_things_that_the_classifier_tells_apart_each_by_one_drawing():
-    names = [thing.name for thing in MODEL_THINGS]
+def test_the_model_learns_objects_that_the_classifier_tells_apart_each_by_one_drawing():
+    names = [object_class.name for object_class in MODEL_CLASSES]
     assert 15 <= len(set(names)) == len(names) <= 30
     assert set(names) <= set(CORE_NAMES)
     assert {mini.subject(name).class_name for name in mini.subjects()} <= set(names)
-    assert all(len(thing.emoji) == 1 for thing in MODEL_THINGS)
+    assert all(len(object_class.emoji) == 1 for object_class in MODEL_CLASSES)
 
 
 def test_a_mirrored_double_of_a_subject_is_found(source: SpriteSource, tmp_path: Path):

@@ -81,7 +81,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(data: Path, tmp_path: Path, m
     threads = torch.get_num_threads()
     try:
         train(data, vae, tmp_path / "whole", config, Budget(1, steps=4), workers=1)
-        # A state in the middle, as an interruption leaves it: the rate follows the whole budget.
+        # A state in the middle, as an interruption leaves it: the learning rate follows the whole
+        # budget.
         train(data, vae, tmp_path / "parts", config, _StopAfter(2, steps=4), workers=1, every=0)
         train(data, vae, tmp_path / "parts", config, Budget(1, steps=4), workers=1)
     finally:
@@ -193,14 +194,14 @@ def test_stratified_steps_cover_every_span_once():
 
 def test_the_rate_warms_up_holds_and_falls():
     budget = Budget(1, steps=100)
-    rates = []
+    learning_rates = []
     for step in range(100):
         budget.step = step
-        rates.append(budget.rate(1.0, warmup_steps=10, decay_from=0.5))
-    assert rates[0] == pytest.approx(0.1)
-    assert rates[10:50] == [1.0] * 40
-    assert all(a >= b for a, b in pairwise(rates[50:]))
-    assert rates[-1] < 0.02
+        learning_rates.append(budget.learning_rate(1.0, warmup_steps=10, decay_from=0.5))
+    assert learning_rates[0] == pytest.approx(0.1)
+    assert learning_rates[10:50] == [1.0] * 40
+    assert all(a >= b for a, b in pairwise(learning_rates[50:]))
+    assert learning_rates[-1] < 0.02
 
 
 def test_the_average_trails_the_weights():

@@ -118,8 +118,8 @@ def test_training_learns_repeats_exactly_and_leaves_the_encoder_alone(task: Glos
         model = get_peft_model(task.new_model(), lora)  # pyright: ignore[reportArgumentType]
         frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
         before = task.evaluate(model)
-        rates = {"learning_rate": 5e-3, "head_learning_rate": 0.05}
-        found.append(list(task.train(model, steps=30, evaluate_at=(15, 30), **rates)))
+        learning_rates = {"learning_rate": 5e-3, "head_learning_rate": 0.05}
+        found.append(list(task.train(model, steps=30, evaluate_at=(15, 30), **learning_rates)))
         after = dict(model.named_parameters())
         assert all(torch.equal(after[name], value) for name, value in frozen.items())
     assert found[0] == found[1]

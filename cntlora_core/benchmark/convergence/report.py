@@ -60,7 +60,7 @@ def write_report(settings: ConvergenceReport) -> list[Path]:
         *_by_step(configs),
         *(b for name in settings.baselines for b in _against(name, configs)),
         *_steps_to(settings.baselines[0], configs),
-        *_best_rates(configs, METRIC[settings.choose_by]),
+        *_best_learning_rates(configs, METRIC[settings.choose_by]),
         *_price(configs),
         *_plots(folder, configs),
     ]
@@ -155,9 +155,9 @@ def _against(name: str, configs: Sequence[Config]) -> Iterator[Block]:
             found = [paired(own, other) for own, other in pairs]
             if not any(found):
                 continue
-            label, rate = config.label, baseline.settings["learning_rate"]
-            if rate != config.settings["learning_rate"]:
-                label += f" ({name} at {rate:g})"
+            label, learning_rate = config.label, baseline.settings["learning_rate"]
+            if learning_rate != config.settings["learning_rate"]:
+                label += f" ({name} at {learning_rate:g})"
             count = max(f.count for f in found if f is not None)
             cells = [_cell(f, m, signed=True) for f, m in zip(found, metrics, strict=True)]
             rows.append([label, str(count), *cells])
@@ -198,7 +198,7 @@ def _steps_to(name: str, configs: Sequence[Config]) -> Iterator[Block]:
     yield Table(["", f"steps of {name}", *(m.title for m in metrics)], rows)
 
 
-def _best_rates(configs: Sequence[Config], by: Metric) -> Iterator[Block]:
+def _best_learning_rates(configs: Sequence[Config], by: Metric) -> Iterator[Block]:
     """Each method at the learning rate that is best by one metric, all else being equal."""
     groups: dict[str, list[tuple[float, Config]]] = {}
     for config in configs:

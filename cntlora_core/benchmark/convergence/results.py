@@ -131,7 +131,7 @@ def configs_of(records: Sequence[dict[str, Any]]) -> list[Config]:
 
 def baseline_of(config: Config, name: str, configs: Sequence[Config]) -> Config | None:
     """The baseline at equal settings; where there is none, the one that differs in learning rate
-    alone, if it has one rate only. None for the baseline itself."""
+    alone, if it has one learning rate only. None for the baseline itself."""
     if config.method == name:
         return None
     for without in ((), ("learning_rate",)):

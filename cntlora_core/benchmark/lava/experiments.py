@@ -66,28 +66,31 @@ def judged(adapted: Any, task: Task, cell: Cell, **more: Any) -> dict[str, Any]:
     }
 
 
-def at_best_rates(runs: list[dict[str, Any]], by: tuple[str, ...]) -> list[dict[str, Any]]:
-    """A row for each group of runs, at the rate that the pictures to choose by speak for.
+def at_best_learning_rates(runs: list[dict[str, Any]], by: tuple[str, ...]) -> list[dict[str, Any]]:
+    """A row for each group of runs, at the learning rate that the pictures to choose by speak for.
 
     Args:
-        runs: Runs of several seeds and rates.
+        runs: Runs of several seeds and learning rates.
         by: What tells groups apart.
 
     Returns:
-        ``accuracy`` and ``spread`` (standard deviation over seeds) of the chosen rate, ``by_seed``,
-        and what is the same for all of a group.
+        ``accuracy`` and ``spread`` (standard deviation over seeds) of the chosen learning rate,
+        ``by_seed``, and what is the same for all of a group.
     """
     groups: dict[tuple[Any, ...], dict[float, list[dict[str, Any]]]] = {}
     for run in runs:
         group = groups.setdefault(tuple(run[name] for name in by), {})
         group.setdefault(run["rate"], []).append(run)
     rows = []
-    for values, by_rate in groups.items():
-        rate = max(by_rate, key=lambda rate: mean(run["chosen_by"] for run in by_rate[rate]))
-        best = by_rate[rate]
+    for values, by_learning_rate in groups.items():
+        learning_rate = max(
+            by_learning_rate,
+            key=lambda own: mean(run["chosen_by"] for run in by_learning_rate[own]),
+        )
+        best = by_learning_rate[learning_rate]
         found = [run["accuracy"] for run in best]
         row = dict(zip(by, values, strict=True)) | {
-            "rate": rate,
+            "rate": learning_rate,
             "accuracy": mean(found),
             "spread": stdev(found) if len(found) > 1 else 0.0,
             "seeds": len(found),
@@ -107,13 +110,14 @@ def at_best_rates(runs: list[dict[str, Any]], by: tuple[str, ...]) -> list[dict[
 
 
 def against(runs: list[dict[str, Any]], key: str, reference: str) -> list[dict[str, Any]]:
-    """The rows of :func:`at_best_rates` by network and ``key``, each compared with one of them.
+    """The rows of :func:`at_best_learning_rates` by network and ``key``, each compared with one of
+    them.
 
     Returns:
         Rows with ``gain``, the mean of the accuracy less the reference's of the same seed, and
         ``gain_error``, its standard error over the seeds.
     """
-    rows = at_best_rates(runs, ("model", key))
+    rows = at_best_learning_rates(runs, ("model", key))
     compared_with = {row["model"]: row["by_seed"] for row in rows if row[key] == reference}
     for row in rows:
         other = compared_with[row["model"]]
@@ -176,11 +180,11 @@ def _robustness_cells(settings: LavaBenchmark) -> list[Cell]:
         *(("rank", r) for r in ranks),
     ]
     return [
-        {"model": m, "seed": s, "varied": what, "value": value, "rate": rate}
+        {"model": m, "seed": s, "varied": what, "value": value, "rate": learning_rate}
         for m in models
         for s in seeds
         for what, value in varied
-        for rate in settings.rates
+        for learning_rate in settings.rates
     ]
 
 
@@ -237,14 +241,16 @@ def _run_initialization(cell: Cell, task: Task) -> dict[str, Any]:
 
 
 def _summarise_initializations(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each rate for itself, since which initialisation is the faster may depend on it.
+    """Each learning rate for itself, since which initialisation is the faster may depend on it.
 
     ``course_mean`` is the mean accuracy over the course, on the pictures that are not judged by.
     """
     rows = [
         row
-        for rate in dict.fromkeys(run["rate"] for run in runs)
-        for row in against([run for run in runs if run["rate"] == rate], "start", "orthogonal")
+        for learning_rate in dict.fromkeys(run["rate"] for run in runs)
+        for row in against(
+            [run for run in runs if run["rate"] == learning_rate], "start", "orthogonal"
+        )
     ]
     for row in rows:
         row["course_mean"] = mean(value for _, value in row["curve"])
@@ -272,7 +278,7 @@ EXPERIMENTS: dict[ExperimentName, Experiment] = {
         "the term's strength, and the rank",
         _robustness_cells,
         _run_robustness,
-        lambda runs: at_best_rates(runs, ("model", "varied", "value")),
+        lambda runs: at_best_learning_rates(runs, ("model", "varied", "value")),
     ),
     "starts": Experiment(
         "starts",

@@ -215,19 +215,19 @@ def finetune(
     adapted: Adapted,
     data: Pictures,
     settings: LavaBenchmark,
-    rate: float,
+    learning_rate: float,
     seed: int,
     *,
     steps: int | None = None,
     at_step: Callable[[int], None] | None = None,
 ) -> list[float]:
-    """AdamW at a constant rate without weight decay, as the paper's toy experiment.
+    """AdamW at a constant learning rate without weight decay, as the paper's toy experiment.
 
     Args:
         adapted: The network.
         data: Its ``train`` part is used.
         settings: Batch size and number of steps.
-        rate: Learning rate.
+        learning_rate: The learning rate.
         seed: Of the batches.
         steps: Default: the settings'.
         at_step: Called with the number of steps done, the network's mode being the trained one's.
@@ -237,7 +237,7 @@ def finetune(
     """
     network, (pictures, labels) = adapted.network, data.train
     trained = [p for p in network.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
     generator = torch.Generator().manual_seed(5_000 + seed)
     losses = []
     network.train()

@@ -148,10 +148,13 @@ def _rough(count: int, size: int, cells: int, generator: torch.Generator) -> Ten
 
 def _emoji(node_modules: Path, styles: tuple[str, ...], size: int) -> tuple[int, Draw]:
     from cntlora_core.mini.making.collage import Collage, CollageConfig, every_background
+    from cntlora_core.mini.making.object_classes import CORE_NAMES, OBJECT_CLASSES
     from cntlora_core.mini.making.sprites import SpriteSource
-    from cntlora_core.mini.making.things import CORE_NAMES, THINGS
 
-    source, named = SpriteSource(node_modules), {thing.name: thing for thing in THINGS}
+    source, named = (
+        SpriteSource(node_modules),
+        {object_class.name: object_class for object_class in OBJECT_CLASSES},
+    )
     sprites, names = [], []
     for style in styles:
         for number, name in enumerate(CORE_NAMES):
@@ -167,7 +170,9 @@ def _emoji(node_modules: Path, styles: tuple[str, ...], size: int) -> tuple[int,
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
             chosen = torch.randint(len(sprites), (count,))
-            return collage.draw(chosen, torch.randint(len(backgrounds), (count,))), name_of[chosen]
+            return collage.compose(chosen, torch.randint(len(backgrounds), (count,))), name_of[
+                chosen
+            ]
 
     return len(CORE_NAMES), sample
 

@@ -121,11 +121,13 @@ def _spectrum(rows: Rows) -> Figure:
 def _initializations(rows: Rows) -> Figure:
     groups = _by(rows, "model", "rate")
     figure, axes = _panels(len(groups))
-    for axis, ((model, rate), own) in zip(axes, groups.items(), strict=True):
+    for axis, ((model, learning_rate), own) in zip(axes, groups.items(), strict=True):
         for colour, row in zip(COLOURS, own):
             steps, values = zip(*row["curve"])
             axis.plot(steps, [100 * v for v in values], color=colour, label=row["start"])
-        axis.set(title=f"{model}, learning rate {rate:g}", xlabel="step", ylabel="accuracy, %")
+        axis.set(
+            title=f"{model}, learning rate {learning_rate:g}", xlabel="step", ylabel="accuracy, %"
+        )
         axis.legend(frameon=False, fontsize=8)
     return figure
 

@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw
 from cntlora_core.mini import model_path
 from cntlora_core.mini.making.backgrounds import COLOURS, PATTERNS, SCENES
 from cntlora_core.mini.making.compose import Background
-from cntlora_core.mini.making.things import MODEL_THINGS, trained_things, with_article
+from cntlora_core.mini.making.object_classes import MODEL_CLASSES, trained_classes, with_article
 from cntlora_core.runtime.files import write_json_atomic
 
 __all__ = ["blind_prompts", "count_right", "lay_out", "names_to_choose_from", "read_answers"]
@@ -30,7 +30,7 @@ __all__ = ["blind_prompts", "count_right", "lay_out", "names_to_choose_from", "r
 def blind_prompts(count: int, seed: int) -> list[tuple[str, str]]:
     """Prompts of different objects, as ``(prompt, name)``; scenes, colours and patterns in turn."""
     rng = np.random.default_rng(seed)
-    names = [thing.name for thing in MODEL_THINGS]
+    names = [object_class.name for object_class in MODEL_CLASSES]
     chosen = [names[i] for i in rng.permutation(len(names))[:count]]
     rows = []
     for index, name in enumerate(chosen):
@@ -46,8 +46,10 @@ def blind_prompts(count: int, seed: int) -> list[tuple[str, str]]:
 
 def names_to_choose_from(count: int, seed: int) -> list[str]:
     """The names of all objects of the model, and others that it does not know, sorted."""
-    known = [thing.name for thing in MODEL_THINGS]
-    others = [thing.name for thing in trained_things() if thing.name not in known]
+    known = [object_class.name for object_class in MODEL_CLASSES]
+    others = [
+        object_class.name for object_class in trained_classes() if object_class.name not in known
+    ]
     order = np.random.default_rng((seed, 1)).permutation(len(others))
     return sorted([*known, *(others[i] for i in order[: count - len(known)])])
 

@@ -1,4 +1,4 @@
-"""Batches of things on backgrounds, made with tensors: faster than :mod:`.compose`, no pairs.
+"""Batches of objects on backgrounds, made with tensors: faster than :mod:`.compose`, no pairs.
 
 The encoders that judge pictures are trained on these. A sprite is turned, scaled and moved by one
 bilinear resampling; backgrounds are drawn beforehand, several of each kind.
@@ -27,8 +27,8 @@ class CollageConfig:
 
     Attributes:
         size: side of the picture in pixels.
-        smallest: least side of a thing, as a part of the frame.
-        largest: greatest side of a thing, as a part of the frame.
+        smallest: least side of an object, as a part of the frame.
+        largest: greatest side of an object, as a part of the frame.
         rotation: greatest rotation in degrees, either way.
         mirror_share: part of the sprites mirrored left to right.
         blur_share: part of the pictures that are blurred.
@@ -82,7 +82,7 @@ class Collage:
         pictures = np.clip(np.stack(drawn).round(), 0, 255).astype(np.uint8)
         self._drawn = torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()
 
-    def draw(self, sprites: Tensor, backgrounds: Tensor) -> Tensor:
+    def compose(self, sprites: Tensor, backgrounds: Tensor) -> Tensor:
         """Pictures with random placement, by torch's global generator.
 
         Args:

@@ -1,4 +1,4 @@
-"""Composing a captioned picture: things, placed at random, on a background that has a name."""
+"""Composing a captioned picture: objects, placed at random, on a background that has a name."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from cntlora_core.mini.making.backgrounds import (
     draw_plain,
     draw_scene,
 )
+from cntlora_core.mini.making.object_classes import MODEL_CLASSES, ObjectClass, with_article
 from cntlora_core.mini.making.sprites import STYLES, SpriteSource, premultiplied_array
-from cntlora_core.mini.making.things import MODEL_THINGS, Thing, with_article
 
 __all__ = [
     "Background",
@@ -35,13 +35,13 @@ class ComposeConfig:
 
     Attributes:
         size: side of the picture in pixels.
-        smallest: least side of a lone thing, as a part of the frame.
-        largest: greatest side of a lone thing, as a part of the frame.
+        smallest: least side of a lone object, as a part of the frame.
+        largest: greatest side of a lone object, as a part of the frame.
         rotation: greatest rotation in degrees, either way.
-        pair_share: part of the samples with two things.
-        recolour_share: part of the samples with one thing dyed in a named colour.
-        hat_share: part of the samples of live things with a hat or crown on.
-        mirror_share: part of the things that are mirrored left to right.
+        pair_share: part of the samples with two objects.
+        recolour_share: part of the samples with one object dyed in a named colour.
+        hat_share: part of the samples of live objects with a hat or crown on.
+        mirror_share: part of the objects that are mirrored left to right.
         nonsense_share: part of the captions with a meaningless word before the noun.
         bare_share: part of the samples whose caption names no background. They have a plain one,
             half of them white, so that a prompt without a background does not bring a scene along.
@@ -68,7 +68,7 @@ class ComposeConfig:
 
 @dataclass(frozen=True)
 class Background:
-    """What is behind the things.
+    """What is behind the objects.
 
     Attributes:
         kind: ``"plain"``, a key of ``PATTERNS``, or ``"scene"``.
@@ -92,7 +92,7 @@ class Background:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a thing goes.
+    """Where an object goes.
 
     Attributes:
         extent: longer side as a part of the frame.
@@ -118,10 +118,10 @@ def render_background(background: Background, rng: np.random.Generator, size: in
 
 def any_background(rng: np.random.Generator) -> Background:
     """40 % plain, 25 % patterned, 35 % scenes; within each, all alike often."""
-    draw = rng.random()
-    if draw < 0.4:
+    chance = rng.random()
+    if chance < 0.4:
         return Background("plain", str(rng.choice(list(COLOURS))))
-    if draw < 0.65:
+    if chance < 0.65:
         return Background(str(rng.choice(list(PATTERNS))), str(rng.choice(list(COLOURS))))
     return Background("scene", str(rng.choice(list(SCENES))))
 
@@ -173,7 +173,7 @@ class Composer:
     Args:
         source: where the emoji are.
         config: sizes and shares.
-        things: what may be shown.
+        classes: what may be shown.
         styles: in which drawing styles.
         seed: with the index it fixes a sample wholly.
     """
@@ -183,17 +183,17 @@ class Composer:
         source: SpriteSource,
         config: ComposeConfig,
         seed: int,
-        things: tuple[Thing, ...] = MODEL_THINGS,
+        classes: tuple[ObjectClass, ...] = MODEL_CLASSES,
         styles: tuple[str, ...] = STYLES,
     ) -> None:
-        self.config, self.seed, self.things = config, seed, things
+        self.config, self.seed, self.classes = config, seed, classes
         self._sprites = {
-            thing.name: {
-                style: source.sprite(style, thing.emoji[0])
+            object_class.name: {
+                style: source.sprite(style, object_class.emoji[0])
                 for style in styles
-                if source.is_shown(style, thing.emoji[0])
+                if source.is_shown(style, object_class.emoji[0])
             }
-            for thing in things
+            for object_class in classes
         }
         self._hats = {
             (style, word): source.sprite(style, emoji)
@@ -207,7 +207,7 @@ class Composer:
         return image, caption
 
     def sample_with_cover(self, index: int) -> tuple[np.ndarray, str, np.ndarray]:
-        """Sample ``index``, and where its things are: bool (size, size)."""
+        """Sample ``index``, and where its objects are: bool (size, size)."""
         rng = np.random.default_rng((self.seed, index))
         cfg = self.config
         named = bool(rng.random() >= cfg.bare_share)
@@ -222,12 +222,14 @@ class Composer:
         image = np.clip(image.round(), 0, 255).astype(np.uint8)
         return image, _caption(subject, background if named else None, rng), cover
 
-    def _pick(self, rng: np.random.Generator) -> Thing:
-        return self.things[rng.integers(len(self.things))]
+    def _pick(self, rng: np.random.Generator) -> ObjectClass:
+        return self.classes[rng.integers(len(self.classes))]
 
-    def _choose(self, thing: Thing, rng: np.random.Generator) -> tuple[str, Image.Image]:
-        """A style that the thing is drawn in, and the drawing."""
-        drawings = list(self._sprites[thing.name].items())
+    def _choose(
+        self, object_class: ObjectClass, rng: np.random.Generator
+    ) -> tuple[str, Image.Image]:
+        """A style that the object is drawn in, and the drawing."""
+        drawings = list(self._sprites[object_class.name].items())
         return drawings[rng.integers(len(drawings))]
 
     def _placement(
@@ -242,13 +244,13 @@ class Composer:
 
     def _draw_one(self, image: np.ndarray, rng: np.random.Generator) -> str:
         cfg = self.config
-        thing = self._pick(rng)
-        style, sprite = self._choose(thing, rng)
-        words = thing.name
+        object_class = self._pick(rng)
+        style, sprite = self._choose(object_class, rng)
+        words = object_class.name
         if rng.random() < cfg.nonsense_share:
             words = f"{_nonsense(rng)} {words}"
         extra = ""
-        hat = thing.kind == "live" and rng.random() < cfg.hat_share
+        hat = object_class.kind == "live" and rng.random() < cfg.hat_share
         if rng.random() < cfg.recolour_share:
             colour = str(rng.choice([c for c in COLOURS if c not in ("black", "white", "gray")]))
             sprite, words = dye(sprite, colour), f"{colour} {words}"
@@ -271,9 +273,9 @@ class Composer:
         while pair[0] is pair[1]:
             pair = (pair[0], self._pick(rng))
         centres = ((0.23, 0.30), (0.70, 0.77))
-        for thing, (left, right) in zip(pair, centres, strict=True):
+        for object_class, (left, right) in zip(pair, centres, strict=True):
             place = self._placement(rng, 0.42, 0.54, left, right)
-            paste(image, self._choose(thing, rng)[1], place)
+            paste(image, self._choose(object_class, rng)[1], place)
         if rng.random() < 0.5:
             pair = pair[::-1]
         joint = " and " if rng.random() < 0.7 else " with "
@@ -295,7 +297,7 @@ _OPENINGS = ("a photo of ", "a photo of ", "a picture of ", "an image of ", "", 
 
 
 def _default_background(rng: np.random.Generator) -> Background:
-    """What is behind a thing when the caption does not say."""
+    """What is behind an object when the caption does not say."""
     return Background("plain", "white" if rng.random() < 0.5 else str(rng.choice(list(COLOURS))))
 
 

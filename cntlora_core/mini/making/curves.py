@@ -47,11 +47,11 @@ def plot_curves(runs: Sequence[tuple[str, Path]], output: Path) -> None:
     for axis, (title, run) in zip(axes, runs, strict=True):
         log = read_log(run)
         steps, losses = [entry["step"] for entry in log], [entry["loss"] for entry in log]
-        rate = axis.twinx()
+        behind = axis.twinx()
         peak = max(entry["rate"] for entry in log)
-        rate.fill_between(steps, [e["rate"] / peak for e in log], color="#9db4c8", alpha=0.3)
-        rate.set(ylim=(0, 1.05), yticks=[])
-        axis.set_zorder(rate.get_zorder() + 1)
+        behind.fill_between(steps, [e["rate"] / peak for e in log], color="#9db4c8", alpha=0.3)
+        behind.set(ylim=(0, 1.05), yticks=[])
+        axis.set_zorder(behind.get_zorder() + 1)
         axis.patch.set_visible(False)
         axis.plot(steps, losses, color="#2f6db5", linewidth=1.2)
         axis.set(yscale="log", xlabel="step")

@@ -1,7 +1,7 @@
 """Compose the training set once and encode it: ``python -m cntlora_core.mini.making.dataset``.
 
 The output folder holds ``captions.txt`` (a line a sample), ``latents.npy`` (float16,
-(count, 4, 16, 16), not scaled), ``covers.npy`` (uint8, (count, 16, 16), 255 where things are all),
+(count, 4, 16, 16), not scaled), ``covers.npy`` (uint8, (count, 16, 16), 255 where objects are all),
 ``tokenizer/`` and ``dataset.json``.
 """
 
@@ -26,8 +26,8 @@ from PIL import Image
 
 from cntlora_core.mini.making.backgrounds import COLOURS, PATTERNS, SCENES
 from cntlora_core.mini.making.compose import ComposeConfig, Composer
+from cntlora_core.mini.making.object_classes import HELD_OUT_NAMES, OBJECT_CLASSES
 from cntlora_core.mini.making.sprites import SpriteSource
-from cntlora_core.mini.making.things import HELD_OUT_NAMES, THINGS
 from cntlora_core.mini.making.train_autoencoder import to_tensor
 from cntlora_core.mini.making.vocabulary import learn_merges, save_tokenizer
 from cntlora_core.runtime.files import write_json_atomic
@@ -52,7 +52,7 @@ def build_tokenizer(folder: Path, composer: Composer, samples: int = 4000) -> in
     counts: Counter[str] = Counter()
     for index in range(samples):
         counts.update(re.findall(r"[a-z]+", composer.sample(index)[1]))
-    words = [w for t in THINGS for w in t.name.split()] + [*COLOURS, *PATTERNS]
+    words = [w for t in OBJECT_CLASSES for w in t.name.split()] + [*COLOURS, *PATTERNS]
     words += [w for phrase in SCENES for w in phrase.split()] + _PROMPT_WORDS.split()
     whole = list(dict.fromkeys(words))
     counts = Counter({word: n for word, n in counts.items() if n > 3 or word in whole})

@@ -19,7 +19,7 @@ from cntlora_core.mini import model_path
 from cntlora_core.mini.making.backgrounds import COLOURS, SCENES
 from cntlora_core.mini.making.compose import Background
 from cntlora_core.mini.making.dataset import save_sheet
-from cntlora_core.mini.making.things import with_article
+from cntlora_core.mini.making.object_classes import with_article
 from cntlora_core.runtime.console import ConsoleReporter
 from cntlora_core.runtime.files import write_json_atomic
 
@@ -32,11 +32,11 @@ JUDGED_NAMES = (
     *("apple", "banana", "strawberry", "hamburger", "car", "rocket", "tent", "boot", "clock"),
     "tree",
 )
-"""The twenty things that the judge chooses among."""
+"""The twenty objects that the judge chooses among."""
 
 
 def prompts_to_judge(count: int, seed: int) -> list[tuple[str, str, str]]:
-    """``(prompt, thing, background)``: every thing alike often, half plain and half scenes."""
+    """``(prompt, object, background)``: every object alike often, half plain and half scenes."""
     rng = np.random.default_rng(seed)
     rows = []
     for index in range(count):
@@ -54,9 +54,9 @@ def prompts_to_judge(count: int, seed: int) -> list[tuple[str, str, str]]:
 def judge(
     classifier: ResNetForImageClassification, pictures: Tensor, rows: list[tuple[str, str, str]]
 ) -> tuple[Tensor, Tensor]:
-    """Which pictures show the right thing, and which the right background.
+    """Which pictures show the right object, and which the right background.
 
-    The thing is chosen among ``JUDGED_NAMES``, the background among the plain ones and scenes.
+    The object is chosen among ``JUDGED_NAMES``, the background among the plain ones and scenes.
 
     Args:
         classifier: made by ``mini.train_classifier``.
@@ -71,10 +71,10 @@ def judge(
     plain = [Background("plain", colour).phrase for colour in COLOURS]
     phrases = torch.tensor([labels[phrase] for phrase in [*plain, *SCENES]])
     logits = torch.cat([classifier(pixel_values=part).logits for part in pictures.split(100)])
-    thing = names[logits[:, names].argmax(1)]
+    found = names[logits[:, names].argmax(1)]
     behind = phrases[logits[:, phrases].argmax(1)]
     wanted = torch.tensor([[labels[name], labels[phrase]] for _, name, phrase in rows])
-    return thing == wanted[:, 0], behind == wanted[:, 1]
+    return found == wanted[:, 0], behind == wanted[:, 1]
 
 
 def as_batch(pictures: Sequence[Image.Image]) -> Tensor:
@@ -90,49 +90,49 @@ def load_judge(folder: Path | None = None) -> ResNetForImageClassification:
     return judge.eval()
 
 
-def rows_of_prompts(prompts: Sequence[str], thing: str) -> list[tuple[str, str, str] | None]:
+def rows_of_prompts(prompts: Sequence[str], object_name: str) -> list[tuple[str, str, str] | None]:
     """What the judge is to find in pictures that were generated for prompts.
 
     Args:
         prompts: One for each picture.
-        thing: What they all show, one of ``JUDGED_NAMES``.
+        object_name: What they all show, one of ``JUDGED_NAMES``.
 
     Returns:
-        For each ``(prompt, thing, background)``; None for a prompt that does not end in the name of
-        the thing and a plain background or scene alone.
+        For each ``(prompt, object, background)``; None for a prompt that does not end in the name
+        of the object and a plain background or scene alone.
     """
     plain = [Background("plain", colour).phrase for colour in COLOURS]
     rows: list[tuple[str, str, str] | None] = []
     for prompt in prompts:
-        behind = prompt.rpartition(f"{thing} ")[2]
+        behind = prompt.rpartition(f"{object_name} ")[2]
         fits = behind in [*plain, *SCENES] and " wearing " not in prompt and " and " not in prompt
-        rows.append((prompt, thing, behind) if fits else None)
+        rows.append((prompt, object_name, behind) if fits else None)
     return rows
 
 
 def judge_folder(
-    classifier: ResNetForImageClassification, folder: Path, thing: str
+    classifier: ResNetForImageClassification, folder: Path, object_name: str
 ) -> dict[str, float]:
-    """Shares of a folder's pictures with the right thing and background, by its prompts.json.
+    """Shares of a folder's pictures with the right object and background, by its prompts.json.
 
     Raises:
-        ValueError: a thing that the judge does not know, or no prompt that it can judge.
+        ValueError: an object that the judge does not know, or no prompt that it can judge.
     """
-    if thing not in JUDGED_NAMES:
-        raise ValueError(f"the judge knows no {thing!r}; it knows {', '.join(JUDGED_NAMES)}")
+    if object_name not in JUDGED_NAMES:
+        raise ValueError(f"the judge knows no {object_name!r}; it knows {', '.join(JUDGED_NAMES)}")
     found = read_pictures(folder)
     chosen = [
         (picture, row)
         for picture, row in zip(
-            found.pictures, rows_of_prompts(found.prompts or (), thing), strict=False
+            found.pictures, rows_of_prompts(found.prompts or (), object_name), strict=False
         )
         if row is not None
     ]
     if not chosen:
         raise ValueError(f"no prompt in {folder} names a plain background or a scene alone")
     pictures, rows = zip(*chosen, strict=True)
-    things, backgrounds = judge(classifier, as_batch(pictures), list(rows))
-    shares = {"things": things, "backgrounds": backgrounds}
+    objects, backgrounds = judge(classifier, as_batch(pictures), list(rows))
+    shares = {"things": objects, "backgrounds": backgrounds}
     return {"pictures": len(rows)} | {
         k: round(v.float().mean().item(), 4) for k, v in shares.items()
     }
@@ -147,17 +147,17 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, help="folder of figures and sheet")
     parser.add_argument("--pictures", type=Path, nargs="+", help="judge these folders instead")
-    parser.add_argument("--thing", help="what the pictures of the folders show")
+    parser.add_argument("--thing", dest="object_name", help="what the pictures of the folders show")
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, default=2.5)
     args = parser.parse_args()
     if args.pictures:
-        if not args.thing:
+        if not args.object_name:
             parser.error("--pictures needs --thing")
         for folder in args.pictures:
-            print(folder.name, judge_folder(load_judge(args.classifier), folder, args.thing))
+            print(folder.name, judge_folder(load_judge(args.classifier), folder, args.object_name))
         return
     if args.output is None:
         parser.error("give --output, or --pictures and --thing")
@@ -171,16 +171,16 @@ def main() -> None:
         generated = generate(
             pipeline, [prompt for prompt, _, _ in rows], settings, reporter=reporter
         )
-    things, backgrounds = judge(load_judge(args.classifier), as_batch(generated), rows)
+    objects, backgrounds = judge(load_judge(args.classifier), as_batch(generated), rows)
     figures = {
         "pictures": len(rows),
-        "things": round(things.float().mean().item(), 4),
+        "things": round(objects.float().mean().item(), 4),
         "backgrounds": round(backgrounds.float().mean().item(), 4),
         "steps": args.steps,
         "guidance": args.guidance,
         "seed": args.seed,
         "right_by_thing": {
-            name: f"{int(sum(things[i] for i in at))} of {len(at)}"
+            name: f"{int(sum(objects[i] for i in at))} of {len(at)}"
             for name in JUDGED_NAMES
             for at in [[i for i, row in enumerate(rows) if row[1] == name]]
         },
@@ -188,7 +188,7 @@ def main() -> None:
     write_json_atomic(args.output / "judged.json", figures)
     first = [Image.fromarray(np.asarray(picture)) for picture in generated[: 3 * len(JUDGED_NAMES)]]
     save_sheet(args.output / "judged.png", first, 10)
-    print(f"right things {figures['things']:.1%}, right backgrounds {figures['backgrounds']:.1%}")
+    print(f"right objects {figures['things']:.1%}, right backgrounds {figures['backgrounds']:.1%}")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from cntlora_core.mini.making.train_diffusion import (
 )
 from cntlora_core.runtime.files import write_json_atomic
 
-__all__ = ["SHEET_PROMPTS", "assemble", "draw_sheet", "export"]
+__all__ = ["SHEET_PROMPTS", "assemble", "export", "generate_sheet"]
 
 SHEET_PROMPTS = (
     "a photo of a dog on a red background",
@@ -159,7 +159,7 @@ def _name_as_stable_diffusion(path: Path) -> None:
     save_file(longer, path, metadata={"format": "pt"})
 
 
-def draw_sheet(
+def generate_sheet(
     pipeline: StableDiffusionPipeline,
     path: Path,
     prompts: tuple[str, ...] = SHEET_PROMPTS,
@@ -171,7 +171,7 @@ def draw_sheet(
     """Draw every prompt ``each`` times and lay the pictures out with their prompts."""
     pictures: list[list[Image.Image]] = []
     for prompt in prompts:
-        drawn = pipeline(
+        images = pipeline(
             [prompt] * each,
             num_inference_steps=steps,
             guidance_scale=guidance,
@@ -179,7 +179,7 @@ def draw_sheet(
             width=64,
             generator=torch.Generator().manual_seed(seed),
         ).images
-        pictures.append([picture.resize((96, 96), Image.Resampling.BICUBIC) for picture in drawn])
+        pictures.append([picture.resize((96, 96), Image.Resampling.BICUBIC) for picture in images])
     columns = 6
     rows = -(-len(prompts) // columns)
     width, height = each * 97 + 5, 112
@@ -201,7 +201,7 @@ def main() -> None:
     parser.add_argument("--autoencoder", type=Path, required=True, help="of mini.train_autoencoder")
     parser.add_argument("--data", type=Path, required=True, help="folder of mini.dataset")
     parser.add_argument("--target", type=Path, help="model folder to make or replace")
-    parser.add_argument("--sheet", type=Path, help="picture of samples to draw")
+    parser.add_argument("--sheet", type=Path, help="picture of samples to generate")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -210,7 +210,7 @@ def main() -> None:
         export(args.run, vae, args.data, args.autoencoder / "autoencoder.json", args.target)
         print(f"wrote {args.target}")
     if args.sheet:
-        draw_sheet(assemble(args.run, vae, args.data / "tokenizer"), args.sheet)
+        generate_sheet(assemble(args.run, vae, args.data / "tokenizer"), args.sheet)
         print(f"wrote {args.sheet}")
 
 

@@ -13,8 +13,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from cntlora_core.mini.making.object_classes import HELD_OUT_NAMES, OBJECT_CLASSES
 from cntlora_core.mini.making.sprites import SpriteSource
-from cntlora_core.mini.making.things import HELD_OUT_NAMES, THINGS
 from cntlora_core.runtime.files import write_json_atomic
 
 __all__ = ["MANIFEST", "PACKAGES", "check", "describe", "fetch"]
@@ -77,9 +77,14 @@ def describe(cache: Path) -> dict:
                 whole.update(f"{path.relative_to(folder).as_posix()} {_digest(path)}\n".encode())
         packages[package]["all_pictures_sha256"] = whole.hexdigest()
         files[style] = {
-            emoji: _digest(source.path(style, emoji)) for thing in THINGS for emoji in thing.emoji
+            emoji: _digest(source.path(style, emoji))
+            for object_class in OBJECT_CLASSES
+            for emoji in object_class.emoji
         }
-    names = {thing.name: {"kind": thing.kind, "emoji": list(thing.emoji)} for thing in THINGS}
+    names = {
+        object_class.name: {"kind": object_class.kind, "emoji": list(object_class.emoji)}
+        for object_class in OBJECT_CLASSES
+    }
     return {
         "packages": packages,
         "names": names,

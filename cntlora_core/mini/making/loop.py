@@ -74,7 +74,7 @@ class Budget:
             return min(1.0, self.step / self.steps)
         return min(1.0, self.elapsed / (60 * self.minutes))
 
-    def rate(self, peak: float, warmup_steps: int, decay_from: float) -> float:
+    def learning_rate(self, peak: float, warmup_steps: int, decay_from: float) -> float:
         """Learning rate: linear warm-up, constant, cosine to nearly zero from ``decay_from`` on."""
         warm = min(1.0, (self.step + 1) / warmup_steps)
         tail = max(0.0, (self.progress - decay_from) / (1 - decay_from))
@@ -115,7 +115,7 @@ class Schedule(Protocol):
     Attributes:
         rate: peak learning rate of AdamW.
         warmup_steps: steps of linear warm-up.
-        decay_from: part of the run after which the rate falls.
+        decay_from: part of the run after which the learning rate falls.
         ema: decay of the averaged weights.
         seed: of weights, data order and noise.
     """
@@ -262,9 +262,11 @@ def optimise(
     budget.skip()
     while budget.progress < 1:
         torch.manual_seed(schedule.seed * 1_000_003 + budget.step)
-        rate = budget.rate(schedule.rate, schedule.warmup_steps, schedule.decay_from)
+        learning_rate = budget.learning_rate(
+            schedule.rate, schedule.warmup_steps, schedule.decay_from
+        )
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = rate
+            group["lr"] = learning_rate
         losses.append(work.backward(batch_of(budget.step)))
         torch.nn.utils.clip_grad_norm_(named.values(), 1.0, foreach=True)
         for optimizer in optimizers:
@@ -274,7 +276,9 @@ def optimise(
         average.update(named, budget.step)
         if budget.step % report_every == 0:
             mean = float(np.mean(losses))
-            log.write(step=budget.step, loss=mean, rate=rate, seconds=round(budget.elapsed, 1))
+            log.write(
+                step=budget.step, loss=mean, rate=learning_rate, seconds=round(budget.elapsed, 1)
+            )
             print(f"{budget.describe()} · loss {mean:.4f}", flush=True)
             losses = []
         if budget.elapsed - saved > every or budget.progress >= 1:
@@ -289,13 +293,17 @@ _OUTER = ("embedding", "conv_in", "conv_out", "quant_conv")
 
 
 def _optimizers(
-    named: Mapping[str, torch.nn.Parameter], rate: float, muon: bool
+    named: Mapping[str, torch.nn.Parameter], learning_rate: float, muon: bool
 ) -> list[torch.optim.Optimizer]:
     """AdamW, and with ``muon`` a Muon for the inner matrices and kernels."""
     inner = {n for n, p in named.items() if muon and p.dim() > 1 and not _is_outer(n)}
     rest = [p for n, p in named.items() if n not in inner]
-    adamw = torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    return [adamw, Muon([named[n] for n in named if n in inner], rate)] if inner else [adamw]
+    adamw = torch.optim.AdamW(
+        rest, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+    )
+    return (
+        [adamw, Muon([named[n] for n in named if n in inner], learning_rate)] if inner else [adamw]
+    )
 
 
 def _is_outer(name: str) -> bool:

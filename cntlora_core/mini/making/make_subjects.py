@@ -135,7 +135,7 @@ def make(node_modules: Path, output: Path, seed: int) -> None:
         for index, which in enumerate(order):
             part = "photos" if index < 5 else "held_out"
             background = _SURROUNDINGS[which]
-            picture = draw(sprite, background, rng)
+            picture = compose(sprite, background, rng)
             path = folder / part / f"{index % 5}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             picture.save(path, optimize=True)
@@ -150,7 +150,7 @@ def make(node_modules: Path, output: Path, seed: int) -> None:
     write_json_atomic(output / "subjects.json", value)
 
 
-def draw(sprite: Image.Image, background: Background, rng: np.random.Generator) -> Image.Image:
+def compose(sprite: Image.Image, background: Background, rng: np.random.Generator) -> Image.Image:
     """One picture of a subject, RGB, ``SIDE`` pixels square."""
     image = render_background(background, rng, SIDE)
     extent = rng.uniform(0.55, 0.85)

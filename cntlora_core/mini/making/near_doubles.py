@@ -3,9 +3,9 @@
 ``python -m cntlora_core.mini.making.near_doubles``
 
 The subjects are drawings of the 3D style, and training shows that style. What training may not
-show is ``things.KEPT_OUT_3D``: the subjects' drawings and those that this check finds to be nearly
-the same. Distance is the root mean squared difference of two drawings on grey at 32 pixels, as a
-part of the subject's own difference from the grey; a drawing counts mirrored too.
+show is ``object_classes.KEPT_OUT_3D``: the subjects' drawings and those that this check finds to be
+nearly the same. Distance is the root mean squared difference of two drawings on grey at 32 pixels,
+as a part of the subject's own difference from the grey; a drawing counts mirrored too.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch.nn import functional
 
 from cntlora_core.mini.making.collage import square_sprite
 from cntlora_core.mini.making.make_subjects import SUBJECTS
+from cntlora_core.mini.making.object_classes import KEPT_OUT_3D
 from cntlora_core.mini.making.sprites import SpriteSource
-from cntlora_core.mini.making.things import KEPT_OUT_3D
 
 __all__ = ["NEAR", "distances", "nearest"]
 

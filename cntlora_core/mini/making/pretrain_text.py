@@ -53,7 +53,7 @@ def pretrain(
     config: DiffusionConfig,
     steps: int = 400,
     batch: int = 32,
-    rate: float = 1e-3,
+    learning_rate: float = 1e-3,
     start: dict[str, torch.Tensor] | None = None,
 ) -> float:
     """Train and write ``output`` (safetensors, the text encoder's own names).
@@ -64,7 +64,7 @@ def pretrain(
         config: shape of the text encoder and the seed.
         steps: steps of AdamW.
         batch: captions a step.
-        rate: peak learning rate; it falls to zero in a straight line.
+        learning_rate: peak learning rate; it falls to zero in a straight line.
         start: weights to go on from.
 
     Returns:
@@ -80,12 +80,12 @@ def pretrain(
         text_encoder.load_state_dict(start)
     head = Linear(config.text_width, len(tokenizer))
     parameters = [*text_encoder.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01)
     rng = np.random.default_rng(config.seed)
     value = float("nan")
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = rate * min(1, (step + 1) / 40) * (1 - step / steps)
+            group["lr"] = learning_rate * min(1, (step + 1) / 40) * (1 - step / steps)
         chosen = torch.from_numpy(rng.integers(len(rows), size=batch))
         loss = words_loss(text_encoder, head, rows[chosen].long(), tokenizer.eos_token_id)
         loss.backward()

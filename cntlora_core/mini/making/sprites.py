@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cntlora_core.mini.making.things import HELD_OUT_NAMES, KEPT_OUT_3D, THINGS
+from cntlora_core.mini.making.object_classes import HELD_OUT_NAMES, KEPT_OUT_3D, OBJECT_CLASSES
 
 __all__ = ["STYLES", "TRAINED_STYLES", "SpriteSource"]
 
@@ -60,9 +60,9 @@ class SpriteSource:
         """All emoji but those of the held-out names and, in the 3D style, ``KEPT_OUT_3D``."""
         hidden = {
             self.codepoints[emoji]
-            for thing in THINGS
-            if thing.name in HELD_OUT_NAMES
-            for emoji in thing.emoji
+            for object_class in OBJECT_CLASSES
+            if object_class.name in HELD_OUT_NAMES
+            for emoji in object_class.emoji
         }
         doubles = {self.codepoints[emoji] for emoji in KEPT_OUT_3D}
         return [

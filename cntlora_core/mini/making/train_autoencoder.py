@@ -54,7 +54,7 @@ class AutoencoderConfig:
         batch: pictures a step.
         rate: peak learning rate of AdamW.
         warmup_steps: steps of linear warm-up.
-        decay_from: part of the run after which the rate falls.
+        decay_from: part of the run after which the learning rate falls.
         kl_weight: weight of the Kullback-Leibler term, per latent value.
         edge_weight: weight of the L1 loss of differences between neighbours.
         square_weight: weight of the squared error beside the L1 loss.
@@ -172,8 +172,8 @@ def autoencoder_loss(
     with torch.set_grad_enabled(not config.decoder_only):
         latent = model.encode(pictures).latent_dist
     spread = latent.mean.detach().std((0, 2, 3), keepdim=True)
-    drawn = model.decode(latent.mean + (latent.std + level * spread) * noise).sample
-    error = drawn - pictures
+    decoded = model.decode(latent.mean + (latent.std + level * spread) * noise).sample
+    error = decoded - pictures
     down, across = error.diff(dim=2), error.diff(dim=3)
     edges = down.abs().mean() + across.abs().mean()
     kl = 0.5 * (latent.mean.pow(2) + latent.var - 1 - latent.logvar).mean()
@@ -187,7 +187,7 @@ def autoencoder_loss(
         return loss
     with torch.no_grad():
         wanted = vision(pixel_values=pictures, output_hidden_states=True).hidden_states
-    seen = vision(pixel_values=drawn, output_hidden_states=True).hidden_states
+    seen = vision(pixel_values=decoded, output_hidden_states=True).hidden_states
     return loss + config.feature_weight * feature_difference(seen, wanted)
 
 
@@ -248,13 +248,13 @@ def whiten_latents(model: AutoencoderKL, pictures: torch.Tensor) -> None:
 def evaluate(model: AutoencoderKL, pictures: torch.Tensor) -> tuple[float, float, torch.Tensor]:
     """Mean PSNR (dB), standard deviation of the latents, reconstructions."""
     latents = torch.cat([model.encode(part).latent_dist.mean for part in pictures.split(32)])
-    drawn = torch.cat([model.decode(part).sample for part in latents.split(32)])
-    return psnr(drawn, pictures).mean().item(), latents.std().item(), drawn
+    decoded = torch.cat([model.decode(part).sample for part in latents.split(32)])
+    return psnr(decoded, pictures).mean().item(), latents.std().item(), decoded
 
 
-def save_pairs(path: Path, pictures: torch.Tensor, drawn: torch.Tensor, count: int = 12) -> None:
+def save_pairs(path: Path, pictures: torch.Tensor, decoded: torch.Tensor, count: int = 12) -> None:
     """Pictures above, reconstructions below."""
-    rows = torch.cat([torch.cat(list(x[:count]), dim=2) for x in (pictures, drawn)], dim=1)
+    rows = torch.cat([torch.cat(list(x[:count]), dim=2) for x in (pictures, decoded)], dim=1)
     array = rows.clamp(-1, 1).add(1).mul(127.5).round().byte().permute(1, 2, 0).numpy()
     Image.fromarray(array).resize((array.shape[1] * 2, array.shape[0] * 2), 0).save(path)
 
@@ -326,10 +326,10 @@ def _write_result(
     final.load_state_dict({**model.state_dict(), **average.shadow})
     if not config.decoder_only:
         whiten_latents(final, check)
-    decibels, deviation, drawn = evaluate(final, check)
+    decibels, deviation, decoded = evaluate(final, check)
     final.register_to_config(scaling_factor=SCALING_FACTOR)
     final.save_pretrained(output / "vae")
-    save_pairs(output / "pairs.png", check, drawn)
+    save_pairs(output / "pairs.png", check, decoded)
     record = {"config": asdict(config), "steps": budget.step, "seconds": round(budget.elapsed)}
     write_json_atomic(output / "autoencoder.json", {**record, "psnr": round(decibels, 2)})
     print(f"PSNR {decibels:.2f} dB, latent deviation {deviation:.3f}", flush=True)

@@ -1,6 +1,6 @@
-"""Train the judge of drawn pictures: ``python -m cntlora_core.mini.making.train_classifier``.
+"""Train the classifier of images: ``python -m cntlora_core.mini.making.train_classifier``.
 
-A small ResNet names the thing and the background. It learns from composed pictures only and never
+A small ResNet names the object and the background. It learns from composed pictures only and never
 sees one that a model drew.
 """
 
@@ -19,8 +19,8 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from cntlora_core.mini.making.collage import Collage, CollageConfig, every_background
 from cntlora_core.mini.making.loop import Budget, ExponentialAverage, optimise
+from cntlora_core.mini.making.object_classes import CORE_NAMES, OBJECT_CLASSES
 from cntlora_core.mini.making.sprites import STYLES, SpriteSource
-from cntlora_core.mini.making.things import CORE_NAMES, THINGS
 from cntlora_core.runtime.files import write_json_atomic
 from cntlora_core.runtime.memory import keep_freed_memory
 
@@ -65,7 +65,7 @@ def classifier_loss(
     model: ResNetForImageClassification,
     smoothing: float,
     pictures: Tensor,
-    things: Tensor,
+    objects: Tensor,
     backgrounds: Tensor,
 ) -> Tensor:
     """Cross-entropy of both answers.
@@ -74,7 +74,7 @@ def classifier_loss(
         model: the judge.
         smoothing: of the labels.
         pictures: (n, 3, 64, 64) in -1..1.
-        things: (n,) indices into ``CORE_NAMES``.
+        objects: (n,) indices into ``CORE_NAMES``.
         backgrounds: (n,) indices into the list of backgrounds.
 
     Returns:
@@ -82,8 +82,8 @@ def classifier_loss(
     """
     logits = model(pixel_values=pictures).logits
     count = len(CORE_NAMES)
-    thing = functional.cross_entropy(logits[:, :count], things, label_smoothing=smoothing)
-    return thing + functional.cross_entropy(
+    object_loss = functional.cross_entropy(logits[:, :count], objects, label_smoothing=smoothing)
+    return object_loss + functional.cross_entropy(
         logits[:, count:], backgrounds, label_smoothing=smoothing
     )
 
@@ -102,7 +102,7 @@ def train(
     """
     output.mkdir(parents=True, exist_ok=True)
     source = SpriteSource(node_modules)
-    named = {thing.name: thing for thing in THINGS}
+    named = {object_class.name: object_class for object_class in OBJECT_CLASSES}
     sprites, labels = [], []
     for style in STYLES:
         for index, name in enumerate(CORE_NAMES):
@@ -121,7 +121,7 @@ def train(
         names = torch.randint(len(CORE_NAMES), (size,))
         chosen = torch.stack([_any_of(label_of == name) for name in names])
         behind = torch.randint(len(backgrounds), (size,))
-        return collage.draw(chosen, behind), names, behind
+        return collage.compose(chosen, behind), names, behind
 
     check = Collage(sprites, backgrounds, config.seed + 1, CollageConfig(per_background=4))
 
@@ -151,7 +151,7 @@ def train(
 def accuracy(
     model: ResNetForImageClassification, collage: Collage, label_of: Tensor, count: int = 1024
 ) -> dict[str, float]:
-    """Share of right answers on fresh pictures of real things.
+    """Share of right answers on fresh pictures of real objects.
 
     Args:
         model: the judge, in eval mode.
@@ -161,7 +161,7 @@ def accuracy(
     """
     chosen = torch.randint(len(label_of), (count,))
     behind = torch.randint(len(collage.backgrounds), (count,))
-    pictures = collage.draw(chosen, behind)
+    pictures = collage.compose(chosen, behind)
     logits = torch.cat([model(pixel_values=part).logits for part in pictures.split(128)])
     names = len(CORE_NAMES)
     return {

@@ -35,8 +35,8 @@ except ImportError:  # transformers 4
 
 from cntlora_core.mini.making.collage import Collage, CollageConfig, every_background
 from cntlora_core.mini.making.loop import Budget, ExponentialAverage, optimise
+from cntlora_core.mini.making.object_classes import HELD_OUT_NAMES, trained_classes, with_article
 from cntlora_core.mini.making.sprites import STYLES, SpriteSource
-from cntlora_core.mini.making.things import HELD_OUT_NAMES, trained_things, with_article
 from cntlora_core.runtime.files import write_json_atomic
 from cntlora_core.runtime.memory import keep_freed_memory
 
@@ -131,13 +131,13 @@ def clip_loss(
     Returns:
         Scalar.
     """
-    drawn = model(input_ids=tokens, pixel_values=pictures)
+    outputs = model(input_ids=tokens, pixel_values=pictures)
     wanted = (same[:, None] == same).float()
     wanted = wanted / wanted.sum(1, keepdim=True)
-    across = functional.cross_entropy(drawn.logits_per_image, wanted)
-    contrast = (across + functional.cross_entropy(drawn.logits_per_text, wanted)) / 2
+    across = functional.cross_entropy(outputs.logits_per_image, wanted)
+    contrast = (across + functional.cross_entropy(outputs.logits_per_text, wanted)) / 2
     text = _unit(model.get_text_features(input_ids=every_name))
-    logits = model.logit_scale.exp() * drawn.image_embeds @ text.T
+    logits = model.logit_scale.exp() * outputs.image_embeds @ text.T
     return contrast + functional.cross_entropy(logits, names)
 
 
@@ -156,11 +156,11 @@ class ClipSet:
     """
 
     def __init__(self, source: SpriteSource, kept_out: bool = False) -> None:
-        self.things = trained_things()
+        self.classes = trained_classes()
         self.sprites, names = [], []
         for style in ("3d",) if kept_out else STYLES:
-            for index, thing in enumerate(self.things):
-                for emoji in thing.emoji:
+            for index, object_class in enumerate(self.classes):
+                for emoji in object_class.emoji:
                     if source.is_shown(style, emoji) != kept_out:
                         self.sprites.append(source.sprite(style, emoji))
                         names.append(index)
@@ -168,18 +168,18 @@ class ClipSet:
         self.backgrounds = every_background()
 
     def captions(self, sprites: Tensor, behind: Tensor, rng: np.random.Generator) -> list[str]:
-        """With the thing, the background, or both."""
+        """With the object, the background, or both."""
         rows = []
         for name, background in zip(self.names[sprites].tolist(), behind.tolist(), strict=True):
-            thing = with_article(self.things[name].name)
+            noun = with_article(self.classes[name].name)
             phrase = self.backgrounds[background].phrase
             opening = str(rng.choice(["a photo of ", "a photo of ", ""]))
-            draw = rng.random()
-            if draw < 0.35:
+            chance = rng.random()
+            if chance < 0.35:
                 phrase = ""
-            elif draw < 0.45:
-                thing = "a thing"
-            rows.append(f"{opening}{thing} {phrase}".strip())
+            elif chance < 0.45:
+                noun = "a thing"
+            rows.append(f"{opening}{noun} {phrase}".strip())
         return rows
 
 
@@ -202,12 +202,12 @@ def retrieval(
         names: how many names there are to choose among, the first ones.
         count: number of pictures.
     """
-    captions = [f"a photo of {with_article(t.name)}" for t in pictures.things[:names]]
+    captions = [f"a photo of {with_article(t.name)}" for t in pictures.classes[:names]]
     text = _unit(model.get_text_features(input_ids=encode(tokenizer, captions)))
     known = (pictures.names < names).nonzero()[:, 0]
     chosen = known[torch.randint(len(known), (count,))]
-    drawn = collage.draw(chosen, torch.randint(len(collage.backgrounds), (count,)))
-    image = torch.cat([_unit(model.get_image_features(pixel_values=x)) for x in drawn.split(128)])
+    images = collage.compose(chosen, torch.randint(len(collage.backgrounds), (count,)))
+    image = torch.cat([_unit(model.get_image_features(pixel_values=x)) for x in images.split(128)])
     return ((image @ text.T).argmax(1) == pictures.names[chosen]).float().mean().item()
 
 
@@ -250,18 +250,18 @@ def train(
     torch.manual_seed(config.seed)
     model = build_clip(config, tokenizer)
 
-    phrases = [f"a photo of {with_article(thing.name)}" for thing in known.things]
+    phrases = [f"a photo of {with_article(object_class.name)}" for object_class in known.classes]
 
     def batch_of(step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rng = np.random.default_rng((config.seed, step))
-        names = torch.from_numpy(rng.integers(len(known.things), size=config.batch))
+        names = torch.from_numpy(rng.integers(len(known.classes), size=config.batch))
         options = [(known.names == name).nonzero()[:, 0] for name in names]
         chosen = torch.stack([at[rng.integers(len(at))] for at in options])
         behind = torch.from_numpy(rng.integers(len(known.backgrounds), size=config.batch))
         captions = known.captions(chosen, behind, rng)
         number = {caption: index for index, caption in enumerate(dict.fromkeys(captions))}
         same = torch.tensor([number[caption] for caption in captions])
-        return collage.draw(chosen, behind), encode(tokenizer, captions), same, names
+        return collage.compose(chosen, behind), encode(tokenizer, captions), same, names
 
     def note(average: ExponentialAverage) -> None:
         final = build_clip(config, tokenizer)

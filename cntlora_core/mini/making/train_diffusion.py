@@ -50,12 +50,12 @@ class DiffusionConfig:
         batch: samples a step.
         rate: peak learning rate of AdamW.
         warmup_steps: steps of linear warm-up.
-        decay_from: part of the run after which the rate falls.
-        thing_weight: weight of the loss where the things are; 1 is that of the background.
+        decay_from: part of the run after which the learning rate falls.
+        thing_weight: weight of the loss where the objects are; 1 is that of the background.
         caption_dropout: part of the captions replaced by the empty one.
         snr_limit: as in min-SNR weighting (arXiv 2303.09556).
         snr_power: the epsilon loss weighs min(SNR, limit) ** power / SNR; 1 is min-SNR. Less than 1
-            gives noisy timesteps, where the prompt's things and colours are settled, their due.
+            gives noisy timesteps, where the prompt's objects and colours are settled, their due.
         ema: decay of the averaged weights.
         muon: Muon for matrices and kernels instead of AdamW.
         seed: of weights, data order and noise.
@@ -193,7 +193,7 @@ def diffusion_loss(
     noise: torch.Tensor,
     steps: torch.Tensor,
 ) -> torch.Tensor:
-    """Epsilon loss, weighted by the signal-to-noise ratio and by where the things are.
+    """Epsilon loss, weighted by the signal-to-noise ratio and by where the objects are.
 
     Args:
         unet: the denoiser.
@@ -204,7 +204,7 @@ def diffusion_loss(
         thing_weight: see :class:`DiffusionConfig`.
         latents: (n, 4, h, w), scaled.
         tokens: (n, 77) ids.
-        covers: (n, 1, h, w), 1 where a thing is.
+        covers: (n, 1, h, w), 1 where an object is.
         noise: (n, 4, h, w), standard normal.
         steps: (n,) timesteps.
 
@@ -215,10 +215,10 @@ def diffusion_loss(
     noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
     noisy = noisy.contiguous(memory_format=torch.channels_last)
     states = text_encoder(tokens).last_hidden_state
-    drawn = unet(noisy, steps, states).sample
+    predicted = unet(noisy, steps, states).sample
     snr = signal[steps] / (1 - signal[steps])
     weight = snr.clamp(max=snr_limit).pow(snr_power) / snr
-    error = (1 + (thing_weight - 1) * covers) * (drawn - noise).pow(2)
+    error = (1 + (thing_weight - 1) * covers) * (predicted - noise).pow(2)
     return (weight * error.flatten(1).mean(1)).mean()
 
 

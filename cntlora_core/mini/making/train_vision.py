@@ -131,7 +131,7 @@ def same_subject(
         behind = torch.cat(
             [torch.randperm(len(collage.backgrounds))[:views] for _ in range(subjects)]
         )
-        pictures = collage.draw(chosen, behind)
+        pictures = collage.compose(chosen, behind)
         rows = torch.cat(
             [model(pixel_values=part).last_hidden_state[:, 0] for part in pictures.split(125)]
         )
@@ -181,7 +181,7 @@ def train(
     def batch_of(_step: int) -> tuple[Tensor, Tensor]:
         chosen = torch.randperm(len(collage.sprites))[: config.batch]
         behind = torch.randint(len(backgrounds), (2, config.batch))
-        return collage.draw(chosen, behind[0]), collage.draw(chosen, behind[1])
+        return collage.compose(chosen, behind[0]), collage.compose(chosen, behind[1])
 
     def note(average: ExponentialAverage) -> None:
         final = build_encoder(config)

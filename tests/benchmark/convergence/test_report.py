@@ -18,10 +18,10 @@ from cntlora_core.cli import main
 DINO = {"lora": 0.5, "eva": 0.6, "cross": 0.7}
 
 
-def record_of(method: str, subject: str, seed: int, rate: float, gain: float) -> dict:
+def record_of(method: str, subject: str, seed: int, learning_rate: float, gain: float) -> dict:
     run = Run.of(
         {"subject": subject, "method": method, "rank": 4, "steps": 10, "seed": seed}
-        | {"learning_rate": rate}
+        | {"learning_rate": learning_rate}
     )
     level = {"penguin": 0.0, "boot": 0.1}[subject]
     shown = {"clip_i": 0.4, "clip_t": 0.6, "backgrounds": 0.75}
@@ -99,7 +99,7 @@ def test_the_files_of_a_report(records, tmp_path, capsys):
 
 def test_baselines_have_equal_settings_or_one_rate_of_their_own():
     cross = record_of("cross", "boot", 0, 1e-3, 0.7)
-    lora = [record_of("lora", "boot", 0, rate, 0.5) for rate in (1e-3, 1e-4)]
+    lora = [record_of("lora", "boot", 0, learning_rate, 0.5) for learning_rate in (1e-3, 1e-4)]
     configs = configs_of([cross, *lora])
     assert [config.label for config in configs] == [
         "lora, learning rate 0.0001",
@@ -118,7 +118,7 @@ def test_baselines_have_equal_settings_or_one_rate_of_their_own():
 
 
 def test_settings_that_only_one_method_has_make_labels_and_groups():
-    records = [record_of("lora", "boot", 0, rate, 0.5) for rate in (1e-3, 1e-4)]
+    records = [record_of("lora", "boot", 0, learning_rate, 0.5) for learning_rate in (1e-3, 1e-4)]
     for unit in ("mean", "least-change"):
         own = record_of("cross", "boot", 0, 1e-3, 0.7)
         own["settings"]["unit"] = unit
@@ -135,9 +135,9 @@ def test_settings_that_only_one_method_has_make_labels_and_groups():
 
 def test_the_best_rate_of_each_method(tmp_path):
     records = [
-        record_of(method, "boot", 0, rate, gain)
+        record_of(method, "boot", 0, learning_rate, gain)
         for method in ("lora", "cross")
-        for rate, gain in ((1e-4, 0.6), (1e-3, 0.5))
+        for learning_rate, gain in ((1e-4, 0.6), (1e-3, 0.5))
     ]
     keep(tmp_path, records)
     write_report(ConvergenceReport(tmp_path, choose_by="dino"))

@@ -1,4 +1,4 @@
-"""Names of the things that the small model knows, and the emoji that draw each of them."""
+"""Names of the objects that the small model knows, and the emoji that draw each of them."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ __all__ = [
     "CORE_NAMES",
     "HELD_OUT_NAMES",
     "KEPT_OUT_3D",
-    "MODEL_THINGS",
-    "THINGS",
-    "Thing",
-    "trained_things",
+    "MODEL_CLASSES",
+    "OBJECT_CLASSES",
+    "ObjectClass",
+    "trained_classes",
     "with_article",
 ]
 
 
 @dataclass(frozen=True)
-class Thing:
+class ObjectClass:
     """A noun and its drawings.
 
     Attributes:
@@ -71,7 +71,7 @@ KEPT_OUT_3D = (
     *("cat2", "dragon", "purse", "round_pushpin"),
 )
 
-# The names that the classifier tells apart; those of ``MODEL_THINGS`` are among them.
+# The names that the classifier tells apart; those of ``MODEL_CLASSES`` are among them.
 CORE_NAMES = (
     *("dog", "cat", "bird", "penguin", "octopus", "dragon", "fish", "owl", "fox", "elephant"),
     *("apple", "banana", "strawberry", "hamburger", "pizza", "cake", "car", "rocket", "airplane"),
@@ -80,19 +80,19 @@ CORE_NAMES = (
 )
 
 
-def _parse(table: str, kind: str) -> list[Thing]:
-    things = []
+def _parse(table: str, kind: str) -> list[ObjectClass]:
+    classes = []
     for entry in table.replace("\n", " ").split(";"):
         name, _, drawings = entry.strip().partition("=")
-        things.append(Thing(name, kind, tuple((drawings or name).split("+"))))
-    return things
+        classes.append(ObjectClass(name, kind, tuple((drawings or name).split("+"))))
+    return classes
 
 
-THINGS: tuple[Thing, ...] = tuple(_parse(_LIVE, "live") + _parse(_OBJECTS, "object"))
+OBJECT_CLASSES: tuple[ObjectClass, ...] = tuple(_parse(_LIVE, "live") + _parse(_OBJECTS, "object"))
 
-# What the text-to-image model learns: few things, each by one emoji, the same one in every style.
+# What the text-to-image model learns: few objects, each by one emoji, the same one in every style.
 # The subjects' classes are among them.
-MODEL_THINGS: tuple[Thing, ...] = tuple(
+MODEL_CLASSES: tuple[ObjectClass, ...] = tuple(
     _parse(
         """dog; cat; bird; penguin; octopus; dragon=dragon_face; owl; fox=fox_face; fish;
         elephant""",
@@ -107,9 +107,11 @@ MODEL_THINGS: tuple[Thing, ...] = tuple(
 )
 
 
-def trained_things() -> tuple[Thing, ...]:
-    """The things that training may show."""
-    return tuple(thing for thing in THINGS if thing.name not in HELD_OUT_NAMES)
+def trained_classes() -> tuple[ObjectClass, ...]:
+    """The classes that training may show."""
+    return tuple(
+        object_class for object_class in OBJECT_CLASSES if object_class.name not in HELD_OUT_NAMES
+    )
 
 
 def with_article(noun: str) -> str:
