@@ -43,10 +43,6 @@ class AttachmentPoint:
         return min(self.in_features, self.out_features)
 
     @property
-    def is_convolution(self) -> bool:
-        return isinstance(self.module, nn.Conv2d)
-
-    @property
     def reading(self) -> tuple[object, ...]:
         """How the module looks at a tensor: two that look alike at one read the same rows."""
         m = self.module

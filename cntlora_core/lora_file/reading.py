@@ -119,7 +119,7 @@ def load_lora_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, st
 
 
 def check_drawable(path: Path, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """Refuses what diffusers would load without a word, or draw black pictures with.
+    """Refuses what diffusers would load without a word, or generate black images with.
 
     Args:
         path: What messages name.

@@ -1,4 +1,4 @@
-"""One registry of methods: CNTLoRA's variants, the rivals that peft has, and comparison runs.
+"""One registry of methods: CNTLoRA's variants, the baselines that peft has, and comparison runs.
 
 >>> from cntlora_core.methods import METHODS, get_method, initialize_adapter
 """

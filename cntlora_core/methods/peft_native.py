@@ -1,4 +1,4 @@
-"""What peft itself can initialise, as methods: the rivals, and runs to compare with.
+"""What peft itself can initialise, as methods: the baselines, and runs to compare with.
 
 The records stand here; the modules that compute are imported when a method is used, so that the
 registry can be read without torch.

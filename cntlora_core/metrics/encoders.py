@@ -1,4 +1,4 @@
-"""The encoders that judge pictures: one that sees (DINO), and one that also reads (CLIP).
+"""The encoders that measure images: one that sees (DINO), and one that also reads (CLIP).
 
 Both are transformers' own classes, by hub id or folder, from safetensors files only. Pictures are
 cut to their middle square first, so that no image processor squeezes them.
@@ -118,7 +118,7 @@ class ClipEncoder:
 
 @dataclass(frozen=True, eq=False)
 class Encoders:
-    """What an evaluation judges with."""
+    """What an evaluation measures with."""
 
     dino: ImageEncoder
     clip: ClipEncoder
@@ -182,7 +182,7 @@ def load_image_encoder(
     folder = find_encoder(source, "vision", local_files_only)
     kind = _model_type(folder)
     if kind == "clip":
-        raise ValueError(f"{source} is a CLIP model; the subject is judged by one such as {DINO}")
+        raise ValueError(f"{source} is a CLIP model; the subject is measured by one such as {DINO}")
     # ViT's pooling layer is not part of DINO's files, and would be random.
     options = {"add_pooling_layer": False} if kind == "vit" else {}
     with reading(folder, "an encoder of pictures", _OTHER_ENCODER):

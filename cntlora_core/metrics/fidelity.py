@@ -131,7 +131,7 @@ def measure(
     """Subject fidelity and, with prompts, prompt fidelity of generated pictures.
 
     Args:
-        encoders: What judges.
+        encoders: What measures.
         subject: The real pictures, see :func:`subject_features`.
         pictures: Generated ones.
         prompts: One for each picture, or None.

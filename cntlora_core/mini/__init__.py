@@ -61,7 +61,7 @@ def model_path() -> Path:
 
 
 def encoder_path(kind: str) -> Path:
-    """Folder of one of the small encoders that judge pictures, for transformers' classes.
+    """Folder of one of the small encoders that measure images, for transformers' classes.
 
     Args:
         kind: ``"vision"``, a ViTModel whose first token stands for the picture; or ``"clip"``, a

@@ -70,11 +70,11 @@ def test_photographs_are_split_by_photograph(tmp_path: Path):
         green = ((part[0][:, 1].mean((1, 2)) + 1) * 127.5 / 50).round().long()
         return set(zip(part[1].tolist(), green.tolist(), strict=True))
 
-    parts = [shown(part) for part in (data.train, data.choose, data.judge)]
+    parts = [shown(part) for part in (data.train, data.validation, data.test)]
     assert [len(part) for part in parts] == [6, 2, 2]
     assert len(set.union(*parts)) == 10
     again = target_pictures(settings, seed=1)
-    assert shown(again.judge) != parts[2]
+    assert shown(again.test) != parts[2]
     red = data.train[0][:, 0].mean((1, 2)) > 0
     assert torch.equal(red.long(), 1 - data.train[1])
 
@@ -141,7 +141,7 @@ def test_what_is_said_of_a_spectrum():
     assert level["effective"] == pytest.approx(1)
 
 
-def test_the_rate_is_chosen_by_other_pictures_than_it_is_judged_by():
+def test_the_learning_rate_is_chosen_by_other_pictures_than_it_is_tested_on():
     def run(seed, learning_rate, chosen_by, accuracy):
         more = {"last_loss": 0.0, "trained": 1, "share": 0.1, "rank": 4}
         return {"method": "a", "seed": seed, "rate": learning_rate, "chosen_by": chosen_by,

@@ -282,7 +282,7 @@ def test_saving_puts_the_lora_where_loaders_look(
     assert "method: cross" in report
 
 
-def test_drawing_with_the_lora_changes_the_pictures(pack: Pack, run: SimpleNamespace) -> None:
+def test_sampling_with_the_lora_changes_the_pictures(pack: Pack, run: SimpleNamespace) -> None:
     few = {"prompts": "a photo of sks dog\n\na red dog", "steps": 1, "per_prompt": 2}
     plain, prompts = pack.run("CNTLoRASample", model=run.model, **few).args
     generated = pack.run("CNTLoRASample", model=run.model, lora=run.trained.args[0], **few).args[0]
@@ -315,12 +315,12 @@ def test_pictures_are_measured_against_the_photos(
     folder = comfy / "models" / "clip_vision"
     for kind in ("vision", "clip"):
         (folder / f"tiny {kind}").symlink_to(tiny_encoders / kind, target_is_directory=True)
-    judges = {"dino": "tiny vision", "clip": "tiny clip"}
+    chosen = {"dino": "tiny vision", "clip": "tiny clip"}
     widgets = pack.module("widgets")
-    assert widgets.encoder_names("vision") == [widgets.SMALL_ENCODER, judges["dino"]]
-    assert widgets.encoder_names("clip") == [widgets.SMALL_ENCODER, judges["clip"]]
+    assert widgets.encoder_names("vision") == [widgets.SMALL_ENCODER, chosen["dino"]]
+    assert widgets.encoder_names("clip") == [widgets.SMALL_ENCODER, chosen["clip"]]
     images, prompts = pictures(4, 32), "a red {token} {class}\na cat"
-    output = pack.run("CNTLoRAEvaluate", images=images, subject=subject, prompts=prompts, **judges)
+    output = pack.run("CNTLoRAEvaluate", images=images, subject=subject, prompts=prompts, **chosen)
     dino, clip_i, clip_t, sheet, report = output.args
     encoders = load_encoders(tiny_encoders / "vision", tiny_encoders / "clip")
     generated = [Image.fromarray(np.rint(x.numpy() * 255).astype(np.uint8)) for x in images]
@@ -339,10 +339,10 @@ def test_pictures_are_measured_against_the_photos(
     assert sheet.ndim == 4
     assert len(output.ui["images"]) == 1
     with pytest.raises(ValueError, match="4 pictures and 3 prompts"):
-        pack.run("CNTLoRAEvaluate", images=images, subject=subject, prompts="a\nb\nc", **judges)
+        pack.run("CNTLoRAEvaluate", images=images, subject=subject, prompts="a\nb\nc", **chosen)
     with pytest.raises(FileNotFoundError, match="no encoder"):
         pack.run(
-            "CNTLoRAEvaluate", images=images, subject=subject, **{**judges, "clip": "../../etc"}
+            "CNTLoRAEvaluate", images=images, subject=subject, **{**chosen, "clip": "../../etc"}
         )
 
 

@@ -63,7 +63,7 @@ def picture(server: Server, outcome: Outcome, graph: dict[str, Any]) -> np.ndarr
         return np.asarray(image.convert("RGB"), dtype=np.int16)
 
 
-def test_teaching_saving_loading_and_drawing(server: Server) -> None:
+def test_teaching_saving_loading_and_sampling(server: Server) -> None:
     teach = workflow("personalise_sd15", TAUGHT)
     first = server.run(teach, 5400)
     assert first.status == "success", first.messages

@@ -267,7 +267,7 @@ def test_two_encoders_of_a_model_that_is_not_of_transformers():
     check(Towers(), batch, mask_of)
 
 
-def test_a_start_of_a_model_with_a_decoder_reports_the_rows_of_each():
+def test_an_initialisation_of_a_model_with_a_decoder_reports_the_rows_of_each():
     batch = {"input_ids": text(READ), "attention_mask": READ, "labels": labels()}
     lora = LoraConfig(r=2, target_modules=["SelfAttention.q", "EncDecAttention.k"])
     rows = get_cntlora_model(t5(), lora, CNTLoRAConfig(), [batch, batch]).cntlora_report.rows

@@ -232,7 +232,7 @@ class Reader(nn.Module):
 
 
 @pytest.mark.parametrize("settings", [KEEP, REWRITE])
-def test_trained_tokens_start_as_the_base_s(settings):
+def test_trained_tokens_are_initialised_as_the_base_s(settings):
     ids = torch.arange(9)[None]
     model = get_cntlora_model(
         Reader(), lora(trainable_token_indices={"embed": [1, 4]}), settings, [ids]
@@ -335,7 +335,7 @@ def test_data_parallel_wrappers_are_refused():
         get_cntlora_model(Wrapper(Net()), lora(), KEEP, data())
 
 
-def test_a_loaded_adapter_can_be_started_anew(tmp_path):
+def test_a_loaded_adapter_can_be_initialised_anew(tmp_path):
     get_cntlora_model(Net(), lora(), KEEP, data()[:1]).save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(Net(), tmp_path, is_trainable=True)
     loaded = initialize_lora_cntlora_weights(loaded, data(), KEEP)

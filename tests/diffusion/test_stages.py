@@ -128,7 +128,7 @@ def test_a_run_is_told_apart_by_what_shapes_its_training(settings, monkeypatch) 
     assert {key(same_run) for same_run in same} == {key(settings)}
 
 
-def test_a_lora_in_memory_draws_what_its_file_draws(settings) -> None:
+def test_a_lora_in_memory_generates_what_its_file_generates(settings) -> None:
     lora = personalise(change(settings, "prior", prior_weight=0.0)).lora
     with torch.inference_mode():
         tensors, header = load_lora_tensors(lora)

@@ -246,7 +246,7 @@ def test_something_else_than_a_file(
     assert_refused(run(arguments), named, out)
 
 
-def judged(sound: Sound, out: Path, vision: Path, clip: Path) -> list[str]:
+def evaluate_command(sound: Sound, out: Path, vision: Path, clip: Path) -> list[str]:
     return [
         "evaluate", "--subject", str(sound.photos), "--generated", str(sound.photos), "--output",
         str(out), "--prompt", "a dog", "--dino", str(vision), "--clip", str(clip),
@@ -254,7 +254,7 @@ def judged(sound: Sound, out: Path, vision: Path, clip: Path) -> list[str]:
     ]  # fmt: skip
 
 
-JUDGES = {
+DAMAGED_ENCODERS = {
     "no JSON": ("config.json", BAD_JSON["cut"]),
     "null": ("config.json", BAD_JSON["null"]),
     "deep": ("config.json", BAD_JSON["deep"]),
@@ -277,14 +277,16 @@ JUDGES = {
 }
 
 
-@pytest.mark.parametrize("case", JUDGES)
+@pytest.mark.parametrize("case", DAMAGED_ENCODERS)
 def test_a_damaged_encoder(sound: Sound, run: Run, tmp_path: Path, case: str) -> None:
-    which = ("vision", "clip")[list(JUDGES).index(case) % 2]
-    inside, change = JUDGES[case]
+    which = ("vision", "clip")[list(DAMAGED_ENCODERS).index(case) % 2]
+    inside, change = DAMAGED_ENCODERS[case]
     out = tmp_path / "out"
     folder = damaged_copy(sound.encoders / which, tmp_path / which, inside, change)
     folders = {name: sound.encoders / name for name in ("vision", "clip")} | {which: folder}
-    assert_refused(run(judged(sound, out, folders["vision"], folders["clip"])), str(folder), out)
+    assert_refused(
+        run(evaluate_command(sound, out, folders["vision"], folders["clip"])), str(folder), out
+    )
 
 
 @pytest.mark.parametrize("which", ["vision", "clip"])
@@ -303,7 +305,9 @@ def test_an_encoder_that_lacks_weights(sound: Sound, run: Run, tmp_path: Path, w
     )
     folders = {name: sound.encoders / name for name in ("vision", "clip")} | {which: folder}
     out = tmp_path / "out"
-    assert_refused(run(judged(sound, out, folders["vision"], folders["clip"])), str(folder), out)
+    assert_refused(
+        run(evaluate_command(sound, out, folders["vision"], folders["clip"])), str(folder), out
+    )
 
 
 def _header(**values: object) -> Change:

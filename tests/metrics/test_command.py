@@ -34,7 +34,7 @@ def lora(tiny_model: Path, tmp_path: Path) -> Path:
     return write_lora_file(tmp_path / "my lora.safetensors", layers)
 
 
-def judged_by(encoders: Path) -> list[str]:
+def encoder_flags(encoders: Path) -> list[str]:
     return [
         "--dino", str(encoders / "vision"), "--clip", str(encoders / "clip"), "--device", "cpu",
     ]  # fmt: skip
@@ -50,7 +50,7 @@ def test_folders_are_measured(
         Image.new("RGB", (30, 30), (200, 90 * i, 10)).save(made / f"{i}.png")
         (made / f"{i}.txt").write_text(("a red dog", "a cat")[i])
     arguments = ["evaluate", "--subject", str(photo_folder), "--output", str(out)]
-    arguments += ["--generated", str(made), str(photo_folder), *judged_by(tiny_encoders)]
+    arguments += ["--generated", str(made), str(photo_folder), *encoder_flags(tiny_encoders)]
     assert main(arguments) == 0
     record = json.loads((out / "fidelity.json").read_text("utf-8"))
     generated, photos, themselves = record["results"]
@@ -64,7 +64,7 @@ def test_folders_are_measured(
         assert sheet.width > 300
 
 
-def test_a_lora_is_drawn_with_and_measured_beside_the_base(
+def test_a_lora_is_sampled_with_and_measured_beside_the_base(
     tiny_encoders: Path, tiny_model: Path, photo_folder: Path, lora: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -72,7 +72,7 @@ def test_a_lora_is_drawn_with_and_measured_beside_the_base(
         "evaluate", "--subject", str(photo_folder), "--output", str(out),
         "--model", str(tiny_model), "--lora", str(lora), f"{lora}:0",
         "--prompt", "a photo of {}", "a red dog", "--token", "sks", "--class-name", "dog",
-        "--per-prompt", "2", "--steps", "1", *judged_by(tiny_encoders),
+        "--per-prompt", "2", "--steps", "1", *encoder_flags(tiny_encoders),
     ]  # fmt: skip
     assert main(arguments) == 0
     results = json.loads((out / "fidelity.json").read_text("utf-8"))["results"]
@@ -87,7 +87,7 @@ def test_a_lora_is_drawn_with_and_measured_beside_the_base(
     again = tmp_path / "again"
     folder = out / "my_lora"
     arguments = ["evaluate", "--subject", str(photo_folder), "--output", str(again)]
-    arguments += ["--generated", str(folder), "--token", "sks", *judged_by(tiny_encoders)]
+    arguments += ["--generated", str(folder), "--token", "sks", *encoder_flags(tiny_encoders)]
     assert main(arguments) == 0
     second = json.loads((again / "fidelity.json").read_text("utf-8"))["results"][0]
     for name in ("dino", "clip_i", "clip_t"):
@@ -121,6 +121,6 @@ def test_bad_input_is_said_in_words(
 ) -> None:
     arguments = ["evaluate", "--subject", str(photo_folder), "--output", str(tmp_path / "out")]
     arguments += [text.format(photos=photo_folder) if "photos" in text else text for text in more]
-    assert main([*arguments, *judged_by(tiny_encoders)]) == 1
+    assert main([*arguments, *encoder_flags(tiny_encoders)]) == 1
     assert words in capsys.readouterr().err
     assert not (tmp_path / "out" / "fidelity.json").exists()

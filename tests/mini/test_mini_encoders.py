@@ -18,10 +18,10 @@ from cntlora_core.metrics.encoders import SMALL
 from cntlora_core.metrics.pictures import write_prompts
 from cntlora_core.mini.making.evaluate import (
     as_batch,
-    judge,
-    judge_folder,
-    load_judge,
-    prompts_to_judge,
+    classify,
+    classify_folder,
+    load_classifier,
+    prompts_to_classify,
 )
 from cntlora_core.mini.making.object_classes import with_article
 
@@ -38,7 +38,7 @@ def encoders() -> Encoders:
 @pytest.fixture(scope="module")
 def generated() -> Generated:
     """A picture of each of twenty objects, and what was asked for."""
-    rows = prompts_to_judge(20, seed=1)
+    rows = prompts_to_classify(20, seed=1)
     settings = SamplingSettings(steps=12, guidance=2.5, seed=1, batch_size=20)
     prompts = [prompt for prompt, _, _ in rows]
     return rows, sample(str(mini.model_path()), prompts, (), settings, device="cpu")
@@ -57,7 +57,7 @@ def test_held_out_pictures_are_nearest_to_the_photos_of_their_subject(encoders: 
     assert (nearest == own).float().mean() > 0.75  # 0.86; chance: 0.1
 
 
-def test_a_drawn_picture_is_nearest_to_its_name_and_to_its_whole_prompt(
+def test_a_generated_image_is_nearest_to_its_name_and_to_its_whole_prompt(
     encoders: Encoders, generated: Generated
 ) -> None:
     rows, pictures = generated
@@ -83,19 +83,19 @@ def test_a_subject_scores_more_with_itself_than_with_others(encoders: Encoders) 
     assert (own.clip_t or 0) > (other.clip_t or 0)
 
 
-def test_the_judge_finds_thing_and_background_in_what_the_model_generates(
+def test_the_classifier_finds_object_and_background_in_what_the_model_generates(
     generated: Generated,
 ) -> None:
     rows, pictures = generated
-    classifier = load_judge()
-    objects, backgrounds = judge(classifier, as_batch(pictures), rows)
+    classifier = load_classifier()
+    objects, backgrounds = classify(classifier, as_batch(pictures), rows)
     assert objects.float().mean() >= SHARE
     assert backgrounds.float().mean() >= SHARE
-    shuffled = rows[1:] + rows[:1]  # a judge that says yes to everything would pass the above
-    assert judge(classifier, as_batch(pictures), shuffled)[0].float().mean() < 0.2
+    shuffled = rows[1:] + rows[:1]  # a classifier that says yes to everything would pass the above
+    assert classify(classifier, as_batch(pictures), shuffled)[0].float().mean() < 0.2
 
 
-def test_a_folder_is_judged_by_its_prompts(generated: Generated, tmp_path: Path) -> None:
+def test_a_folder_is_classified_by_its_prompts(generated: Generated, tmp_path: Path) -> None:
     rows, pictures = generated
     at = next(i for i, (_, name, _) in enumerate(rows) if name == "penguin")
     for name in ("right", "wrong", "other"):
@@ -104,13 +104,13 @@ def test_a_folder_is_judged_by_its_prompts(generated: Generated, tmp_path: Path)
     prompts = {
         "right.png": f"a sks penguin {rows[at][2]}",
         "wrong.png": f"a sks penguin {wrong}",
-        "other.png": "a sks penguin and an apple on a white background",  # not judged
+        "other.png": "a sks penguin and an apple on a white background",  # not classified
     }
     write_prompts(tmp_path, prompts)
-    found = judge_folder(load_judge(), tmp_path, "penguin")
+    found = classify_folder(load_classifier(), tmp_path, "penguin")
     assert found == {"pictures": 2, "things": 1.0, "backgrounds": 0.5}
     with pytest.raises(ValueError, match="knows no 'zebra'"):
-        judge_folder(load_judge(), tmp_path, "zebra")
+        classify_folder(load_classifier(), tmp_path, "zebra")
 
 
 def test_all_weights_together_are_at_most_40_mb_of_float16() -> None:

@@ -95,7 +95,7 @@ def test_wordnet_is_found_or_asked_for(wordnet: Path, monkeypatch: Any, tmp_path
         find_wordnet()
 
 
-def test_batches_hold_each_drawn_gloss_once(task: GlossTask):
+def test_batches_hold_each_sampled_gloss_once(task: GlossTask):
     assert task.categories == ("noun.animal", "noun.artifact", "noun.plant")
     assert [len(batch["labels"]) for batch in task.batches] == [16, 16, 8]
     assert sum(len(batch["labels"]) for batch in task.validation) == 20

@@ -144,11 +144,16 @@ def right_backgrounds(
 
     Only prompts that end in a plain background or a scene count; None where none does.
     """
-    from cntlora_core.mini.making.evaluate import JUDGED_NAMES, as_batch, judge, rows_of_prompts
+    from cntlora_core.mini.making.evaluate import (
+        CLASSIFIED_NAMES,
+        as_batch,
+        classify,
+        rows_of_prompts,
+    )
 
     chosen = [
         # The name is that of any object which the classifier knows: backgrounds alone are asked.
-        (image, (prompt, JUDGED_NAMES[0], row[2]))
+        (image, (prompt, CLASSIFIED_NAMES[0], row[2]))
         for image, prompt, row in zip(
             images, prompts, rows_of_prompts(prompts, class_name), strict=True
         )
@@ -157,7 +162,7 @@ def right_backgrounds(
     if not chosen:
         return None
     pictures, rows = zip(*chosen, strict=True)
-    return float(judge(_classifier(), as_batch(pictures), list(rows))[1].float().mean())
+    return float(classify(_classifier(), as_batch(pictures), list(rows))[1].float().mean())
 
 
 @functools.lru_cache(maxsize=1)
@@ -167,9 +172,9 @@ def _encoders(dino: str, clip: str, device: str) -> Encoders:
 
 @functools.lru_cache(maxsize=1)
 def _classifier() -> Any:
-    from cntlora_core.mini.making.evaluate import load_judge
+    from cntlora_core.mini.making.evaluate import load_classifier
 
-    return load_judge()
+    return load_classifier()
 
 
 def _joined(batches: NoisedPhotos, size: int) -> list[NoisedBatch]:

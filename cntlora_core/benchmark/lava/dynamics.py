@@ -54,7 +54,7 @@ def _run_variance(cell: Cell, task: Task) -> dict[str, Any]:
             looks.append({"step": step, **gradient_variance(adapted, data.train, settings.batch)})
 
     finetune(adapted, data, settings, cell["rate"], cell["seed"], at_step=look)
-    return {"looks": looks, "accuracy": accuracy(adapted.network, data.judge)}
+    return {"looks": looks, "accuracy": accuracy(adapted.network, data.test)}
 
 
 def gradient_variance(
@@ -145,7 +145,7 @@ def _run_spectrum(cell: Cell, task: Task) -> dict[str, Any]:
     }
     return {
         "rank": rank,
-        "accuracy": accuracy(adapted.network, data.judge),
+        "accuracy": accuracy(adapted.network, data.test),
         "spectra": {name: values[: rank + 4] for name, values in spectra.items()},
     }
 

@@ -49,15 +49,15 @@ def some_models(settings: LavaBenchmark) -> tuple[TaskName, ...]:
     return (*settings.models[:3], *(("minilm",) if settings.text else ()))
 
 
-def judged(adapted: Any, task: Task, cell: Cell, **more: Any) -> dict[str, Any]:
-    """Fine-tune, and say how good it became: on pictures to choose by, and to judge by."""
+def fine_tuned(adapted: Any, task: Task, cell: Cell, **more: Any) -> dict[str, Any]:
+    """Fine-tune, and say how good it became: on the validation and the test pictures."""
     data = task.data(cell["seed"])
     losses = finetune(adapted, data, task.settings, cell["rate"], cell["seed"])
     trained, whole = adapted.counts()
     last = losses[-max(1, len(losses) // 10) :]
     return {
-        "chosen_by": accuracy(adapted.network, data.choose),
-        "accuracy": accuracy(adapted.network, data.judge),
+        "chosen_by": accuracy(adapted.network, data.validation),
+        "accuracy": accuracy(adapted.network, data.test),
         "last_loss": mean(last),
         "trained": trained,
         "share": trained / whole,
@@ -67,7 +67,7 @@ def judged(adapted: Any, task: Task, cell: Cell, **more: Any) -> dict[str, Any]:
 
 
 def at_best_learning_rates(runs: list[dict[str, Any]], by: tuple[str, ...]) -> list[dict[str, Any]]:
-    """A row for each group of runs, at the learning rate that the pictures to choose by speak for.
+    """A row for each group of runs, at the learning rate with the best validation accuracy.
 
     Args:
         runs: Runs of several seeds and learning rates.
@@ -139,8 +139,8 @@ def _structure_cells(settings: LavaBenchmark) -> list[Cell]:
 def _run_structure(cell: Cell, task: Task) -> dict[str, Any]:
     network = task.fresh(cell["seed"])
     data = task.data(cell["seed"])
-    before = accuracy(network, data.judge)
-    return judged(adapt(network, cell["method"], task.settings), task, cell, before=before)
+    before = accuracy(network, data.test)
+    return fine_tuned(adapt(network, cell["method"], task.settings), task, cell, before=before)
 
 
 # Which factor the term acts on: figure 11.
@@ -162,7 +162,7 @@ def _run_factors(cell: Cell, task: Task) -> dict[str, Any]:
     network = task.fresh(cell["seed"])
     # The paper's strength for this comparison.
     adapted = adapt(network, "lava_term", task.settings, strength=0.025, orthogonal_factors=chosen)
-    return judged(adapted, task, cell)
+    return fine_tuned(adapted, task, cell)
 
 
 # How much the strength of the term and the rank matter: figure 6.
@@ -195,7 +195,7 @@ def _run_robustness(cell: Cell, task: Task) -> dict[str, Any]:
     else:  # in units of the base strength
         strength = cell["value"] * settings.orthogonality
         adapted = adapt(network, "lava_term", settings, strength=strength)
-    return judged(adapted, task, cell)
+    return fine_tuned(adapted, task, cell)
 
 
 # Plain initialisations against CNTLoRA's closed forms.
@@ -224,13 +224,13 @@ def _run_initialization(cell: Cell, task: Task) -> dict[str, Any]:
 
     def look(step: int) -> None:
         if step % every == 0:
-            curve.append((step, accuracy(adapted.network, data.choose)))
+            curve.append((step, accuracy(adapted.network, data.validation)))
 
     losses = finetune(adapted, data, settings, cell["rate"], cell["seed"], at_step=look)
     trained, whole = adapted.counts()
     return {
         "chosen_by": mean(value for _, value in curve),  # the area under the curve: how fast
-        "accuracy": accuracy(adapted.network, data.judge),
+        "accuracy": accuracy(adapted.network, data.test),
         "last_loss": mean(losses[-max(1, len(losses) // 10) :]),
         "trained": trained,
         "share": trained / whole,
@@ -243,7 +243,7 @@ def _run_initialization(cell: Cell, task: Task) -> dict[str, Any]:
 def _summarise_initializations(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each learning rate for itself, since which initialisation is the faster may depend on it.
 
-    ``course_mean`` is the mean accuracy over the course, on the pictures that are not judged by.
+    ``course_mean`` is the mean accuracy over the course, on the validation pictures.
     """
     rows = [
         row

@@ -94,10 +94,10 @@ def prepare_task(
         optimizer.step()
         schedule.step()
         reporter(f"pre-training {name}", step + 1, steps, {"loss": loss.item()})
-    judged = accuracy(network, sample(min(1000, 8 * settings.batch), generator))
+    found = accuracy(network, sample(min(1000, 8 * settings.batch), generator))
     state = {key: tensor.contiguous() for key, tensor in network.state_dict().items()}
     save_safetensors_atomic(state, weights)
-    write_json_atomic(note, {"settings": kind, "accuracy": judged})
+    write_json_atomic(note, {"settings": kind, "accuracy": found})
     return Task(name, network.eval(), settings)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cntlora_core.benchmark.lava.settings import LavaBenchmark
 
-Draw = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
+Sampler = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
 """``sample(count, generator)``: pictures (count, 3, size, size) in -1..1, labels (count,)."""
 
 SHAPES = (
@@ -23,15 +23,15 @@ SHAPES = (
 
 @dataclass(frozen=True, eq=False)
 class Pictures:
-    """What a model is fine-tuned on, chosen by and judged by; each (n, 3, s, s) and (n,)."""
+    """What a model is fine-tuned on, validated and tested with; each (n, 3, s, s) and (n,)."""
 
     classes: int
     train: tuple[Tensor, Tensor]
-    choose: tuple[Tensor, Tensor]
-    judge: tuple[Tensor, Tensor]
+    validation: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
 
 
-def source_pictures(settings: LavaBenchmark) -> tuple[int, Draw]:
+def source_pictures(settings: LavaBenchmark) -> tuple[int, Sampler]:
     """The number of classes, and fresh pictures of the style that is pre-trained on."""
     if settings.source == "emoji":
         assert settings.sprites is not None
@@ -39,24 +39,24 @@ def source_pictures(settings: LavaBenchmark) -> tuple[int, Draw]:
     return len(SHAPES), _shapes(settings.size, "flat")
 
 
-def _shapes(size: int, style: str) -> Draw:
+def _shapes(size: int, style: str) -> Sampler:
     return lambda count, generator: draw_shapes(count, size, style, generator)
 
 
 def target_pictures(settings: LavaBenchmark, seed: int) -> Pictures:
-    """What is fine-tuned on, the same for a seed; judged by pictures that were not seen."""
+    """What is fine-tuned on, the same for a seed; tested on pictures that were not seen."""
     generator = torch.Generator().manual_seed(1_000 + seed)
-    count, judged = settings.pictures, max(64, min(1000, 2 * settings.pictures))
+    count, tested = settings.pictures, max(64, min(1000, 2 * settings.pictures))
     if settings.target == "photos":
         assert settings.photos is not None
-        return _photographs(settings.photos, settings.size, count, judged, generator)
+        return _photographs(settings.photos, settings.size, count, tested, generator)
     if settings.target == "emoji":
         assert settings.sprites is not None
         classes, sample = _emoji(settings.sprites, ("3d",), settings.size)
     else:
         classes, sample = len(SHAPES), _shapes(settings.size, "sketch")
     return Pictures(
-        classes, sample(count, generator), sample(judged // 2, generator), sample(judged, generator)
+        classes, sample(count, generator), sample(tested // 2, generator), sample(tested, generator)
     )
 
 
@@ -146,7 +146,7 @@ def _rough(count: int, size: int, cells: int, generator: torch.Generator) -> Ten
     return torch.nn.functional.interpolate(coarse, size=size, mode="bilinear")[:, 0]
 
 
-def _emoji(node_modules: Path, styles: tuple[str, ...], size: int) -> tuple[int, Draw]:
+def _emoji(node_modules: Path, styles: tuple[str, ...], size: int) -> tuple[int, Sampler]:
     from cntlora_core.mini.making.collage import Collage, CollageConfig, every_background
     from cntlora_core.mini.making.object_classes import CORE_NAMES, OBJECT_CLASSES
     from cntlora_core.mini.making.sprites import SpriteSource
@@ -178,9 +178,9 @@ def _emoji(node_modules: Path, styles: tuple[str, ...], size: int) -> tuple[int,
 
 
 def _photographs(
-    folder: Path, size: int, count: int, judged: int, generator: torch.Generator
+    folder: Path, size: int, count: int, tested: int, generator: torch.Generator
 ) -> Pictures:
-    """Random crops; to choose and to judge by, those of photographs that training never shows.
+    """Random crops; for validation and test, those of photographs that training never shows.
 
     Which photographs these are is sampled too: one of each class for either.
     """
@@ -191,7 +191,7 @@ def _photographs(
     if len(classes) < 2 or min(map(len, classes)) < 3:
         raise ValueError(
             f"{folder} must hold at least 2 folders of at least 3 photographs each, to train on "
-            f"some and judge by others; it has {[len(photos) for photos in classes]}"
+            f"some and test on others; it has {[len(photos) for photos in classes]}"
         )
 
     classes = [
@@ -209,7 +209,7 @@ def _photographs(
             labels.append(label)
         return torch.stack(pictures), torch.tensor(labels)
 
-    return Pictures(len(classes), crops(0, count), crops(1, judged // 2), crops(2, judged))
+    return Pictures(len(classes), crops(0, count), crops(1, tested // 2), crops(2, tested))
 
 
 def _crop(image, size: int, generator: torch.Generator) -> Tensor:

@@ -32,9 +32,9 @@ def prepare_text_task(settings: LavaBenchmark) -> Task:
     encoder = AutoModel.from_pretrained(folder, local_files_only=True)
     torch.manual_seed(0)
     network = TextNetwork(encoder, encoder.config.hidden_size, len(categories))
-    judged = min(1000, 2 * settings.pictures)
+    tested = min(1000, 2 * settings.pictures)
     # Ten times as many as pictures: they are shorter, and of more classes.
-    sizes = (10 * settings.pictures, judged // 2, judged)
+    sizes = (10 * settings.pictures, tested // 2, tested)
 
     def sample(seed: int) -> Pictures:
         sampled = random.Random(seed).sample(glosses, sum(sizes))

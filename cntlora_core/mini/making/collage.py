@@ -1,6 +1,6 @@
 """Batches of objects on backgrounds, made with tensors: faster than :mod:`.compose`, no pairs.
 
-The encoders that judge pictures are trained on these. A sprite is turned, scaled and moved by one
+The encoders that measure images are trained on these. A sprite is turned, scaled and moved by one
 bilinear resampling; backgrounds are drawn beforehand, several of each kind.
 """
 

@@ -23,25 +23,32 @@ from cntlora_core.mini.making.object_classes import with_article
 from cntlora_core.runtime.console import ConsoleReporter
 from cntlora_core.runtime.files import write_json_atomic
 
-__all__ = ["JUDGED_NAMES", "as_batch", "judge", "judge_folder", "load_judge", "prompts_to_judge"]
+__all__ = [
+    "CLASSIFIED_NAMES",
+    "as_batch",
+    "classify",
+    "classify_folder",
+    "load_classifier",
+    "prompts_to_classify",
+]
 
-JUDGE = Path(__file__).parents[1] / "encoders" / "judge"
+CLASSIFIER = Path(__file__).parents[1] / "encoders" / "judge"
 
-JUDGED_NAMES = (
+CLASSIFIED_NAMES = (
     *("cat", "dog", "bird", "penguin", "octopus", "fish", "owl", "fox", "elephant", "teddy bear"),
     *("apple", "banana", "strawberry", "hamburger", "car", "rocket", "tent", "boot", "clock"),
     "tree",
 )
-"""The twenty objects that the judge chooses among."""
+"""The twenty objects that the classifier chooses among."""
 
 
-def prompts_to_judge(count: int, seed: int) -> list[tuple[str, str, str]]:
+def prompts_to_classify(count: int, seed: int) -> list[tuple[str, str, str]]:
     """``(prompt, object, background)``: every object alike often, half plain and half scenes."""
     rng = np.random.default_rng(seed)
     rows = []
     for index in range(count):
-        name = JUDGED_NAMES[index % len(JUDGED_NAMES)]
-        if (index // len(JUDGED_NAMES)) % 2:
+        name = CLASSIFIED_NAMES[index % len(CLASSIFIED_NAMES)]
+        if (index // len(CLASSIFIED_NAMES)) % 2:
             background = Background("scene", str(rng.choice(list(SCENES))))
         else:
             background = Background("plain", str(rng.choice(list(COLOURS))))
@@ -51,23 +58,23 @@ def prompts_to_judge(count: int, seed: int) -> list[tuple[str, str, str]]:
 
 
 @torch.no_grad()
-def judge(
+def classify(
     classifier: ResNetForImageClassification, pictures: Tensor, rows: list[tuple[str, str, str]]
 ) -> tuple[Tensor, Tensor]:
     """Which pictures show the right object, and which the right background.
 
-    The object is chosen among ``JUDGED_NAMES``, the background among the plain ones and scenes.
+    The object is chosen among ``CLASSIFIED_NAMES``, the background among the plain ones and scenes.
 
     Args:
         classifier: made by ``mini.train_classifier``.
         pictures: (n, 3, 64, 64) in -1..1.
-        rows: of :func:`prompts_to_judge`.
+        rows: of :func:`prompts_to_classify`.
 
     Returns:
         Two bool tensors (n,).
     """
     labels = {name: int(index) for name, index in (classifier.config.label2id or {}).items()}
-    names = torch.tensor([labels[name] for name in JUDGED_NAMES])
+    names = torch.tensor([labels[name] for name in CLASSIFIED_NAMES])
     plain = [Background("plain", colour).phrase for colour in COLOURS]
     phrases = torch.tensor([labels[phrase] for phrase in [*plain, *SCENES]])
     logits = torch.cat([classifier(pixel_values=part).logits for part in pictures.split(100)])
@@ -78,24 +85,26 @@ def judge(
 
 
 def as_batch(pictures: Sequence[Image.Image]) -> Tensor:
-    """Pictures as the judge takes them: (n, 3, height, width) in -1..1."""
+    """Pictures as the classifier takes them: (n, 3, height, width) in -1..1."""
     stack = np.stack([np.asarray(picture.convert("RGB"), np.float32) for picture in pictures])
     return torch.from_numpy(stack).permute(0, 3, 1, 2) / 127.5 - 1
 
 
-def load_judge(folder: Path | None = None) -> ResNetForImageClassification:
+def load_classifier(folder: Path | None = None) -> ResNetForImageClassification:
     """The classifier, in eval mode; the shipped one, or the output of ``mini.train_classifier``."""
-    judge = ResNetForImageClassification.from_pretrained(folder or JUDGE, dtype=torch.float32)
-    assert isinstance(judge, ResNetForImageClassification)
-    return judge.eval()
+    classifier = ResNetForImageClassification.from_pretrained(
+        folder or CLASSIFIER, dtype=torch.float32
+    )
+    assert isinstance(classifier, ResNetForImageClassification)
+    return classifier.eval()
 
 
 def rows_of_prompts(prompts: Sequence[str], object_name: str) -> list[tuple[str, str, str] | None]:
-    """What the judge is to find in pictures that were generated for prompts.
+    """What the classifier is to find in pictures that were generated for prompts.
 
     Args:
         prompts: One for each picture.
-        object_name: What they all show, one of ``JUDGED_NAMES``.
+        object_name: What they all show, one of ``CLASSIFIED_NAMES``.
 
     Returns:
         For each ``(prompt, object, background)``; None for a prompt that does not end in the name
@@ -110,16 +119,18 @@ def rows_of_prompts(prompts: Sequence[str], object_name: str) -> list[tuple[str,
     return rows
 
 
-def judge_folder(
+def classify_folder(
     classifier: ResNetForImageClassification, folder: Path, object_name: str
 ) -> dict[str, float]:
     """Shares of a folder's pictures with the right object and background, by its prompts.json.
 
     Raises:
-        ValueError: an object that the judge does not know, or no prompt that it can judge.
+        ValueError: an object that the classifier does not know, or no prompt that it can classify.
     """
-    if object_name not in JUDGED_NAMES:
-        raise ValueError(f"the judge knows no {object_name!r}; it knows {', '.join(JUDGED_NAMES)}")
+    if object_name not in CLASSIFIED_NAMES:
+        raise ValueError(
+            f"the classifier knows no {object_name!r}; it knows {', '.join(CLASSIFIED_NAMES)}"
+        )
     found = read_pictures(folder)
     chosen = [
         (picture, row)
@@ -131,7 +142,7 @@ def judge_folder(
     if not chosen:
         raise ValueError(f"no prompt in {folder} names a plain background or a scene alone")
     pictures, rows = zip(*chosen, strict=True)
-    objects, backgrounds = judge(classifier, as_batch(pictures), list(rows))
+    objects, backgrounds = classify(classifier, as_batch(pictures), list(rows))
     shares = {"things": objects, "backgrounds": backgrounds}
     return {"pictures": len(rows)} | {
         k: round(v.float().mean().item(), 4) for k, v in shares.items()
@@ -143,10 +154,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, help="folder of the model; the shipped one if left")
     parser.add_argument(
-        "--classifier", type=Path, help="folder of the judge; the shipped one if left"
+        "--classifier", type=Path, help="folder of the classifier; the shipped one if left"
     )
     parser.add_argument("--output", type=Path, help="folder of figures and sheet")
-    parser.add_argument("--pictures", type=Path, nargs="+", help="judge these folders instead")
+    parser.add_argument("--pictures", type=Path, nargs="+", help="classify these folders instead")
     parser.add_argument("--thing", dest="object_name", help="what the pictures of the folders show")
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
@@ -157,12 +168,15 @@ def main() -> None:
         if not args.object_name:
             parser.error("--pictures needs --thing")
         for folder in args.pictures:
-            print(folder.name, judge_folder(load_judge(args.classifier), folder, args.object_name))
+            print(
+                folder.name,
+                classify_folder(load_classifier(args.classifier), folder, args.object_name),
+            )
         return
     if args.output is None:
         parser.error("give --output, or --pictures and --thing")
     args.output.mkdir(parents=True, exist_ok=True)
-    rows = prompts_to_judge(args.count, args.seed)
+    rows = prompts_to_classify(args.count, args.seed)
     settings = SamplingSettings(
         steps=args.steps, guidance=args.guidance, seed=args.seed, batch_size=20
     )
@@ -171,7 +185,7 @@ def main() -> None:
         generated = generate(
             pipeline, [prompt for prompt, _, _ in rows], settings, reporter=reporter
         )
-    objects, backgrounds = judge(load_judge(args.classifier), as_batch(generated), rows)
+    objects, backgrounds = classify(load_classifier(args.classifier), as_batch(generated), rows)
     figures = {
         "pictures": len(rows),
         "things": round(objects.float().mean().item(), 4),
@@ -181,12 +195,14 @@ def main() -> None:
         "seed": args.seed,
         "right_by_thing": {
             name: f"{int(sum(objects[i] for i in at))} of {len(at)}"
-            for name in JUDGED_NAMES
+            for name in CLASSIFIED_NAMES
             for at in [[i for i, row in enumerate(rows) if row[1] == name]]
         },
     }
     write_json_atomic(args.output / "judged.json", figures)
-    first = [Image.fromarray(np.asarray(picture)) for picture in generated[: 3 * len(JUDGED_NAMES)]]
+    first = [
+        Image.fromarray(np.asarray(picture)) for picture in generated[: 3 * len(CLASSIFIED_NAMES)]
+    ]
     save_sheet(args.output / "judged.png", first, 10)
     print(f"right objects {figures['things']:.1%}, right backgrounds {figures['backgrounds']:.1%}")
 

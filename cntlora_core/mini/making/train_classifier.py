@@ -29,7 +29,7 @@ __all__ = ["ClassifierConfig", "build_classifier", "classifier_loss", "train"]
 
 @dataclass(frozen=True)
 class ClassifierConfig:
-    """Shape and training of the judge; see :class:`~cntlora_core.mini.making.loop.Schedule`.
+    """Shape and training of the classifier; see :class:`~cntlora_core.mini.making.loop.Schedule`.
 
     Attributes:
         widths: channels per stage.
@@ -71,7 +71,7 @@ def classifier_loss(
     """Cross-entropy of both answers.
 
     Args:
-        model: the judge.
+        model: the classifier.
         smoothing: of the labels.
         pictures: (n, 3, 64, 64) in -1..1.
         objects: (n,) indices into ``CORE_NAMES``.
@@ -154,7 +154,7 @@ def accuracy(
     """Share of right answers on fresh pictures of real objects.
 
     Args:
-        model: the judge, in eval mode.
+        model: the classifier, in eval mode.
         collage: of the sprites that ``label_of`` names.
         label_of: (sprites,) indices into ``CORE_NAMES``.
         count: number of pictures.

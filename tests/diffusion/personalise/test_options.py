@@ -114,7 +114,7 @@ def test_gradient_checkpointing_trains_every_adapter(settings, monkeypatch):
     assert without == []
 
 
-def test_samples_are_drawn_while_training(settings):
+def test_samples_are_generated_while_training(settings):
     prompts = ("a photo of sks dog", "a photo of sks dog in the snow")
     settings = change(settings, "training", sample_prompts=prompts, sample_every=4)
     result = personalise(settings)
@@ -132,7 +132,7 @@ def test_samples_of_prompts_that_look_alike_or_are_the_same_are_all_kept(setting
     assert len(set(names)) == len(prompts)
 
 
-def test_drawing_samples_does_not_change_the_training(settings):
+def test_generating_samples_does_not_change_the_training(settings):
     plain = personalise(settings)
     settings = change(settings, "training", sample_prompts=("a dog",), sample_every=2)
     assert losses(personalise(settings, overwrite=True)) == losses(plain)
