@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cntlora_core.config import CNTLoRAConfig
+from cntlora_core.runtime.lazy import lazy_names
 
 if TYPE_CHECKING:
     from cntlora_core.activations.capture import CapturedMoments
@@ -59,10 +59,4 @@ _MODULES = {
     "save_converted": "saving.conversion",
 }
 
-
-def __getattr__(name: str) -> Any:
-    """Import what needs torch only when it is asked for, so that a command's help is quick."""
-    module = _MODULES.get(name)
-    if module is not None:
-        return getattr(import_module(f"cntlora_core.{module}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy_names(__name__, _MODULES)

@@ -104,18 +104,6 @@ class SecondMoment:
         self.count += count
         self._probed = self._probed + probed
 
-    def merge(self, other: SecondMoment) -> None:
-        """Add what another fitter has seen, which stays as it is.
-
-        Raises:
-            ValueError: if the widths differ.
-        """
-        if other.width != self.width:
-            raise ValueError(f"widths differ: {self.width} and {other.width}")
-        if other.total is not None:
-            total = other.total.clone() if self._sum is None else other.total
-            self.add(total, other.count, other.probed)
-
     def result(self) -> Moment:
         """The moment of all rows so far; all zeros where there were none.
 

@@ -5,8 +5,7 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cntlora_core.diffusion.settings import (
     AdapterSettings,
@@ -17,6 +16,7 @@ from cntlora_core.diffusion.settings import (
     SubjectSettings,
     TrainingSettings,
 )
+from cntlora_core.runtime.lazy import lazy_names
 
 if TYPE_CHECKING:
     from cntlora_core.diffusion.job import JobResult, personalise
@@ -28,15 +28,15 @@ if TYPE_CHECKING:
         sample,
     )
 
-_HOMES = {
-    "JobResult": "job",
-    "personalise": "job",
-    "StableDiffusionParts": "pipeline",
-    "load_stable_diffusion": "pipeline",
-    "LoRAUse": "sampler",
-    "generate": "sampler",
-    "load_for_sampling": "sampler",
-    "sample": "sampler",
+_MODULES = {
+    "JobResult": "diffusion.job",
+    "personalise": "diffusion.job",
+    "StableDiffusionParts": "diffusion.pipeline",
+    "load_stable_diffusion": "diffusion.pipeline",
+    "LoRAUse": "diffusion.sampler",
+    "generate": "diffusion.sampler",
+    "load_for_sampling": "diffusion.sampler",
+    "sample": "diffusion.sampler",
 }
 
 __all__ = [
@@ -57,9 +57,4 @@ __all__ = [
     "sample",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Import what needs torch and diffusers only when it is asked for."""
-    if name in _HOMES:
-        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy_names(__name__, _MODULES)

@@ -11,8 +11,7 @@ Importing this package makes the method known to peft: do so before an adapter i
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cntlora_core.lava.registration import register
 
@@ -21,6 +20,7 @@ register()
 from cntlora_core.lava.config import LavaConfig  # noqa: E402
 from cntlora_core.lava.layer import LavaLayer  # noqa: E402
 from cntlora_core.lava.model import LavaModel  # noqa: E402
+from cntlora_core.runtime.lazy import lazy_names  # noqa: E402
 
 if TYPE_CHECKING:
     from cntlora_core.lava.initialize import get_lava_model
@@ -51,9 +51,4 @@ _MODULES = {
     "with_orthogonality": "lava.trainer",
 }
 
-
-def __getattr__(name: str) -> Any:
-    module = _MODULES.get(name)
-    if module is not None:
-        return getattr(import_module(f"cntlora_core.{module}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy_names(__name__, _MODULES)

@@ -5,21 +5,21 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cntlora_core.initialization.report import InitializationReport
 from cntlora_core.methods.base import InitializationRequest, Limits, Method
 from cntlora_core.methods.registry import METHODS, get_method, image_file_methods
+from cntlora_core.runtime.lazy import lazy_names
 
 if TYPE_CHECKING:
     from cntlora_core.methods.eva import NotConvergedError
     from cntlora_core.methods.initialize import InitializedAdapter, initialize_adapter
 
-_HOMES = {
-    "NotConvergedError": "eva",
-    "InitializedAdapter": "initialize",
-    "initialize_adapter": "initialize",
+_MODULES = {
+    "NotConvergedError": "methods.eva",
+    "InitializedAdapter": "methods.initialize",
+    "initialize_adapter": "methods.initialize",
 }
 
 __all__ = [
@@ -35,9 +35,4 @@ __all__ = [
     "initialize_adapter",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Import what needs torch and peft only when it is asked for."""
-    if name in _HOMES:
-        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy_names(__name__, _MODULES)

@@ -140,7 +140,6 @@ class Method:
         image_file: What a file for image tools holds: the adapter ``as trained``, or ``trained
             minus initial``, of twice the rank; None where no file would be right.
         image_file_note: Why there is none.
-        comparison_only: Made to be compared with, not to be used in the personalisation of images.
         plan: Initial factors of all points, for adapters that are plain LoRA once initialised.
         wrap: For all others: the wrapped model. One of the two is given.
     """
@@ -156,7 +155,6 @@ class Method:
     peft_type: PeftType | None = "LORA"
     image_file: ImageFile | None = "as trained"
     image_file_note: str = ""
-    comparison_only: bool = False
     plan: PlanFn | None = field(default=None, repr=False, compare=False)
     wrap: WrapFn | None = field(default=None, repr=False, compare=False)
 

@@ -213,7 +213,6 @@ PEFT_METHODS = (
             "the frozen weights become quantised ones, and their difference from the checkpoint "
             "has no low rank that a LoRA file could hold"
         ),
-        comparison_only=True,
         wrap=_loftq,
     ),
     Method(
@@ -228,7 +227,6 @@ PEFT_METHODS = (
             "loaders read the lengths that a DoRA file adds (dora_scale) differently, or leave "
             "them out: what they load would not be the trained model"
         ),
-        comparison_only=True,
         wrap=_dora,
     ),
     Method(
@@ -241,7 +239,6 @@ PEFT_METHODS = (
         peft_type="ADALORA",
         image_file=None,
         image_file_note="its training loop must prune ranks, which the image trainer does not do",
-        comparison_only=True,
         wrap=_adalora,
     ),
     Method(
@@ -254,7 +251,6 @@ PEFT_METHODS = (
         peft_type="VERA",
         image_file=None,
         image_file_note="image tools know no shared matrices, and the image trainer trains none",
-        comparison_only=True,
         wrap=_vera,
     ),
     Method(
@@ -267,7 +263,6 @@ PEFT_METHODS = (
         peft_type=None,
         image_file=None,
         image_file_note="it changes whole weights, and leaves a checkpoint, not a LoRA",
-        comparison_only=True,
         wrap=_full,
     ),
 )

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from cntlora_core.runtime.lazy import lazy_names
 
 if TYPE_CHECKING:
     from cntlora_core.metrics.encoders import ClipEncoder, Encoders, ImageEncoder, load_encoders
@@ -20,8 +21,10 @@ if TYPE_CHECKING:
     )
     from cntlora_core.metrics.pictures import PromptedPictures, read_pictures, read_prompts
 
-_HOMES = {
-    **dict.fromkeys(("ClipEncoder", "Encoders", "ImageEncoder", "load_encoders"), "encoders"),
+_MODULES = {
+    **dict.fromkeys(
+        ("ClipEncoder", "Encoders", "ImageEncoder", "load_encoders"), "metrics.encoders"
+    ),
     **dict.fromkeys(
         (
             "Fidelity",
@@ -31,9 +34,9 @@ _HOMES = {
             "measure_photos",
             "subject_features",
         ),
-        "fidelity",
+        "metrics.fidelity",
     ),
-    **dict.fromkeys(("PromptedPictures", "read_pictures", "read_prompts"), "pictures"),
+    **dict.fromkeys(("PromptedPictures", "read_pictures", "read_prompts"), "metrics.pictures"),
 }
 
 __all__ = [
@@ -52,9 +55,4 @@ __all__ = [
     "subject_features",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Import what needs torch and transformers only when it is asked for."""
-    if name in _HOMES:
-        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy_names(__name__, _MODULES)

@@ -45,13 +45,13 @@ def test_half_precision_rows_are_summed_in_float32():
     torch.testing.assert_close(moment.matrix, torch.full((2, 2), float(rows[0, 0]) ** 2))
 
 
-def test_merge_equals_one_fitter():
+def test_added_sums_equal_those_of_one_fitter():
     rows = torch.randn(30, 4)
     one, left, right = (SecondMoment(4) for _ in range(3))
     one.update(rows)
     left.update(rows[:11])
     right.update(rows[11:])
-    left.merge(right)
+    left.add(right.total, right.count, right.probed)
     torch.testing.assert_close(left.result().matrix, one.result().matrix)
 
 
@@ -62,11 +62,11 @@ def test_wide_sums_are_whole_though_half_of_them_is_computed(width):
     fitter, other = SecondMoment(width), SecondMoment(width)
     fitter.update(first)
     other.update(second)
-    fitter.merge(other)
+    fitter.add(other.total, other.count, other.probed)
     matrix = fitter.result().matrix
     rows = torch.cat([first, second]).double()
     torch.testing.assert_close(matrix.double(), rows.T @ rows / 14, rtol=1e-5, atol=1e-5)
-    assert other.total is not None  # merging leaves the other as it was
+    assert other.total is not None  # adding leaves the other as it was
     torch.testing.assert_close(other.result().matrix, second.T @ second / 7, rtol=1e-5, atol=1e-5)
 
 

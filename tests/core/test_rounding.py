@@ -125,7 +125,7 @@ def test_rounding_is_that_of_all_parts_that_were_added_up():
         whole.update(part)
     for i, part in enumerate(rows.split(10)):
         (one if i % 2 else two).update(part)
-    one.merge(two)
+    one.add(two.total, two.count, two.probed)
     merged, moment = one.result(), whole.result()
     assert 0 < merged.rounding < 4 * moment.rounding
     lost = float((merged.matrix.double() - true_moment(rows)).norm())

@@ -43,7 +43,6 @@ def test_names_and_records():
         assert get_method(name) is method
         assert 20 < len(method.description) < 100
         assert method.paper or name == "full"
-        assert method.comparison_only == (method.image_file is None)
     assert get_method("pissa_niter_5").name == "pissa_niter_5"
     with pytest.raises(TypeError):
         METHODS["more"] = METHODS["lora"]  # pyright: ignore[reportIndexIssue]
