@@ -185,15 +185,9 @@ def _refactored(layer: LoRALayer, rank: int) -> tuple[LoRALayer, float]:
 def difference_norm(first: LoRALayer, second: LoRALayer) -> float:
     """Frobenius norm of ``first.delta() - second.delta()``, from the factors, in float64."""
     first, second = without_mid(first), without_mid(second)
-    up = torch.cat(
-        [
-            first.scaling * first.up.flatten(1).double(),
-            -second.scaling * second.up.flatten(1).double(),
-        ],
-        dim=1,
-    )
-    down = torch.cat([first.down.flatten(1).double(), second.down.flatten(1).double()], dim=0)
-    return float((torch.linalg.qr(up).R @ torch.linalg.qr(down.T).R.T).norm())
+    up = [sign * m.scaling * m.up.flatten(1).double() for sign, m in ((1, first), (-1, second))]
+    down = torch.cat([first.down.flatten(1).double(), second.down.flatten(1).double()])
+    return norm(LoRALayer(down, torch.cat(up, dim=1), alpha=len(down)))
 
 
 def norm(layer: LoRALayer) -> float:
