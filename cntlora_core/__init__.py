@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         initialize_lora_cntlora_weights,
     )
     from cntlora_core.saving.conversion import ConversionReport, convert_adapter, save_converted
-    from cntlora_core.saving.resume import load_initialized
+    from cntlora_core.saving.load_initialized import load_initialized
     from cntlora_core.saving.trainer_callback import ConvertedCheckpoints
 
 __all__ = [
@@ -54,7 +54,7 @@ _MODULES = {
     "find_attachment_points": "layers.attachment",
     "get_cntlora_model": "methods.peft_model",
     "initialize_lora_cntlora_weights": "methods.peft_model",
-    "load_initialized": "saving.resume",
+    "load_initialized": "saving.load_initialized",
     "match_convolutions": "adapter.inject",
     "save_converted": "saving.conversion",
 }

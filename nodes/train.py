@@ -88,7 +88,7 @@ def run_folder(name: str, key: str, steps: int) -> Path:
     Steps are added to a run where it is. A run of fewer steps than one has done gets a folder of
     its own, so that the longer one stays.
     """
-    from cntlora_core.diffusion.resume import finished_run, steps_in
+    from cntlora_core.diffusion.run_identity import finished_run, steps_in
 
     def folder(digits: str) -> Path:
         there = sorted(work_folder().glob(f"*-{digits}"))
@@ -108,7 +108,7 @@ def train(
 ) -> Trained:
     """Find the finished run, go on with the one that was begun, or begin."""
     from cntlora_core.diffusion.job import personalise
-    from cntlora_core.diffusion.resume import STATE_NAME, finished_run, run_identity, run_key
+    from cntlora_core.diffusion.run_identity import STATE_NAME, finished_run, run_identity, run_key
 
     photos = None  # class images that do not count make no other run
     if class_images is not None and job.prior.prior_weight > 0:

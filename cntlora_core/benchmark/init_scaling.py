@@ -21,9 +21,9 @@ from rich.table import Table
 from torch import nn
 
 from cntlora_core.activations.moments import SecondMoment
-from cntlora_core.benchmark.init import machine
 from cntlora_core.benchmark.init_plots import PHASES, plot_scaling
 from cntlora_core.benchmark.init_settings import InitBenchmark
+from cntlora_core.benchmark.initialization_speed import machine
 from cntlora_core.config import CNTLoRAConfig
 from cntlora_core.methods.peft_model import get_cntlora_model
 from cntlora_core.runtime.console import result_console

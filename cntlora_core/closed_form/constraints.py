@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cntlora_core.closed_form.factorization import seeded_generator
-from cntlora_core.closed_form.linalg import (
+from cntlora_core.closed_form.spectra import (
     RELATIVE_CUTOFF,
     PrincipalSubspace,
     Spectrum,

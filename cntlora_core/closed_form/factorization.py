@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cntlora_core.closed_form.linalg import Spectrum
+from cntlora_core.closed_form.spectra import Spectrum
 from cntlora_core.config import CNTLoRAConfig
 from cntlora_core.runtime.seeds import torch_seed
 

@@ -26,7 +26,7 @@ class BenchInit(InitBenchmark):
 
             show_scaling(run_scaling(self, reporter))
         else:
-            from cntlora_core.benchmark.init import run_cases, show_cases
+            from cntlora_core.benchmark.initialization_speed import run_cases, show_cases
 
             show_cases(run_cases(self, reporter))
         print(self.output)

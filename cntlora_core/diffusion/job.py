@@ -17,7 +17,7 @@ from cntlora_core.diffusion.export import export_lora
 from cntlora_core.diffusion.pipeline import StableDiffusionParts, load_stable_diffusion
 from cntlora_core.diffusion.prior import cache_folder, class_images
 from cntlora_core.diffusion.record import JobResult, ModelFacts, file_metadata, run_record
-from cntlora_core.diffusion.resume import (
+from cntlora_core.diffusion.run_identity import (
     RECORD_NAME,
     STATE_NAME,
     check_same_run,
@@ -25,7 +25,7 @@ from cntlora_core.diffusion.resume import (
     run_identity,
     steps_in,
 )
-from cntlora_core.diffusion.running import only_run_in
+from cntlora_core.diffusion.run_lock import only_run_in
 from cntlora_core.diffusion.sampler import checked_device, generate
 from cntlora_core.diffusion.settings import JobSettings, SamplingSettings
 from cntlora_core.diffusion.stages import (

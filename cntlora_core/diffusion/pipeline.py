@@ -31,10 +31,10 @@ from cntlora_core.diffusion.checkpoint import (
     read_json,
     require_sd15,
 )
+from cntlora_core.diffusion.configuration_check import SD15_CONFIGS, is_stock, require_working
 from cntlora_core.diffusion.fingerprint import fingerprint_model
 from cntlora_core.diffusion.original_layout import original_key
 from cntlora_core.diffusion.settings import SchedulerName
-from cntlora_core.diffusion.trial import SD15_CONFIGS, is_stock, require_working
 from cntlora_core.runtime.hub import why_not_fetched
 from cntlora_core.runtime.progress import Reporter, silent
 from cntlora_core.runtime.reading import FLOATS, is_finite, reading, user_path

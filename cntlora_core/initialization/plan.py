@@ -20,8 +20,8 @@ from cntlora_core.closed_form.factorization import (
     plain_factors,
     seeded_generator,
 )
-from cntlora_core.closed_form.linalg import PrincipalSubspace, principal_subspace
 from cntlora_core.closed_form.ranks import RankOffer, allocate_ranks
+from cntlora_core.closed_form.spectra import PrincipalSubspace, principal_subspace
 from cntlora_core.config import CNTLoRAConfig
 from cntlora_core.layers.attachment import AttachmentPoint
 from cntlora_core.layers.weights import check_readable

@@ -129,7 +129,6 @@ def subtract_initial(trained: LoRALayer, initial: LoRALayer) -> LoRALayer:
 
 def compress(layer: LoRALayer, rank: int) -> tuple[LoRALayer, float]:
     """The best approximation of rank ``rank`` (Eckart-Young), and its relative Frobenius error.
-    Frobenius norm.
 
     QR of both factors and an SVD of the (R, R) core; the delta is never built. Singular values go
     evenly to up and down. The scaling is kept. A layer that has no more than ``rank`` comes back

@@ -1,4 +1,7 @@
-"""Every method by its name; what lists or offers methods reads this."""
+"""Every method by its name; what lists or offers methods reads this.
+
+A new one is a record in ``CNTLORA_METHODS`` or ``PEFT_METHODS``, and a planner in its own module.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from cntlora_core.methods.base import Method
+from cntlora_core.methods.baselines import PEFT_METHODS, pissa_with_iterations
 from cntlora_core.methods.cntlora import CNTLORA_METHODS
-from cntlora_core.methods.peft_native import PEFT_METHODS, pissa_with_iterations
 
 METHODS: Mapping[str, Method] = MappingProxyType(
     {method.name: method for method in (*CNTLORA_METHODS, *PEFT_METHODS)}

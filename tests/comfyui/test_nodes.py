@@ -159,7 +159,7 @@ def test_what_shapes_the_training_trains_anew(
     graph = (pack, run.initialized.args[0], run.others.args[0])
     assert steps.of(*graph, training_seed=12, steps=1)[0] == 1
     assert steps.of(*graph, training_seed=12, steps=1, learning_rate=2e-3)[0] == 1
-    monkeypatch.setattr("cntlora_core.diffusion.resume.ALGORITHM", 10**6)
+    monkeypatch.setattr("cntlora_core.diffusion.run_identity.ALGORITHM", 10**6)
     assert steps.of(*graph, training_seed=12, steps=1)[0] == 1
 
 

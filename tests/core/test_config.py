@@ -11,7 +11,7 @@ from torch import nn
 from cntlora_core import CNTLoRAConfig, get_cntlora_model
 from cntlora_core.activations.moments import Moment
 from cntlora_core.closed_form.constraints import PointDelta
-from cntlora_core.closed_form.linalg import principal_subspace
+from cntlora_core.closed_form.spectra import principal_subspace
 from cntlora_core.diffusion.settings import AdapterSettings
 
 

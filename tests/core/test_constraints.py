@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from cntlora_core.activations.moments import Moment, SecondMoment
 from cntlora_core.closed_form.constraints import PointDelta, gains
-from cntlora_core.closed_form.delta import delta
+from cntlora_core.closed_form.equation import delta
 from cntlora_core.closed_form.factorization import factorize
-from cntlora_core.closed_form.linalg import PrincipalSubspace, principal_subspace
+from cntlora_core.closed_form.spectra import PrincipalSubspace, principal_subspace
 from cntlora_core.config import CNTLoRAConfig
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from cntlora_core import CNTLoRAConfig, get_cntlora_model, match_convolutions
 from cntlora_core.activations.collection import collect_moments
 from cntlora_core.adapter.inject import adapter_layers
-from cntlora_core.closed_form.linalg import principal_subspace
+from cntlora_core.closed_form.spectra import principal_subspace
 from cntlora_core.layers.attachment import attachment_point, find_attachment_points
 from cntlora_core.layers.unfolding import unfolded_rows
 

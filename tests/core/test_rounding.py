@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cntlora_core.activations.moments import Moment, SecondMoment
 from cntlora_core.closed_form.constraints import PointDelta
-from cntlora_core.closed_form.linalg import principal_subspace
+from cntlora_core.closed_form.spectra import principal_subspace
 from cntlora_core.config import CNTLoRAConfig
 
 # In one product, row by row, in batches that repeat, in uneven ones.

@@ -70,6 +70,6 @@ def test_photos_to_lora_at_full_size(checkpoint, photos, tmp_path, resolution, s
     assert init["distinct_inputs"] == 65 + 24
     assert set(init["ranks"].values()) == {128}
     assert measured["peak_bytes"] < limit_gb * 1e9
-    layers = read_lora_file(next(out.glob("*.safetensors"))).layers
+    layers = read_lora_file(out / record["export"]["file"]).layers
     assert len(layers) == 176
     assert {layer.rank for layer in layers.values()} == {256}

@@ -15,7 +15,7 @@ from cntlora_core.diffusion.compare import Comparison, compare
 from cntlora_core.diffusion.job import personalise
 from cntlora_core.diffusion.pipeline import load_stable_diffusion
 from cntlora_core.diffusion.prior import class_images
-from cntlora_core.diffusion.resume import finished_run, run_identity, run_key
+from cntlora_core.diffusion.run_identity import finished_run, run_identity, run_key
 from cntlora_core.diffusion.sampler import LoRAUse, sample
 from cntlora_core.diffusion.settings import (
     AdapterSettings,
@@ -114,7 +114,7 @@ def test_a_run_is_told_apart_by_what_shapes_its_training(settings, monkeypatch) 
         key(change(settings, "training", seed=4)),
         key(change(settings, "adapter", rank=5)),
     ]
-    monkeypatch.setattr("cntlora_core.diffusion.resume.ALGORITHM", 10**6)
+    monkeypatch.setattr("cntlora_core.diffusion.run_identity.ALGORITHM", 10**6)
     different.append(key(settings))
     monkeypatch.undo()
     assert len(set(different)) == len(different)

@@ -83,7 +83,7 @@ def run_convergence(settings: ConvergenceBenchmark, reporter: Reporter = silent)
     from cntlora_core.benchmark.convergence.grid import read_grid
     from cntlora_core.benchmark.convergence.run import FAILURE_NAME, execute, prepare
     from cntlora_core.benchmark.convergence.subjects import subject_names
-    from cntlora_core.diffusion.running import only_run_in
+    from cntlora_core.diffusion.run_lock import only_run_in
     from cntlora_core.runtime.files import require_writable_folder, write_json_atomic
 
     grid = read_grid(settings.grid, subject_names)

@@ -23,12 +23,12 @@ from cntlora_core.benchmark.convergence.controls import controlled
 from cntlora_core.benchmark.convergence.grid import Bench, Run
 from cntlora_core.benchmark.convergence.measure import Measurements
 from cntlora_core.benchmark.convergence.subjects import BenchSubject, bench_subject
-from cntlora_core.benchmark.init import machine
+from cntlora_core.benchmark.initialization_speed import machine
 from cntlora_core.benchmark.peak import peak_bytes, reset_peak
 from cntlora_core.data.latents import encode_latents
 from cntlora_core.diffusion.pipeline import StableDiffusionParts, load_stable_diffusion
 from cntlora_core.diffusion.prior import class_images
-from cntlora_core.diffusion.resume import ALGORITHM, STATE_NAME
+from cntlora_core.diffusion.run_identity import ALGORITHM, STATE_NAME
 from cntlora_core.diffusion.sampler import checked_device
 from cntlora_core.diffusion.stages import (
     encode_class_images,

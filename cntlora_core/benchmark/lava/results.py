@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cntlora_core.benchmark.init import machine
+from cntlora_core.benchmark.initialization_speed import machine
 from cntlora_core.runtime.files import write_json_atomic
 
 

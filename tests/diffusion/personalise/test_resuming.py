@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from cntlora_core.diffusion.job import STATE_NAME, JobResult, personalise
-from cntlora_core.diffusion.running import HOLDER_NAME
+from cntlora_core.diffusion.run_lock import HOLDER_NAME
 from cntlora_core.diffusion.settings import JobSettings
 from cntlora_core.diffusion.trainer import NonFiniteLossError, SubjectTrainer
 from cntlora_core.runtime.threads import threads
@@ -205,7 +205,7 @@ def test_a_finished_run_is_gone_on_with_only_as_the_run_that_it_was(settings, mo
         personalise(change(cosine, "training", steps=2), resume=True)
     with pytest.raises(ValueError, match=r"training\.learning_rate"):
         personalise(change(cosine, "training", learning_rate=5e-4), resume=True)
-    monkeypatch.setattr("cntlora_core.diffusion.resume.ALGORITHM", 10**6)
+    monkeypatch.setattr("cntlora_core.diffusion.run_identity.ALGORITHM", 10**6)
     with pytest.raises(ValueError, match=r"identity\.algorithm"):
         personalise(cosine, resume=True)
 

@@ -12,7 +12,7 @@ from torch import nn
 from cntlora_core import get_cntlora_model
 from cntlora_core.activations.moments import Moment
 from cntlora_core.closed_form.constraints import PointDelta
-from cntlora_core.closed_form.linalg import (
+from cntlora_core.closed_form.spectra import (
     gram_matrix,
     principal_subspace,
     singular_values,

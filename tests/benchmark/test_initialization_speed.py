@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from cntlora_core.benchmark.init import run_cases, run_worker, summarise
 from cntlora_core.benchmark.init_cases import INIT_CASES, batches_of, build_case
 from cntlora_core.benchmark.init_scaling import (
     TINY_BASE,
@@ -20,6 +19,7 @@ from cntlora_core.benchmark.init_scaling import (
 )
 from cntlora_core.benchmark.init_settings import CASES, DIRECT, InitBenchmark
 from cntlora_core.benchmark.init_worker import InitTask, measure
+from cntlora_core.benchmark.initialization_speed import run_cases, run_worker, summarise
 from cntlora_core.benchmark.peak import peak_bytes, reset_peak
 from cntlora_core.cli import main
 
