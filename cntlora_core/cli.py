@@ -16,6 +16,7 @@ from typing import Any
 
 import tyro
 
+from cntlora_core.commands.config_file import with_config
 from cntlora_core.commands.demo import Demo
 from cntlora_core.commands.evaluate import Evaluate
 from cntlora_core.commands.inspect import Inspect
@@ -56,9 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(console, f"error: {BENCH_IS_ELSEWHERE}", "red")
         return 2
     try:
+        arguments = with_config(arguments)
         with _plain_errors():
             command = tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="cntlora", args=arguments)
-    except (ValueError, TypeError) as error:  # a value that its settings refuse
+    except (ValueError, TypeError, OSError) as error:  # a value that its settings refuse
         say(console, f"error: {error}", "red")
         return 2
     _quieten_libraries()

@@ -23,6 +23,9 @@ from cntlora_core.runtime.progress import Reporter
 class Train:
     """Teach a Stable Diffusion 1.5 model a subject: photos in, a LoRA file out.
 
+    --config FILE takes flags from a TOML file, or those of another run from its run.json; flags of
+    the command line win.
+
     Attributes:
         model: Stable Diffusion 1.5 as one .safetensors file, a diffusers folder or a hub id.
         resume: Go on with the run in the output folder: an interrupted one to its end, a finished

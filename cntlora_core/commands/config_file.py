@@ -1,0 +1,73 @@
+"""``--config FILE``: the flags of a command from a TOML file, or from a run's ``run.json``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cntlora_core.runtime.reading import read_json_object, reading, require_file, user_path
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pyright: ignore[reportMissingImports]
+
+FLAG = "--config"
+_FLAT = ("subject", "output", "prior", "adapter", "training", "sampling")
+"""Sections that only group a file's settings; any other is a part of its flags' names."""
+
+
+def with_config(arguments: Sequence[str]) -> list[str]:
+    """Arguments in which ``--config FILE`` is replaced by what the file holds.
+
+    The file's flags come first, so that the same flag on the command line wins.
+
+    Raises:
+        ValueError: if the file is no TOML or JSON, or holds what no flag can say.
+        FileNotFoundError: if there is none.
+    """
+    rest, files = [], []
+    words = iter(arguments)
+    for word in words:
+        if word == FLAG:
+            name = next(words, None)
+            if name is None:
+                raise ValueError(f"{FLAG} needs a file")
+            files.append(name)
+        elif word.startswith(f"{FLAG}="):
+            files.append(word.removeprefix(f"{FLAG}="))
+        else:
+            rest.append(word)
+    flags = [flag for name in files for flag in _flags(_read(user_path(name)))]
+    return [*rest[:1], *flags, *rest[1:]]
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    if path.suffix == ".json":
+        content = read_json_object(path, "a file of settings")
+        return content.get("settings", content)
+    require_file(path, "a file of settings")
+    with reading(path, "settings in TOML"):
+        return tomllib.loads(path.read_text("utf-8"))
+
+
+def _flags(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Lists before single values: a list takes all words up to the next flag."""
+    for key, value in sorted(settings.items(), key=lambda item: not isinstance(item[1], list)):
+        name = f"{prefix}{key}".replace("_", "-")
+        if name == "cntlora.constraint":
+            continue  # the method says it
+        if isinstance(value, Mapping):
+            yield from _flags(value, prefix if key in _FLAT else f"{name}.")
+        elif isinstance(value, list):
+            if value:
+                yield f"--{name}"
+                yield from map(str, value)
+        elif isinstance(value, bool):
+            yield f"--{name}" if value else f"--{prefix}no-{key}".replace("_", "-")
+        elif isinstance(value, (str, int, float)):
+            yield f"--{name}={value}"
+        elif value is not None:
+            raise ValueError(f"{key} is {value!r}, which no flag can say")

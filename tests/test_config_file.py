@@ -1,0 +1,106 @@
+"""``--config``: flags from a file, which those of the command line override."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tyro
+
+from cntlora_core.cli import main
+from cntlora_core.commands.config_file import with_config
+from cntlora_core.commands.train import Train
+from cntlora_core.config import CNTLoRAConfig
+from cntlora_core.diffusion.settings import (
+    AdapterSettings,
+    JobSettings,
+    OutputSettings,
+    PriorSettings,
+    SubjectSettings,
+    TrainingSettings,
+)
+
+JOB = JobSettings(
+    "model",
+    SubjectSettings("photos", token="-sks", class_name="big dog", flip=True),
+    OutputSettings("out", compress=False, name="a=b"),
+    PriorSettings(prior_weight=0.0),
+    AdapterSettings(
+        method="self",
+        rank=4,
+        cntlora=CNTLoRAConfig("self", unit="mean", damping=0.5, preserve_output=False),
+    ),
+    TrainingSettings(steps=7, sample_prompts=("a dog", "a cat"), sample_every=3),
+)
+
+
+def parsed(*arguments: str) -> JobSettings:
+    train = tyro.cli(Train, args=with_config(["train", *arguments])[1:])
+    return JobSettings(
+        train.model, train.subject, train.output, train.prior, train.adapter, train.training
+    )
+
+
+def test_a_run_is_repeated_from_its_record_with_other_flags(tmp_path: Path):
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps({"settings": JOB.to_dict(), "seconds": {"training": 1.0}}))
+    assert parsed("--config", str(file)) == JOB
+    again = parsed("--steps", "9", f"--config={file}", "--method", "cross", "--no-flip")
+    assert again.training == replace(JOB.training, steps=9)
+    assert (again.adapter.method, again.adapter.cntlora.constraint) == ("cross", "cross")
+    assert again.subject == replace(JOB.subject, flip=False)
+
+
+def test_toml_with_or_without_sections(tmp_path: Path):
+    file = tmp_path / "my run.toml"
+    file.write_text(
+        """
+        model = "m"
+        images = "photos"
+        output = "out"
+        class_name = "dog"
+        sample-prompts = ["a dog"]
+        [adapter]
+        rank = 8
+        [adapter.cntlora]
+        rank_budget = "fixed"
+        [training]
+        learning_rate = 3e-4
+        """
+    )
+    job = parsed("--config", str(file))
+    assert (job.model, job.subject.images, job.output.output) == ("m", "photos", "out")
+    assert (job.adapter.rank, job.adapter.cntlora.rank_budget) == (8, "fixed")
+    assert (job.training.learning_rate, job.training.sample_prompts) == (3e-4, ("a dog",))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "there is no file"),
+        ("steps = ", "TOML"),
+        ("day = 2026-01-01", "day"),
+        ("stepz = 3", "stepz"),
+        ("steps = 0", "steps must be at least 1"),
+    ],
+)
+def test_bad_files_are_refused_in_words(tmp_path: Path, capsys, content, message):
+    file = tmp_path / "run.toml"
+    if content is not None:
+        file.write_text(content)
+    flags = ["--model", "m", "--images", "i", "--output", str(tmp_path / "o")]
+    try:
+        status = main(["train", "--config", str(file), *flags])
+    except SystemExit as stop:
+        status = stop.code
+    said = " ".join(capsys.readouterr().err.split())
+    assert status == 2
+    assert message in said
+    assert "Traceback" not in said
+
+
+def test_a_flag_without_its_file_is_refused(capsys):
+    assert main(["train", "--config"]) == 2
+    assert "--config needs a file" in capsys.readouterr().err
