@@ -106,7 +106,7 @@ def test_memory_is_given_back_and_the_same_seed_gives_the_same_lora(server: Serv
         settled.append(server.settled_memory())
         kinds = {kind: server.memory(kind) for kind in ("VmRSS", "RssAnon", "RssFile")}
         print(", ".join(f"{kind} {size / 1e6:.0f} MB" for kind, size in kinds.items()))
-    assert max(settled[1:]) < 1.1 * settled[0]
+    assert max(settled[1:]) < settled[0] + 0.3e9  # the models have 4 GB
     files = {
         name: load_file(next((server.base / "output" / "cntlora").glob(f"*/{name}.safetensors")))
         for name in ("first", "second", "third")

@@ -39,7 +39,7 @@ def test_full_size_in_both_layouts_and_in_little_memory(tmp_path: Path) -> None:
         before, peak, size = map(int, result.stdout.split())
         # MiB: 859,520,964 and 123,060,480 parameters of two bytes, 83,653,863 (the VAE's) of four.
         assert size == 2193
-        assert peak - before < 1.1 * size
+        assert peak - before < 1.2 * size  # with a second copy of the denoiser it is 1.7
     one = load_stable_diffusion(file, dtype=torch.float16)
     assert (one.latent_scale, one.default_resolution) == (8, 512)
     assert_same(one, load_stable_diffusion(folder, dtype=torch.float16))
