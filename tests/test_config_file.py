@@ -83,6 +83,8 @@ def test_toml_with_or_without_sections(tmp_path: Path):
         ("steps = ", "TOML"),
         ("day = 2026-01-01", "day"),
         ("stepz = 3", "stepz"),
+        ("orthogonal_factors = [{a = 1}]", "orthogonal_factors"),
+        ('sample_prompts = ["a dog", "--rank=3"]', "sample_prompts"),
         ("steps = 0", "steps must be at least 1"),
     ],
 )
@@ -99,6 +101,13 @@ def test_bad_files_are_refused_in_words(tmp_path: Path, capsys, content, message
     assert status == 2
     assert message in said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("content", ['{"settings": 3}', '{"settings": [1]}', "[]", "{"])
+def test_records_that_hold_no_settings_are_refused(tmp_path: Path, capsys, content):
+    (tmp_path / "run.json").write_text(content)
+    assert main(["train", "--config", str(tmp_path / "run.json")]) == 2
+    assert "run.json" in capsys.readouterr().err.replace("\n", "")
 
 
 def test_a_flag_without_its_file_is_refused(capsys):

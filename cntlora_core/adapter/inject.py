@@ -270,7 +270,7 @@ def _stored(layer: LoraLayer, adapter_name: str, factors: Factors) -> Factors:
 def match_convolutions(model: nn.Module) -> list[str]:
     """Make adapters of convolutions look at their inputs as the convolutions themselves do.
 
-    peft builds the down convolution without the base's dilation and padding mode (as of 0.21). A
+    peft builds the down convolution without the base's dilation and padding mode (as of 0.21). An
     initialisation is put right when it is copied in; an adapter that ``PeftModel.from_pretrained``
     loads needs this call afterwards. Kernels stay the same parameters, and merging needs no such
     care.

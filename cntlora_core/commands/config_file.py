@@ -47,7 +47,10 @@ def with_config(arguments: Sequence[str]) -> list[str]:
 def _read(path: Path) -> Mapping[str, Any]:
     if path.suffix == ".json":
         content = read_json_object(path, "a file of settings")
-        return content.get("settings", content)
+        settings = content.get("settings", content)
+        if not isinstance(settings, dict):
+            raise ValueError(f"{path}: its settings are no table of names and values")
+        return settings
     require_file(path, "a file of settings")
     with reading(path, "settings in TOML"):
         return tomllib.loads(path.read_text("utf-8"))
@@ -62,6 +65,8 @@ def _flags(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
         if isinstance(value, Mapping):
             yield from _flags(value, prefix if key in _FLAT else f"{name}.")
         elif isinstance(value, list):
+            if any(not isinstance(v, (str, int, float)) or str(v).startswith("-") for v in value):
+                raise ValueError(f"{key} is {value!r}, which no flag can say")
             if value:
                 yield f"--{name}"
                 yield from map(str, value)

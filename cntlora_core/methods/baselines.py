@@ -6,95 +6,21 @@ registry can be read without torch.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
 
-from cntlora_core.methods.base import (
-    InitializationRequest,
-    Method,
-    PlanFn,
-    PlannedInitialization,
-    WrappedModel,
-)
-
-if TYPE_CHECKING:
-    from peft import LoraConfig
-    from torch import nn
+from cntlora_core.methods.base import Method
 
 
-def _lora(request: InitializationRequest) -> PlannedInitialization:
-    from cntlora_core.methods.from_weights import plan_lora
+def _later(module: str, function: str, *options: str) -> Callable[..., Any]:
+    """A function of a module beside this one, which is imported when it is called."""
 
-    return plan_lora(request)
+    def call(*arguments: Any) -> Any:
+        found = getattr(import_module(f"cntlora_core.methods.{module}"), function)
+        return found(*arguments, *options)
 
-
-def _from_weights(name: str, init: str) -> PlanFn:
-    def plan(request: InitializationRequest) -> PlannedInitialization:
-        from cntlora_core.methods.from_weights import plan_from_weights
-
-        return plan_from_weights(request, name, init)
-
-    return plan
-
-
-def _eva(request: InitializationRequest) -> PlannedInitialization:
-    from cntlora_core.methods.eva import plan_eva
-
-    return plan_eva(request)
-
-
-def _corda(mode: Literal["ipm", "kpm"]) -> PlanFn:
-    def plan(request: InitializationRequest) -> PlannedInitialization:
-        from cntlora_core.methods.corda import plan_corda
-
-        return plan_corda(request, mode)
-
-    return plan
-
-
-def _lora_ga(request: InitializationRequest) -> PlannedInitialization:
-    from cntlora_core.methods.lora_ga import plan_lora_ga
-
-    return plan_lora_ga(request)
-
-
-def _loftq(
-    model: nn.Module, lora_config: LoraConfig, request: InitializationRequest
-) -> WrappedModel:
-    from cntlora_core.methods.comparisons import wrap_loftq
-
-    return wrap_loftq(model, lora_config, request)
-
-
-def _dora(
-    model: nn.Module, lora_config: LoraConfig, request: InitializationRequest
-) -> WrappedModel:
-    from cntlora_core.methods.comparisons import wrap_dora
-
-    return wrap_dora(model, lora_config, request)
-
-
-def _adalora(
-    model: nn.Module, lora_config: LoraConfig, request: InitializationRequest
-) -> WrappedModel:
-    from cntlora_core.methods.comparisons import wrap_adalora
-
-    return wrap_adalora(model, lora_config, request)
-
-
-def _vera(
-    model: nn.Module, lora_config: LoraConfig, request: InitializationRequest
-) -> WrappedModel:
-    from cntlora_core.methods.comparisons import wrap_vera
-
-    return wrap_vera(model, lora_config, request)
-
-
-def _full(
-    model: nn.Module, lora_config: LoraConfig, request: InitializationRequest
-) -> WrappedModel:
-    from cntlora_core.methods.comparisons import wrap_full
-
-    return wrap_full(model, lora_config, request)
+    return call
 
 
 def pissa_with_iterations(iterations: int) -> Method:
@@ -108,7 +34,7 @@ def pissa_with_iterations(iterations: int) -> Method:
         rewrites_base=True,
         b_initialized_to_zero=False,
         image_file="trained minus initial",
-        plan=_from_weights(name, name),
+        plan=_later("from_weights", "plan_from_weights", name, name),
     )
 
 
@@ -120,7 +46,7 @@ PEFT_METHODS = (
         needs="nothing",
         rewrites_base=False,
         b_initialized_to_zero=True,
-        plan=_lora,
+        plan=_later("from_weights", "plan_lora"),
     ),
     Method(
         name="lora_gaussian",
@@ -129,7 +55,7 @@ PEFT_METHODS = (
         needs="nothing",
         rewrites_base=False,
         b_initialized_to_zero=True,
-        plan=_from_weights("lora_gaussian", "gaussian"),
+        plan=_later("from_weights", "plan_from_weights", "lora_gaussian", "gaussian"),
     ),
     Method(
         name="lora_orthogonal",
@@ -138,7 +64,7 @@ PEFT_METHODS = (
         needs="nothing",
         rewrites_base=False,
         b_initialized_to_zero=False,
-        plan=_from_weights("lora_orthogonal", "orthogonal"),
+        plan=_later("from_weights", "plan_from_weights", "lora_orthogonal", "orthogonal"),
     ),
     Method(
         name="pissa",
@@ -148,7 +74,7 @@ PEFT_METHODS = (
         rewrites_base=True,
         b_initialized_to_zero=False,
         image_file="trained minus initial",
-        plan=_from_weights("pissa", "pissa"),
+        plan=_later("from_weights", "plan_from_weights", "pissa", "pissa"),
     ),
     pissa_with_iterations(16),
     Method(
@@ -159,7 +85,7 @@ PEFT_METHODS = (
         rewrites_base=True,
         b_initialized_to_zero=False,
         image_file="trained minus initial",
-        plan=_from_weights("olora", "olora"),
+        plan=_later("from_weights", "plan_from_weights", "olora", "olora"),
     ),
     Method(
         name="eva",
@@ -168,7 +94,7 @@ PEFT_METHODS = (
         needs="activations",
         rewrites_base=False,
         b_initialized_to_zero=True,
-        plan=_eva,
+        plan=_later("eva", "plan_eva"),
     ),
     Method(
         name="corda_ipm",
@@ -178,7 +104,7 @@ PEFT_METHODS = (
         rewrites_base=True,
         b_initialized_to_zero=False,
         image_file="trained minus initial",
-        plan=_corda("ipm"),
+        plan=_later("corda", "plan_corda", "ipm"),
     ),
     Method(
         name="corda_kpm",
@@ -188,7 +114,7 @@ PEFT_METHODS = (
         rewrites_base=True,
         b_initialized_to_zero=False,
         image_file="trained minus initial",
-        plan=_corda("kpm"),
+        plan=_later("corda", "plan_corda", "kpm"),
     ),
     Method(
         name="lora_ga",
@@ -198,7 +124,7 @@ PEFT_METHODS = (
         rewrites_base=True,
         b_initialized_to_zero=False,
         image_file="trained minus initial",
-        plan=_lora_ga,
+        plan=_later("lora_ga", "plan_lora_ga"),
     ),
     Method(
         name="loftq",
@@ -213,7 +139,7 @@ PEFT_METHODS = (
             "the frozen weights become quantised ones, and their difference from the checkpoint "
             "has no low rank that a LoRA file could hold"
         ),
-        wrap=_loftq,
+        wrap=_later("comparisons", "wrap_loftq"),
     ),
     Method(
         name="dora",
@@ -227,7 +153,7 @@ PEFT_METHODS = (
             "loaders read the lengths that a DoRA file adds (dora_scale) differently, or leave "
             "them out: what they load would not be the trained model"
         ),
-        wrap=_dora,
+        wrap=_later("comparisons", "wrap_dora"),
     ),
     Method(
         name="adalora",
@@ -239,7 +165,7 @@ PEFT_METHODS = (
         peft_type="ADALORA",
         image_file=None,
         image_file_note="its training loop must prune ranks, which the image trainer does not do",
-        wrap=_adalora,
+        wrap=_later("comparisons", "wrap_adalora"),
     ),
     Method(
         name="vera",
@@ -251,7 +177,7 @@ PEFT_METHODS = (
         peft_type="VERA",
         image_file=None,
         image_file_note="image tools know no shared matrices, and the image trainer trains none",
-        wrap=_vera,
+        wrap=_later("comparisons", "wrap_vera"),
     ),
     Method(
         name="full",
@@ -263,6 +189,6 @@ PEFT_METHODS = (
         peft_type=None,
         image_file=None,
         image_file_note="it changes whole weights, and leaves a checkpoint, not a LoRA",
-        wrap=_full,
+        wrap=_later("comparisons", "wrap_full"),
     ),
 )
