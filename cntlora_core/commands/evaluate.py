@@ -93,7 +93,7 @@ class Evaluate:
         """
         from cntlora_core.data.photos import load_photos
         from cntlora_core.diffusion.sampler import checked_device
-        from cntlora_core.diffusion.settings import require_unicode
+        from cntlora_core.diffusion.validation import require_unicode
         from cntlora_core.figures.sheets import save_image
         from cntlora_core.metrics.fidelity import measure, measure_photos, subject_features
         from cntlora_core.metrics.view import fidelity_sheet

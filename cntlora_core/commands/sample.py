@@ -44,7 +44,7 @@ class Sample:
 
     def run(self, reporter: Reporter) -> None:
         from cntlora_core.diffusion.sampler import LoRAUse, generate, load_for_sampling
-        from cntlora_core.diffusion.settings import require_unicode
+        from cntlora_core.diffusion.validation import require_unicode
         from cntlora_core.figures.sheets import save_image
         from cntlora_core.metrics.pictures import write_prompts
         from cntlora_core.runtime.file_names import safe_name

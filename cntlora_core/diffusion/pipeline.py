@@ -10,11 +10,10 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import diffusers
 import torch
@@ -25,19 +24,17 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from cntlora_core.diffusion.checkpoint import (
     PARTS,
     CheckpointError,
-    TensorEntry,
     folder_weights,
-    read_header,
     read_json,
     require_sd15,
 )
 from cntlora_core.diffusion.configuration_check import SD15_CONFIGS, is_stock, require_working
 from cntlora_core.diffusion.fingerprint import fingerprint_model
-from cntlora_core.diffusion.original_layout import original_key
 from cntlora_core.diffusion.settings import SchedulerName
+from cntlora_core.diffusion.weights import fill_from_files, names_in_file
 from cntlora_core.runtime.hub import why_not_fetched
 from cntlora_core.runtime.progress import Reporter, silent
-from cntlora_core.runtime.reading import FLOATS, is_finite, reading, user_path
+from cntlora_core.runtime.reading import reading, user_path
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -55,21 +52,6 @@ _SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "euler_a": ("EulerAncestralDiscreteScheduler", {}),
     "heun": ("HeunDiscreteScheduler", {}),
     "unipc": ("UniPCMultistepScheduler", {}),
-}
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-# Names of the VAE's attention layers in folders written before diffusers 0.17.
-_OLD_VAE_ATTENTION = {
-    ".to_q.": ".query.",
-    ".to_k.": ".key.",
-    ".to_v.": ".value.",
-    ".to_out.0.": ".proj_attn.",
 }
 _PREDICTIONS = ("epsilon", "v_prediction", "sample")
 _NAMES = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder of CLIP's make"}
@@ -219,8 +201,10 @@ def load_parts(
         what = f"the configuration of a {_NAMES[part]}"
         with reading(described, what, _OTHER_MODEL), init_empty_weights():
             models[part] = build_model(part, configs)
-        names = _names_in(path, part, models[part].config)
-        _fill(models[part], files, names, torch.float32 if part == "vae" else dtype, device)
+        names = names_in_file(path, part, models[part].config)
+        fill_from_files(
+            models[part], files, names, torch.float32 if part == "vae" else dtype, device
+        )
         if not is_stock(described, part):
             with reading(described, what, _OTHER_MODEL):
                 require_working(part, models[part].eval())
@@ -368,82 +352,3 @@ def _locate(model: str | Path, local_files_only: bool | None) -> Path:
         )
     except Exception as error:  # the hub's client raises a dozen kinds, OSError and others
         raise CheckpointError(text, why_not_fetched(error, "a diffusers folder")) from error
-
-
-def _names_in(path: Path, part: str, config: Any) -> Callable[[str], list[str]]:
-    """For a parameter of the model, the names that it may have in the file, likeliest first."""
-    if path.is_dir():
-
-        def names(name: str) -> list[str]:
-            old = name
-            for new_mark, old_mark in _OLD_VAE_ATTENTION.items():
-                old = old.replace(new_mark, old_mark)
-            bare = name.removeprefix("text_model.")
-            return [name, f"text_model.{bare}", bare, old]
-    else:
-
-        def names(name: str) -> list[str]:
-            key = original_key(part, name, config)
-            return [key, key.replace("transformer.text_model.", "transformer.")]
-
-    return names
-
-
-def _fill(
-    model: torch.nn.Module,
-    files: list[Path],
-    names: Callable[[str], list[str]],
-    dtype: torch.dtype,
-    device: str | torch.device,
-) -> None:
-    """Reads a model's parameters from files, one tensor at a time."""
-    state, missing = {}, []
-    with ExitStack() as stack:
-        places: dict[str, tuple[BinaryIO, TensorEntry]] = {}
-        for file in files:
-            stream = stack.enter_context(file.open("rb"))
-            places.update((name, (stream, entry)) for name, entry in read_header(file).items())
-        for name, empty in model.state_dict().items():
-            found = next((key for key in names(name) if key in places), None)
-            if name.endswith("position_ids"):
-                state[name] = empty
-            elif found is None:
-                missing.append(names(name)[0])
-            else:
-                stream, entry = places[found]
-                if entry.dtype not in FLOATS:
-                    raise CheckpointError(
-                        files[0],
-                        f"{found} holds {entry.dtype}, and weights are floating-point numbers: "
-                        "this is a quantised or damaged model.",
-                    )
-                tensor = _read(stream, entry)
-                # 1x1 convolutions are stored as matrices by some tools, and the other way round.
-                if [n for n in tensor.shape if n > 1] != [n for n in empty.shape if n > 1]:
-                    raise CheckpointError(
-                        files[0],
-                        f"{found} has shape {tuple(tensor.shape)}, expected {tuple(empty.shape)}: "
-                        "the model is built differently.",
-                    )
-                tensor = tensor.reshape(empty.shape).to(device, dtype)
-                if not is_finite(tensor):
-                    raise CheckpointError(
-                        files[0],
-                        f"{found} has values that are not finite in {dtype}: the file is damaged, "
-                        "or a wider data type is needed.",
-                    )
-                state[name] = tensor
-    if missing:
-        raise CheckpointError(
-            files[0],
-            f"{len(missing)} of {len(missing) + len(state)} weights are missing, as {missing[0]}.",
-        )
-    model.load_state_dict(state, assign=True)
-    torch.nn.Module.to(model, device)
-
-
-def _read(stream: BinaryIO, entry: TensorEntry) -> torch.Tensor:
-    raw = torch.empty(entry.end - entry.start, dtype=torch.uint8)
-    stream.seek(entry.start)
-    stream.readinto(raw.numpy().data)  # pyright: ignore[reportAttributeAccessIssue]
-    return raw.view(_DTYPES[entry.dtype]).reshape(entry.shape)

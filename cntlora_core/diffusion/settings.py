@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from cntlora_core.config import CNTLoRAConfig, Constraint, FactorName
+from cntlora_core.diffusion.validation import (
+    require_at_least,
+    require_between,
+    require_choice,
+    require_finite,
+    require_json,
+    require_resolution,
+    require_unicode,
+    store_as_text,
+)
 from cntlora_core.methods.cntlora import settings_for
 from cntlora_core.methods.registry import get_method, image_file_methods
 
@@ -27,14 +36,10 @@ SchedulerName = Literal[
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine"]
 
 
-MOST_PIXELS = 4096
-"""The largest side of a picture: beyond, attention over its latents outgrows any memory."""
 MOST_RANKS = 10_000
 """Above the width of every layer of Stable Diffusion 1.5."""
 MOST_SAMPLING_STEPS = 1000
 """Timesteps of Stable Diffusion 1.5's noise schedule."""
-LARGEST_NUMBER = 1e9
-"""Of weights, rates and scales: what float32 can still multiply weights by."""
 
 
 def torch_dtype(precision: str) -> torch.dtype:
@@ -69,8 +74,8 @@ class SubjectSettings:
     flip: bool = False
 
     def __post_init__(self) -> None:
-        _as_text(self, "images")
-        _resolution(self.resolution)
+        store_as_text(self, "images")
+        require_resolution(self.resolution)
         for name in ("token", "class_name", "instance_prompt", "class_prompt"):
             require_unicode(name, getattr(self, name))
 
@@ -99,13 +104,13 @@ class PriorSettings:
     cache: str | None = None
 
     def __post_init__(self) -> None:
-        _as_text(self, "class_images", "cache")
+        store_as_text(self, "class_images", "cache")
         if self.cache is not None and not self.cache.strip():
             raise ValueError("cache is empty: give a folder, or leave it out")
-        _between("num_class_images", self.num_class_images, 1, 100_000)
-        _between("class_steps", self.class_steps, 1, MOST_SAMPLING_STEPS)
-        _finite("prior_weight", self.prior_weight, 0)
-        _finite("class_guidance", self.class_guidance, 0)
+        require_between("num_class_images", self.num_class_images, 1, 100_000)
+        require_between("class_steps", self.class_steps, 1, MOST_SAMPLING_STEPS)
+        require_finite("prior_weight", self.prior_weight, 0)
+        require_finite("class_guidance", self.class_guidance, 0)
 
 
 @dataclass(frozen=True)
@@ -145,8 +150,8 @@ class AdapterSettings:
     def __post_init__(self) -> None:
         method = get_method(self.method)
         method.require_image_file()
-        _between("rank", self.rank, 1, MOST_RANKS)
-        _between("init_passes", self.init_passes, 1, 10_000)
+        require_between("rank", self.rank, 1, MOST_RANKS)
+        require_between("init_passes", self.init_passes, 1, 10_000)
         for name in ("alpha", "init_minutes"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1e9:
@@ -155,10 +160,10 @@ class AdapterSettings:
             constraint = cast(Constraint, self.method)
             object.__setattr__(self, "cntlora", settings_for(constraint, self.cntlora))
             self.cntlora.require_consistent()
-        _choice("adapter", self.adapter, AdapterKind)
-        _finite("orthogonality", self.orthogonality, 0)
+        require_choice("adapter", self.adapter, AdapterKind)
+        require_finite("orthogonality", self.orthogonality, 0)
         for name in self.orthogonal_factors:
-            _choice("orthogonal_factors", name, FactorName)
+            require_choice("orthogonal_factors", name, FactorName)
         if self.adapter == "lava":
             self._check_lava(method.family == "cntlora")
         self.cntlora.to_dict()  # a run is recorded as JSON: refuse now what has no such form
@@ -228,19 +233,19 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "gradient_accumulation", "save_every"):
-            _between(name, getattr(self, name), 1, 10**9)
-        _between("sample_steps", self.sample_steps, 1, MOST_SAMPLING_STEPS)
+            require_between(name, getattr(self, name), 1, 10**9)
+        require_between("sample_steps", self.sample_steps, 1, MOST_SAMPLING_STEPS)
         require_unicode("sample_prompts", *self.sample_prompts)
         if not all(prompt.strip() for prompt in self.sample_prompts):
             raise ValueError("sample_prompts has an empty prompt: write it out or leave it away")
         for name in ("lr_warmup", "sample_every"):
-            _at_least(name, getattr(self, name), 0)
+            require_at_least(name, getattr(self, name), 0)
         for name in ("learning_rate", "weight_decay", "max_grad_norm"):
-            _finite(name, getattr(self, name), 0)
-        _choice("lr_schedule", self.lr_schedule, Schedule)
-        _choice("precision", self.precision, Precision)
+            require_finite(name, getattr(self, name), 0)
+        require_choice("lr_schedule", self.lr_schedule, Schedule)
+        require_choice("precision", self.precision, Precision)
         if self.min_snr_gamma is not None:
-            _finite("min_snr_gamma", self.min_snr_gamma, 0)
+            require_finite("min_snr_gamma", self.min_snr_gamma, 0)
             if self.min_snr_gamma == 0:
                 raise ValueError("min_snr_gamma=0 makes every loss 0: leave it out, or try 5")
         if self.lr_warmup and self.lr_schedule == "constant":
@@ -282,13 +287,13 @@ class SamplingSettings:
     batch_size: int = 4
 
     def __post_init__(self) -> None:
-        _between("steps", self.steps, 1, MOST_SAMPLING_STEPS)
-        _between("batch_size", self.batch_size, 1, 10_000)
-        _finite("guidance", self.guidance, 0)
-        _resolution(self.resolution)
+        require_between("steps", self.steps, 1, MOST_SAMPLING_STEPS)
+        require_between("batch_size", self.batch_size, 1, 10_000)
+        require_finite("guidance", self.guidance, 0)
+        require_resolution(self.resolution)
         require_unicode("negative_prompt", self.negative_prompt)
         if self.scheduler is not None:
-            _choice("scheduler", self.scheduler, SchedulerName)
+            require_choice("scheduler", self.scheduler, SchedulerName)
 
 
 @dataclass(frozen=True)
@@ -314,14 +319,14 @@ class OutputSettings:
     keep_state: bool = True
 
     def __post_init__(self) -> None:
-        _as_text(self, "output")
+        store_as_text(self, "output")
         if not self.output.strip():
             raise ValueError("output is empty: give the folder to write to")
         require_unicode("name", self.name)
         if self.name is not None and not self.name.strip():
             raise ValueError("name is empty: give a file name without ending, or leave it out")
-        _choice("layout", self.layout, Layout)
-        _choice("file_precision", self.file_precision, Precision)
+        require_choice("layout", self.layout, Layout)
+        require_choice("file_precision", self.file_precision, Precision)
 
 
 @dataclass(frozen=True)
@@ -340,8 +345,8 @@ class JobSettings:
     training: TrainingSettings = field(default_factory=TrainingSettings)
 
     def __post_init__(self) -> None:
-        _as_text(self, "model")
-        _require_json(self.to_dict())  # a run is recorded as JSON: refuse now what has no such form
+        store_as_text(self, "model")
+        require_json(self.to_dict())  # a run is recorded as JSON: refuse now what has no such form
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON values."""
@@ -387,73 +392,3 @@ def _build(cls: Any, values: Mapping[str, Any]) -> Any:
     if missing:
         raise ValueError(f"{cls.__name__} lacks {missing}")
     return cls(**arguments)
-
-
-def _as_text(settings: Any, *names: str) -> None:
-    """Paths as text, which is what a record holds; None stays."""
-    for name in names:
-        value = getattr(settings, name)
-        if isinstance(value, os.PathLike):
-            object.__setattr__(settings, name, os.fspath(value))
-
-
-def _require_json(values: Any, name: str = "") -> None:
-    if isinstance(values, dict):
-        for key, value in values.items():
-            _require_json(value, f"{name}.{key}" if name else str(key))
-    elif isinstance(values, (list, tuple)):
-        for value in values:
-            _require_json(value, name)
-    elif values is not None and type(values) not in (str, int, float, bool):
-        raise TypeError(
-            f"{name} must be text, a number, true or false, got {values!r} of type "
-            f"{type(values).__name__}, which the record of a run cannot hold"
-        )
-
-
-def _choice(name: str, value: object, kind: Any) -> None:
-    if value not in get_args(kind):
-        raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}; got {value!r}")
-
-
-def _at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-
-
-def _between(name: str, value: float, least: float, most: float) -> None:
-    if not least <= value <= most:
-        raise ValueError(f"{name} must be at least {least} and at most {most}, got {value}")
-
-
-def _resolution(value: int | None) -> None:
-    """Refuses what is no side of a picture; larger ones would ask for terabytes."""
-    if value is not None and not (8 <= value <= MOST_PIXELS and value % 8 == 0):
-        raise ValueError(
-            f"resolution must be a multiple of 8 between 8 and {MOST_PIXELS} pixels, got {value}"
-        )
-
-
-def require_unicode(name: str, *texts: str | None) -> None:
-    """Refuses texts that no tokenizer and no file can hold, before any work.
-
-    Raises:
-        TypeError: if a text is none, as bytes or a path.
-        ValueError: if a text has half of a surrogate pair, left by bytes that are not UTF-8.
-    """
-    for text in texts:
-        if not isinstance(text, (str, type(None))):
-            raise TypeError(f"{name} must be text, got {text!r} of type {type(text).__name__}")
-        if text is not None and any("\ud800" <= character <= "\udfff" for character in text):
-            raise ValueError(
-                f"{name} must be valid Unicode, got {text!a}: type it in a terminal or a file "
-                "with the encoding UTF-8"
-            )
-
-
-def _finite(name: str, value: float, least: float) -> None:
-    if not least <= value <= LARGEST_NUMBER:
-        raise ValueError(
-            f"{name} must be a finite number of at least {least} and at most {LARGEST_NUMBER:g}, "
-            f"got {value}"
-        )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,22 +19,16 @@ from typing import Any
 from torch import Tensor
 
 from cntlora_core.inspection.base_weights import base_weight_norms
+from cntlora_core.inspection.find_lora import find_lora
+from cntlora_core.inspection.origin import base_model_of, method_of, settings_of
 from cntlora_core.lora_file.algebra import LoRALayer, singular_values
-from cntlora_core.lora_file.contents import LoRAContents, read_contents
+from cntlora_core.lora_file.contents import read_contents
 from cntlora_core.lora_file.names import TEXT_ENCODER, UNET
-from cntlora_core.runtime.reading import json_object, read_json_object, user_path
+from cntlora_core.runtime.reading import user_path
 from cntlora_core.runtime.thread_pool import map_in_threads
 
-RUN_RECORD, RUN_STATE = "run.json", "state.safetensors"
 TOP_VALUES = 8
 """How many singular values of a layer go into a JSON description."""
-
-_CROSS_ATTENTION_WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
-_TRAINING_FACTS = (
-    *("learning_rate", "unet_lr", "text_encoder_lr", "optimizer", "lr_scheduler"),
-    *("max_train_steps", "steps", "epoch", "seed", "num_train_images", "num_reg_images"),
-    *("resolution", "network_dim", "network_alpha", "prior_loss_weight"),
-)
 
 
 @dataclass(frozen=True)
@@ -178,7 +171,7 @@ def inspect_lora(
         ValueError: it is no LoRA, in words: a pickle, a cut-off file, a full checkpoint, LoHa or
             LoKr, an unfinished run; or the base model is of another make.
     """
-    found, run = _locate(user_path(path))
+    found, run = find_lora(user_path(path))
     contents = read_contents(found)
     notes = list(contents.notes)
     norms: Mapping[str, float] = {}
@@ -198,9 +191,9 @@ def inspect_lora(
     return LoRAInspection(
         path=found,
         layout=contents.layout,
-        base_model=_base_model(contents),
-        method=_method(contents),
-        settings=_settings(contents),
+        base_model=base_model_of(contents),
+        method=method_of(contents),
+        settings=settings_of(contents),
         layers=layers,
         parts=_parts(layers),
         notes=tuple(notes),
@@ -299,109 +292,3 @@ def _part(part: str, layers: list[LayerInspection]) -> PartInspection:
 def _parameters(layer: LayerInspection) -> int:
     kernel = [int(side) for side in layer.kind.removeprefix("conv ").split("x") if side.isdigit()]
     return layer.rank * (layer.in_features * math.prod(kernel) + layer.out_features)
-
-
-def _locate(path: Path) -> tuple[Path, dict[str, Any] | None]:
-    """The LoRA, and what the record of its run says."""
-    if not os.path.exists(path):
-        raise FileNotFoundError(
-            f"there is no LoRA and no run at {path}: give a .safetensors file, or a folder of "
-            "peft's or of a run"
-        )
-    if not os.path.isdir(path):
-        record = _record(path.parent)
-        own = record is not None and record["export"]["file"] == path.name
-        return path, _run_facts(record) if own and record is not None else None
-    if record := _record(path):
-        return path / record["export"]["file"], _run_facts(record)
-    if (path / RUN_STATE).is_file():
-        raise ValueError(
-            f"{path} holds a run that is not finished: go on with `cntlora train --resume`"
-        )
-    files = [file for file in sorted(path.glob("*.safetensors")) if file.name != RUN_STATE]
-    if len(files) > 1:
-        raise ValueError(f"{path} holds several files: name one of {[f.name for f in files]}")
-    is_adapter = files and files[0].name == "adapter_model.safetensors"
-    return (files[0], None) if files and not is_adapter else (path, None)
-
-
-def _record(folder: Path) -> dict[str, Any] | None:
-    file = folder / RUN_RECORD
-    if not file.is_file():
-        return None
-    try:
-        record = read_json_object(file)
-        name = record["export"]["file"]
-        if Path(name).name != name:
-            return None  # it would lead out of the folder
-        _run_facts(record)
-        return record
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None  # another program's
-
-
-def _run_facts(record: dict[str, Any]) -> dict[str, Any]:
-    """What a run's record says; raises KeyError, TypeError and such where it is none."""
-    export, seconds = record["export"], record.get("seconds") or {}
-    ranks, error = export.get("trained_ranks") or {}, export.get("relative_error")
-    return {
-        "model": record.get("model", {}).get("source"),
-        "prompts": record.get("prompts"),
-        "steps": len(record.get("history", [])),
-        "seconds": {str(stage): float(value) for stage, value in seconds.items()},
-        "trained_ranks": {str(name): int(rank) for name, rank in ranks.items()},
-        "relative_error": None if error is None else float(error),
-        "notes": record.get("notes", []),
-    }
-
-
-def _base_model(contents: LoRAContents) -> str | None:
-    metadata = contents.metadata
-    named = [
-        text
-        for key in ("ss_base_model_version", "modelspec.architecture", "ss_sd_model_name")
-        if (text := metadata.get(key)) and text != "None"
-    ]
-    for config in contents.configs.values():
-        if text := config.get("base_model_name_or_path"):
-            named.append(str(text))
-    if named:
-        return ", ".join(dict.fromkeys(named))
-    for name, layer in contents.layers.items():
-        if name.endswith(("attn2.to_k", "attn2_to_k")):
-            width = layer.down.shape[1]
-            found = _CROSS_ATTENTION_WIDTHS.get(width, f"a text width of {width}")
-            return f"{found} (by its shapes; the file does not say)"
-    return None
-
-
-def _method(contents: LoRAContents) -> str | None:
-    metadata = contents.metadata
-    if method := metadata.get("cntlora.method"):
-        return method
-    for config in contents.configs.values():
-        if "init_lora_weights" in config:
-            init = config["init_lora_weights"]
-            plain = {"True": "plain LoRA (kaiming)", "False": "initialisation given"}
-            name = plain.get(str(init), init)
-            more = [k for k in ("use_dora", "use_rslora") if config.get(k)]
-            return ", ".join([f"peft: {name}", *more])
-    return metadata.get("ss_network_module")
-
-
-def _settings(contents: LoRAContents) -> dict[str, Any]:
-    metadata = contents.metadata
-    settings: dict[str, Any] = {
-        key: metadata[f"ss_{key}"]
-        for key in _TRAINING_FACTS
-        if metadata.get(f"ss_{key}") not in (None, "None")
-    }
-    for component, config in contents.configs.items():
-        prefix = f"{component}." if component else ""
-        for key in ("r", "lora_alpha", "target_modules", "use_rslora", "use_dora"):
-            if config.get(key):
-                settings[prefix + key] = config[key]
-    try:
-        return settings | json_object(metadata.get("cntlora.settings", "{}"))
-    except ValueError:
-        return settings

@@ -1,0 +1,99 @@
+"""Refusing settings that make no sense, in a message that says what would."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, get_args
+
+MOST_PIXELS = 4096
+"""The largest side of a picture: beyond, attention over its latents outgrows any memory."""
+LARGEST_NUMBER = 1e9
+"""Of weights, rates and scales: what float32 can still multiply weights by."""
+
+
+def store_as_text(settings: Any, *names: str) -> None:
+    """Keep paths as text, which is what a record holds; None stays.
+
+    Args:
+        settings: a frozen dataclass, changed in place.
+        names: of its fields.
+    """
+    for name in names:
+        value = getattr(settings, name)
+        if isinstance(value, os.PathLike):
+            object.__setattr__(settings, name, os.fspath(value))
+
+
+def require_json(values: Any, name: str = "") -> None:
+    """Refuse what the record of a run, a JSON file, cannot hold.
+
+    Args:
+        values: nested dicts, lists and tuples.
+        name: where they stand, for the message.
+
+    Raises:
+        TypeError: a value is neither text nor a number, true, false or None.
+    """
+    if isinstance(values, dict):
+        for key, value in values.items():
+            require_json(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(values, (list, tuple)):
+        for value in values:
+            require_json(value, name)
+    elif values is not None and type(values) not in (str, int, float, bool):
+        raise TypeError(
+            f"{name} must be text, a number, true or false, got {values!r} of type "
+            f"{type(values).__name__}, which the record of a run cannot hold"
+        )
+
+
+def require_choice(name: str, value: object, kind: Any) -> None:
+    """Raises a ValueError unless ``value`` is one of the ``Literal`` ``kind``; ``name`` is said."""
+    if value not in get_args(kind):
+        raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}; got {value!r}")
+
+
+def require_at_least(name: str, value: int, least: int) -> None:
+    """Raises a ValueError if ``value``, called ``name``, is less than ``least``."""
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def require_between(name: str, value: float, least: float, most: float) -> None:
+    """Raises a ValueError unless ``least <= value <= most``; ``name`` is said."""
+    if not least <= value <= most:
+        raise ValueError(f"{name} must be at least {least} and at most {most}, got {value}")
+
+
+def require_resolution(value: int | None) -> None:
+    """Refuses what is no side of a picture; larger ones would ask for terabytes."""
+    if value is not None and not (8 <= value <= MOST_PIXELS and value % 8 == 0):
+        raise ValueError(
+            f"resolution must be a multiple of 8 between 8 and {MOST_PIXELS} pixels, got {value}"
+        )
+
+
+def require_unicode(name: str, *texts: str | None) -> None:
+    """Refuses texts that no tokenizer and no file can hold, before any work.
+
+    Raises:
+        TypeError: if a text is none, as bytes or a path.
+        ValueError: if a text has half of a surrogate pair, left by bytes that are not UTF-8.
+    """
+    for text in texts:
+        if not isinstance(text, (str, type(None))):
+            raise TypeError(f"{name} must be text, got {text!r} of type {type(text).__name__}")
+        if text is not None and any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(
+                f"{name} must be valid Unicode, got {text!a}: type it in a terminal or a file "
+                "with the encoding UTF-8"
+            )
+
+
+def require_finite(name: str, value: float, least: float) -> None:
+    """Raises a ValueError unless ``least <= value <= LARGEST_NUMBER``, which NaN is not."""
+    if not least <= value <= LARGEST_NUMBER:
+        raise ValueError(
+            f"{name} must be a finite number of at least {least} and at most {LARGEST_NUMBER:g}, "
+            f"got {value}"
+        )
