@@ -21,6 +21,7 @@ from cntlora_core.commands.demo import Demo
 from cntlora_core.commands.evaluate import Evaluate
 from cntlora_core.commands.inspect import Inspect
 from cntlora_core.commands.methods import Methods
+from cntlora_core.commands.pick import Pick
 from cntlora_core.commands.sample import Sample
 from cntlora_core.commands.train import Train
 from cntlora_core.runtime.console import Cancelled, ConsoleReporter, message_console, say
@@ -35,6 +36,7 @@ BENCH_IS_ELSEWHERE = (
 COMMANDS: dict[str, Callable[..., Any]] = {
     "train": Train,
     "sample": Sample,
+    "pick": Pick,
     "demo": Demo,
     "evaluate": Evaluate,
     "inspect": Inspect,

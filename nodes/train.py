@@ -49,7 +49,7 @@ class Trained:
 
     def pictures(self, prompts: Sequence[str]) -> list[Image.Image]:
         """The course of the loss, and what was generated for these prompts after the last step."""
-        from cntlora_core.diffusion.job import sample_names
+        from cntlora_core.diffusion.run_folder import sample_names
         from cntlora_core.figures.plots import loss_picture
 
         folder = self.lora.parent / "samples"

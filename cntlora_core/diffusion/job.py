@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,21 +13,28 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from cntlora_core.data.photos import PhotoSet
-from cntlora_core.diffusion.export import export_lora
+from cntlora_core.diffusion.export import ExportReport, export_lora
 from cntlora_core.diffusion.pipeline import StableDiffusionParts, load_stable_diffusion
 from cntlora_core.diffusion.prior import cache_folder, class_images
 from cntlora_core.diffusion.record import JobResult, ModelFacts, file_metadata, run_record
+from cntlora_core.diffusion.run_folder import (
+    LOSS_NAME,
+    RANKS_NAME,
+    SAMPLES_NAME,
+    check_folder,
+    lora_path,
+    sample_names,
+)
 from cntlora_core.diffusion.run_identity import (
     RECORD_NAME,
     STATE_NAME,
     check_same_run,
-    finished_run,
     run_identity,
-    steps_in,
 )
 from cntlora_core.diffusion.run_lock import only_run_in
 from cntlora_core.diffusion.sampler import checked_device, generate
 from cntlora_core.diffusion.settings import JobSettings, SamplingSettings
+from cntlora_core.diffusion.snapshots import remove_snapshots, snapshots_in, write_snapshot
 from cntlora_core.diffusion.stages import (
     Initialization,
     Subject,
@@ -44,18 +51,10 @@ from cntlora_core.figures.plots import plot_loss, plot_ranks
 from cntlora_core.figures.sheets import save_image
 from cntlora_core.methods import get_method
 from cntlora_core.methods.peft_model import ROUNDING_TO_MENTION
-from cntlora_core.runtime.file_names import distinct_names, safe_name
-from cntlora_core.runtime.files import (
-    folder_within,
-    path_within,
-    require_writable_folder,
-    write_json_atomic,
-)
+from cntlora_core.runtime.files import folder_within, require_writable_folder, write_json_atomic
 from cntlora_core.runtime.memory import freed_memory_kept
 from cntlora_core.runtime.progress import Reporter, silent, stage_progress
 from cntlora_core.runtime.threads import threads, threads_for
-
-LOSS_NAME, RANKS_NAME, SAMPLES_NAME = "loss.png", "ranks.png", "samples"
 
 
 @dataclass
@@ -121,14 +120,14 @@ def personalise(
     run = _Run(reporter)
     folder = require_writable_folder(settings.output.output)
     with only_run_in(folder), torch.inference_mode(False), run.end:
-        _check_folder(folder, resume, overwrite)
+        check_folder(folder, resume, overwrite)
         state = TrainingState.load(folder / STATE_NAME) if resume else None
         if state is not None:
             check_same_run(state, {"job": settings.to_dict()})
         with run.timed("photos"):
             subject = subject or read_subject(settings.subject)
         run.note(*subject.notes)
-        _lora_path(folder, settings, subject)  # a name that will not do is said before any work
+        lora_path(folder, settings, subject)  # a name that will not do is said before any work
         return _personalise(
             settings, subject, class_photos, initialization, state, device, folder, run
         )
@@ -183,6 +182,7 @@ def _personalise(
         plan, report = state.plan, state.settings.get("initialization")
     else:
         state_path.unlink(missing_ok=True)  # of a run that is not gone on with
+        remove_snapshots(folder)
         with run.timed("initialization"):
             initialization = initialization or plan_initialization(
                 parts, encoded, settings.adapter, seed=seed, reporter=reporter
@@ -224,13 +224,32 @@ def _personalise(
             if left
             else f"all {state.step} steps were done before: only the LoRA file is written"
         )
-    with run.timed("training"), freed_memory_kept(device.type == "cpu"):
-        trainer.run(
-            reporter=reporter,
-            state_path=state_path,
-            after_step=_previewer(preview, settings, folder, reporter),
+
+    def export(path: Path) -> ExportReport:
+        stem = path.name if settings.output.layout == "peft" else path.stem
+        return export_lora(
+            unet,
+            text_encoder,
+            plan,
+            path,
+            settings.output,
+            file_metadata(stem, settings, subject.prompts, subject.photos, model, trainer),
+            stage_progress(reporter, "factoring for the file"),
         )
-    return _finish(trainer, settings, subject, model, report, run, folder, identity)
+
+    target = lora_path(folder, settings, subject)
+    keep = _snapshooter(export, settings, folder, target)
+    show = _previewer(preview, settings, folder, reporter)
+
+    def after_step(step: int) -> None:
+        keep(step)
+        if show is not None:
+            show(step)
+
+    with run.timed("training"), freed_memory_kept(device.type == "cpu"):
+        keep(trainer.step)  # it is missing where a run was stopped or ended at that step
+        trainer.run(reporter=reporter, state_path=state_path, after_step=after_step)
+    return _finish(trainer, settings, subject, model, report, run, target, identity, export)
 
 
 def _class_photos(
@@ -253,26 +272,17 @@ def _finish(
     model: ModelFacts,
     report: dict[str, Any] | None,
     run: _Run,
-    folder: Path,
+    target: Path,
     identity: dict[str, Any],
+    write: Callable[[Path], ExportReport],
 ) -> JobResult:
-    prompts = subject.prompts
-    target = _lora_path(folder, settings, subject)
-    stem = target.name if settings.output.layout == "peft" else target.stem
+    prompts, folder = subject.prompts, target.parent
     run.reporter("writing the LoRA file", 0, 1, {})
     with run.timed("export"):
-        export = export_lora(
-            trainer.unet,
-            trainer.text_encoder,
-            trainer.plan,
-            target,
-            settings.output,
-            file_metadata(stem, settings, prompts, subject.photos, model, trainer),
-            stage_progress(run.reporter, "factoring for the file"),
-        )
+        export = write(target)
     run.reporter("writing the LoRA file", 1, 1, {})
     run.note(export.summary())
-    plot_loss(trainer.history, folder / LOSS_NAME, f"{settings.adapter.method}: {stem}")
+    plot_loss(trainer.history, folder / LOSS_NAME, f"{settings.adapter.method}: {target.stem}")
     plot_ranks(trainer.plan.ranks, folder / RANKS_NAME, f"{settings.adapter.method}: ranks")
     result = JobResult(
         lora=export.path,
@@ -282,11 +292,26 @@ def _finish(
         history=trainer.history,
         seconds=run.seconds,
         notes=tuple(run.notes),
+        snapshots=tuple(snapshots_in(folder)),
     )
     write_json_atomic(folder / RECORD_NAME, run_record(result, settings, prompts, model, identity))
     if not settings.output.keep_state:
         (folder / STATE_NAME).unlink(missing_ok=True)
     return result
+
+
+def _snapshooter(
+    export: Callable[[Path], ExportReport], settings: JobSettings, folder: Path, target: Path
+) -> Callable[[int], None]:
+    """What keeps the LoRA of a step that is due, unless it is there already."""
+    every, last = settings.output.save_lora_every, settings.training.steps
+
+    def after_step(step: int) -> None:
+        due = every > 0 and 0 < step < last and step % every == 0
+        if due and step not in {snapshot.step for snapshot in snapshots_in(folder)}:
+            write_snapshot(folder, target, step, export)
+
+    return after_step
 
 
 def _previewer(
@@ -326,57 +351,3 @@ def _previewer(
             save_image(picture, samples / name)
 
     return after_step
-
-
-def _lora_path(folder: Path, settings: JobSettings, subject: Subject) -> Path:
-    """Where the LoRA goes: a file, or in peft's layout a folder.
-
-    Raises:
-        ValueError: if another file of the run has that name, or a folder is where the file belongs.
-        OSError: if peft's folder, or one in it, is a symbolic link.
-    """
-    prompts, output = subject.prompts, settings.output
-    name = output.name or "-".join(
-        filter(None, [prompts.token, prompts.class_name, settings.adapter.method])
-    )
-    stem = safe_name(name)
-    target = folder / (stem if output.layout == "peft" else f"{stem}.safetensors")
-    own = (STATE_NAME, RECORD_NAME, LOSS_NAME, RANKS_NAME, SAMPLES_NAME)
-    if target.name.casefold() in own:
-        raise ValueError(
-            f"the name {name!r} would put the LoRA at {target}, where the run keeps a file of its "
-            "own: choose another --name"
-        )
-    if output.layout == "peft":
-        for part in ("unet", "text_encoder"):
-            path_within(folder, target.name, part)
-    elif target.is_dir():
-        raise ValueError(f"{target} is a folder: choose another --name for the LoRA file")
-    return target
-
-
-def sample_names(step: int, prompts: Sequence[str]) -> list[str]:
-    """Names of the files of the images that are generated after a step, one for each prompt."""
-    return [f"{step:06d}-{name}.png" for name in distinct_names(prompts)]
-
-
-def _check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
-    if resume or overwrite:
-        return
-    has_state, found = (folder / STATE_NAME).exists(), finished_run(folder)
-    if has_state and (found is None or len(found.history) != steps_in(folder)):
-        raise FileExistsError(
-            f"{folder} holds the state of an interrupted run: go on with --resume, or start anew "
-            "with --overwrite"
-        )
-    if has_state and found is not None:
-        raise FileExistsError(
-            f"{folder} holds a finished run of {len(found.history)} steps: with --resume it goes "
-            "on to more --steps, or is written to another file; choose another output folder, or "
-            "start anew with --overwrite"
-        )
-    if (folder / RECORD_NAME).exists():
-        raise FileExistsError(
-            f"{folder} holds a finished run, whose state was not kept: choose another output "
-            "folder, or start anew with --overwrite"
-        )

@@ -16,6 +16,7 @@ from cntlora_core.data.captions import SubjectPrompts
 from cntlora_core.data.photos import PhotoSet
 from cntlora_core.diffusion.pipeline import StableDiffusionParts
 from cntlora_core.diffusion.settings import JobSettings
+from cntlora_core.diffusion.snapshots import Snapshot, records_of
 from cntlora_core.diffusion.trainer import SubjectTrainer
 from cntlora_core.lora_file.writing import modelspec_metadata
 
@@ -35,6 +36,7 @@ class JobResult:
         history: One record per step.
         seconds: Time spent by stage.
         notes: What a person should know: skipped files, cut prompts and the like.
+        snapshots: The LoRAs that were kept on the way, by step.
     """
 
     lora: Path
@@ -44,6 +46,7 @@ class JobResult:
     history: list[dict[str, float]]
     seconds: dict[str, float]
     notes: tuple[str, ...]
+    snapshots: tuple[Snapshot, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -131,11 +134,13 @@ def run_record(
         "initialization": result.initialization,
         "export": {
             "file": result.lora.name,
+            "step": len(result.history),
             "ranks": result.export.ranks,
             "trained_ranks": result.export.trained_ranks,
             "relative_error": result.export.relative_error,
             "truncation_error": result.export.truncation_error,
         },
+        "snapshots": records_of(result.folder),
         "notes": list(result.notes),
         "versions": {
             "python": platform.python_version(),

@@ -99,17 +99,19 @@ class FinishedRun:
         history: One record per step.
         notes: What a person was told.
         output: Settings of the file, as JSON values.
+        step: The step whose LoRA it is: the last one, unless another was picked.
     """
 
     lora: Path
     history: list[dict[str, float]]
     notes: tuple[str, ...]
     output: dict[str, Any]
+    step: int
 
     def is_what(self, steps: int, output: OutputSettings) -> bool:
         """Whether this is the run of so many steps, with its file as these settings have it."""
         asked = dataclasses.asdict(output)
-        shaping = asked.keys() - {"output", "keep_state"}
+        shaping = asked.keys() - {"output", "keep_state", "save_lora_every"}
         return len(self.history) == steps and all(
             self.output.get(name) == asked[name] for name in shaping
         )
@@ -119,12 +121,17 @@ def finished_run(folder: Path) -> FinishedRun | None:
     """What a finished run left in this folder; None if there is no whole one."""
     try:
         record = json.loads((folder / RECORD_NAME).read_text("utf-8"))
-        lora = folder / record["export"]["file"]
-        output = record["settings"]["output"]
-        found = FinishedRun(lora, record["history"], tuple(record["notes"]), dict(output))
+        export, history = record["export"], record["history"]
+        found = FinishedRun(
+            lora=folder / export["file"],
+            history=history,
+            notes=tuple(record["notes"]),
+            output=dict(record["settings"]["output"]),
+            step=int(export.get("step", len(history))),
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return found if lora.exists() else None
+    return found if found.lora.exists() else None
 
 
 def steps_in(folder: Path) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,12 +16,14 @@ from safetensors import safe_open
 from cntlora_core.data.captions import encode_prompts
 from cntlora_core.diffusion.pipeline import StableDiffusionParts, load_stable_diffusion
 from cntlora_core.diffusion.settings import Precision, SamplingSettings, torch_dtype
+from cntlora_core.inspection.find_lora import find_lora
 from cntlora_core.lora_file.peft_config import DIFFUSERS_METADATA_KEY
 from cntlora_core.lora_file.reading import (
     FOREIGN,
     check_drawable,
     load_lora_tensors,
     load_tensors,
+    read_lora_file,
     read_lora_tensors,
 )
 from cntlora_core.lora_file.writing import diffusers_tensors
@@ -72,23 +75,40 @@ class LoRAUse:
 
     @classmethod
     def parse(cls, text: str) -> LoRAUse:
-        """``file.safetensors`` or ``file.safetensors:0.8``.
+        """``file.safetensors`` or ``file.safetensors:0.8``, or a folder in the file's place.
+
+        A folder is that of a run, whose LoRA is meant, or one in peft's layout.
 
         Raises:
-            ValueError: if what follows the colon is no number, or no strength to sample with.
+            ValueError: if what follows the colon is no number, or no strength to sample with; if a
+                folder holds no LoRA.
         """
         if not text.strip():
             raise ValueError("the name of a LoRA is empty: give a .safetensors file after --lora")
         head, colon, tail = text.rpartition(":")
-        if colon and head.endswith(".safetensors"):
-            try:
-                strength = float(tail)
-            except ValueError:
-                raise ValueError(
-                    f"{text!r}: the strength after the colon must be a number, got {tail!r}"
-                ) from None
-            return cls(user_path(head), strength)
-        return cls(user_path(text))
+        if not (colon and (head.endswith(".safetensors") or os.path.isdir(user_path(head)))):
+            return cls.read(user_path(text))
+        try:
+            strength = float(tail)
+        except ValueError:
+            raise ValueError(
+                f"{text!r}: the strength after the colon must be a number, got {tail!r}"
+            ) from None
+        return cls.read(user_path(head), strength)
+
+    @classmethod
+    def read(cls, path: Path, strength: float = 1.0) -> LoRAUse:
+        """A file, the LoRA of a run's folder, or the content of a folder in peft's layout.
+
+        Raises:
+            ValueError: if a folder holds no LoRA.
+        """
+        if not os.path.isdir(path):
+            return cls(path, strength)
+        path = find_lora(path)[0]
+        if not path.is_dir():
+            return cls(path, strength)
+        return cls(path, strength, diffusers_tensors(read_lora_file(path).layers))
 
 
 def default_device() -> torch.device:

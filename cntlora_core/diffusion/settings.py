@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from cntlora_core.config import CNTLoRAConfig, Constraint, FactorName
 from cntlora_core.diffusion.validation import (
+    build_settings,
     require_at_least,
     require_between,
     require_choice,
@@ -309,6 +310,8 @@ class OutputSettings:
             learnt. Where the base weight was rewritten an exact file has twice that rank.
         keep_state: Keep the training state of a finished run, so that it can go on to more steps or
             be exported again; its size is 4 times that of the adapter in float32.
+        save_lora_every: Steps between LoRA files that are kept on the way, in the folder snapshots
+            of the output; 0 keeps none. `cntlora compare` and `cntlora pick` choose among them.
     """
 
     output: str
@@ -317,6 +320,7 @@ class OutputSettings:
     file_precision: Precision = "float16"
     compress: bool = True
     keep_state: bool = True
+    save_lora_every: int = 0
 
     def __post_init__(self) -> None:
         store_as_text(self, "output")
@@ -325,6 +329,7 @@ class OutputSettings:
         require_unicode("name", self.name)
         if self.name is not None and not self.name.strip():
             raise ValueError("name is empty: give a file name without ending, or leave it out")
+        require_at_least("save_lora_every", self.save_lora_every, 0)
         require_choice("layout", self.layout, Layout)
         require_choice("file_precision", self.file_precision, Precision)
 
@@ -359,7 +364,7 @@ class JobSettings:
         Raises:
             ValueError: for an unknown or missing key, or a value that makes no sense.
         """
-        return _build(cls, values)
+        return build_settings(cls, values, _NESTED)
 
 
 _NESTED: dict[str, type] = {
@@ -370,25 +375,3 @@ _NESTED: dict[str, type] = {
     "training": TrainingSettings,
     "cntlora": CNTLoRAConfig,
 }
-
-
-def _build(cls: Any, values: Mapping[str, Any]) -> Any:
-    known = {f.name: f for f in dataclasses.fields(cls)}
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        raise ValueError(f"unknown settings {unknown} in {cls.__name__}; known: {sorted(known)}")
-    arguments = {}
-    for name, value in values.items():
-        if name in _NESTED and isinstance(value, Mapping):
-            value = _build(_NESTED[name], value)
-        arguments[name] = tuple(value) if isinstance(value, list) else value
-    missing = [
-        name
-        for name, f in known.items()
-        if name not in arguments
-        and f.default is dataclasses.MISSING
-        and f.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise ValueError(f"{cls.__name__} lacks {missing}")
-    return cls(**arguments)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from collections.abc import Mapping
 from typing import Any, get_args
 
 MOST_PIXELS = 4096
@@ -97,3 +99,35 @@ def require_finite(name: str, value: float, least: float) -> None:
             f"{name} must be a finite number of at least {least} and at most {LARGEST_NUMBER:g}, "
             f"got {value}"
         )
+
+
+def build_settings(cls: Any, values: Mapping[str, Any], nested: Mapping[str, type]) -> Any:
+    """A settings class from plain JSON values.
+
+    Args:
+        cls: A dataclass.
+        values: Of its fields.
+        nested: The classes of fields that are settings themselves, by name.
+
+    Raises:
+        ValueError: for an unknown or missing key, or a value that makes no sense.
+    """
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ValueError(f"unknown settings {unknown} in {cls.__name__}; known: {sorted(known)}")
+    arguments = {}
+    for name, value in values.items():
+        if name in nested and isinstance(value, Mapping):
+            value = build_settings(nested[name], value, nested)
+        arguments[name] = tuple(value) if isinstance(value, list) else value
+    missing = [
+        name
+        for name, f in known.items()
+        if name not in arguments
+        and f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ValueError(f"{cls.__name__} lacks {missing}")
+    return cls(**arguments)

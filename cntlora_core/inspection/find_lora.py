@@ -57,7 +57,7 @@ def _run_facts(record: dict[str, Any]) -> dict[str, Any]:
     return {
         "model": record.get("model", {}).get("source"),
         "prompts": record.get("prompts"),
-        "steps": len(record.get("history", [])),
+        "steps": int(export.get("step", len(record.get("history", [])))),
         "seconds": {str(stage): float(value) for stage, value in seconds.items()},
         "trained_ranks": {str(name): int(rank) for name, rank in ranks.items()},
         "relative_error": None if error is None else float(error),

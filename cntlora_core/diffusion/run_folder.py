@@ -1,0 +1,74 @@
+"""What lies where in the output folder of a run, and whether a run may begin there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from cntlora_core.diffusion.run_identity import RECORD_NAME, STATE_NAME, finished_run, steps_in
+from cntlora_core.diffusion.settings import JobSettings
+from cntlora_core.diffusion.snapshots import SNAPSHOTS_NAME
+from cntlora_core.diffusion.stages import Subject
+from cntlora_core.runtime.file_names import distinct_names, safe_name
+from cntlora_core.runtime.files import path_within
+
+LOSS_NAME, RANKS_NAME, SAMPLES_NAME = "loss.png", "ranks.png", "samples"
+
+
+def lora_path(folder: Path, settings: JobSettings, subject: Subject) -> Path:
+    """Where the LoRA goes: a file, or in peft's layout a folder.
+
+    Raises:
+        ValueError: if another file of the run has that name, or a folder is where the file belongs.
+        OSError: if peft's folder, or one in it, is a symbolic link.
+    """
+    prompts, output = subject.prompts, settings.output
+    name = output.name or "-".join(
+        filter(None, [prompts.token, prompts.class_name, settings.adapter.method])
+    )
+    stem = safe_name(name)
+    target = folder / (stem if output.layout == "peft" else f"{stem}.safetensors")
+    own = (STATE_NAME, RECORD_NAME, LOSS_NAME, RANKS_NAME, SAMPLES_NAME, SNAPSHOTS_NAME)
+    if target.name.casefold() in own:
+        raise ValueError(
+            f"the name {name!r} would put the LoRA at {target}, where the run keeps a file of its "
+            "own: choose another --name"
+        )
+    if output.layout == "peft":
+        for part in ("unet", "text_encoder"):
+            path_within(folder, target.name, part)
+    elif target.is_dir():
+        raise ValueError(f"{target} is a folder: choose another --name for the LoRA file")
+    return target
+
+
+def sample_names(step: int, prompts: Sequence[str]) -> list[str]:
+    """Names of the files of the images that are generated after a step, one for each prompt."""
+    return [f"{step:06d}-{name}.png" for name in distinct_names(prompts)]
+
+
+def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
+    """Refuse to begin a run in a folder that holds one, unless it was said what becomes of that.
+
+    Raises:
+        FileExistsError: with what there is, and what to say.
+    """
+    if resume or overwrite:
+        return
+    has_state, found = (folder / STATE_NAME).exists(), finished_run(folder)
+    if has_state and (found is None or len(found.history) != steps_in(folder)):
+        raise FileExistsError(
+            f"{folder} holds the state of an interrupted run: go on with --resume, or start anew "
+            "with --overwrite"
+        )
+    if has_state and found is not None:
+        raise FileExistsError(
+            f"{folder} holds a finished run of {len(found.history)} steps: with --resume it goes "
+            "on to more --steps, or is written to another file; choose another output folder, or "
+            "start anew with --overwrite"
+        )
+    if (folder / RECORD_NAME).exists():
+        raise FileExistsError(
+            f"{folder} holds a finished run, whose state was not kept: choose another output "
+            "folder, or start anew with --overwrite"
+        )
