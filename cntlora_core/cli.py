@@ -16,6 +16,7 @@ from typing import Any
 
 import tyro
 
+from cntlora_core.commands.compare import Compare
 from cntlora_core.commands.config_file import with_config
 from cntlora_core.commands.demo import Demo
 from cntlora_core.commands.evaluate import Evaluate
@@ -36,6 +37,7 @@ BENCH_IS_ELSEWHERE = (
 COMMANDS: dict[str, Callable[..., Any]] = {
     "train": Train,
     "sample": Sample,
+    "compare": Compare,
     "pick": Pick,
     "demo": Demo,
     "evaluate": Evaluate,

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from cntlora_core import mini
 from cntlora_core.diffusion.settings import Precision, SamplingSettings
 from cntlora_core.runtime.flags import UserPath
 from cntlora_core.runtime.progress import Reporter
@@ -146,14 +144,11 @@ class Evaluate:
 
     def _encoders(self, reporter: Reporter) -> Encoders:
         from cntlora_core.diffusion.sampler import checked_device
-        from cntlora_core.metrics.encoders import CLIP, DINO, SMALL, load_encoders
+        from cntlora_core.metrics.encoders import load_encoders_for
 
-        small = self.model is not None and Path(self.model).resolve() == mini.model_path()
         reporter("loading the encoders", 0, 1, {})
-        encoders = load_encoders(
-            self.dino or (SMALL if small else DINO),
-            self.clip or (SMALL if small else CLIP),
-            device=checked_device(self.device),
+        encoders = load_encoders_for(
+            self.model, self.dino, self.clip, device=checked_device(self.device)
         )
         reporter("loading the encoders", 1, 1, {})
         return encoders

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         load_for_sampling,
         sample,
     )
+    from cntlora_core.diffusion.snapshots import Snapshot, loras_of_run, pick_snapshot
 
 _MODULES = {
     "JobResult": "diffusion.job",
@@ -37,6 +38,9 @@ _MODULES = {
     "generate": "diffusion.sampler",
     "load_for_sampling": "diffusion.sampler",
     "sample": "diffusion.sampler",
+    "Snapshot": "diffusion.snapshots",
+    "loras_of_run": "diffusion.snapshots",
+    "pick_snapshot": "diffusion.snapshots",
 }
 
 __all__ = [
@@ -47,13 +51,16 @@ __all__ = [
     "OutputSettings",
     "PriorSettings",
     "SamplingSettings",
+    "Snapshot",
     "StableDiffusionParts",
     "SubjectSettings",
     "TrainingSettings",
     "generate",
     "load_for_sampling",
     "load_stable_diffusion",
+    "loras_of_run",
     "personalise",
+    "pick_snapshot",
     "sample",
 ]
 

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
         measure_photos,
         subject_features,
     )
+    from cntlora_core.metrics.generation import GenerationSettings
     from cntlora_core.metrics.pictures import PromptedPictures, read_pictures, read_prompts
+    from cntlora_core.metrics.steps import StepComparison, compare_steps
 
 _MODULES = {
     **dict.fromkeys(
@@ -37,16 +39,21 @@ _MODULES = {
         "metrics.fidelity",
     ),
     **dict.fromkeys(("PromptedPictures", "read_pictures", "read_prompts"), "metrics.pictures"),
+    **dict.fromkeys(("StepComparison", "compare_steps"), "metrics.steps"),
+    "GenerationSettings": "metrics.generation",
 }
 
 __all__ = [
     "ClipEncoder",
     "Encoders",
     "Fidelity",
+    "GenerationSettings",
     "ImageEncoder",
     "PromptFidelity",
     "PromptedPictures",
+    "StepComparison",
     "SubjectFeatures",
+    "compare_steps",
     "load_encoders",
     "measure",
     "measure_photos",

@@ -170,6 +170,27 @@ def load_encoders(
     )
 
 
+def load_encoders_for(
+    model: str | Path | None,
+    dino: str | Path | None = None,
+    clip: str | Path | None = None,
+    **loading: Any,
+) -> Encoders:
+    """The encoders that were asked for, else those that suit a model's images.
+
+    Args:
+        model: What generates the images: for the small model ``"small"`` is the default, for any
+            other the hub's `DINO` and `CLIP`.
+        dino: As in :func:`load_encoders`, which also says what is raised.
+        clip: Likewise.
+        loading: Device and so on, likewise.
+    """
+    small = model is not None and Path(model).resolve() == mini.model_path()
+    return load_encoders(
+        dino or (SMALL if small else DINO), clip or (SMALL if small else CLIP), **loading
+    )
+
+
 def load_image_encoder(
     source: str | Path = DINO,
     *,

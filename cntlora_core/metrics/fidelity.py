@@ -171,6 +171,21 @@ def measure(
     return Fidelity(label, len(pictures), whole_dino, whole_clip, clip_t, by_prompt, (*notes, *cut))
 
 
+def measure_photos_under(
+    encoders: Encoders, subject: SubjectFeatures, prompts: Sequence[str], token: str | None = None
+) -> float:
+    """CLIP-T of the real pictures under prompts: what is scored without following any of them.
+
+    Args:
+        encoders: What measures.
+        subject: The real pictures.
+        prompts: Each goes with every picture.
+        token: The word that stands for the subject, left out of the prompts.
+    """
+    texts, _ = encoders.clip.encode_prompts([without_token(p, token) for p in prompts])
+    return mean_pairwise_cosine(subject.clip, texts)
+
+
 def measure_photos(
     subject: SubjectFeatures, label: str = "the photos themselves"
 ) -> Fidelity | None:

@@ -58,6 +58,7 @@ def generate_each(
     loras: Sequence[LoRAUse],
     settings: GenerationSettings,
     reporter: Reporter = silent,
+    labels: Sequence[str] | None = None,
 ) -> Iterator[tuple[str, list[Image.Image]]]:
     """Generate without a LoRA, if asked for, and with each; yields a label and the pictures.
 
@@ -66,6 +67,7 @@ def generate_each(
         loras: Each for itself, with its strength.
         settings: What to generate.
         reporter: Told the number of pictures done.
+        labels: Of the LoRAs; default: the names of their files.
     """
     prompts, seeds = settings.all_prompts, settings.all_seeds
 
@@ -77,7 +79,7 @@ def generate_each(
 
     if settings.with_base:
         yield pictures(BASE_LABEL)
-    for lora, label in zip(loras, _labels(loras), strict=True):
+    for lora, label in zip(loras, labels or _labels(loras), strict=True):
         try:
             apply_lora_files(pipeline, [lora])
             yield pictures(label)

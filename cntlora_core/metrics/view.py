@@ -18,14 +18,19 @@ SHOWN_PER_PROMPT = 4
 SHOWN_WITHOUT_PROMPT = 8
 
 
-def fidelity_table(results: Sequence[Fidelity]) -> Table:
-    """One row for each set of pictures."""
+def fidelity_table(
+    results: Sequence[Fidelity], balances: Sequence[float | None] | None = None
+) -> Table:
+    """One row for each set of pictures; ``balances`` is a last column, see `metrics.steps`."""
     table = Table(title="Fidelity, times 100")
     table.add_column("pictures of", overflow="fold")
     for heading in (*NAMES.values(), "pictures"):
         table.add_column(heading, justify="right")
-    for result in results:
-        table.add_row(result.label, *_numbers(result), str(result.pictures))
+    if balances is not None:
+        table.add_column("balance", justify="right")
+    for i, result in enumerate(results):
+        more = () if balances is None else (_percent(balances[i]),)
+        table.add_row(result.label, *_numbers(result), str(result.pictures), *more)
     return table
 
 
@@ -77,6 +82,17 @@ def fidelity_sheet(
         side: Side of a picture in pixels.
     """
     columns = [f"{result.label}: {fidelity_text(result)}" for result in results]
+    return pictures_sheet(photos, columns, pictures, side=side)
+
+
+def pictures_sheet(
+    photos: Sequence[Image.Image],
+    columns: Sequence[str],
+    pictures: Sequence[tuple[Sequence[Image.Image], Sequence[str] | None]],
+    *,
+    side: int = 96,
+) -> Image.Image:
+    """As :func:`fidelity_sheet`, under any headings: one for each set of pictures."""
     cells: dict[str, list[list[Image.Image]]] = {}
     for column, (images, prompts) in enumerate(pictures):
         for image, prompt in zip(images, prompts or [ALL_PICTURES] * len(images), strict=True):

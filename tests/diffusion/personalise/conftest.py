@@ -31,6 +31,15 @@ def settings(tiny_model: Path, photo_folder: Path, tmp_path: Path) -> JobSetting
     )
 
 
+@pytest.fixture
+def plain(settings, monkeypatch):
+    """A short run from the plain initialisation, without class images and plots."""
+    for plot in ("plot_loss", "plot_ranks"):
+        monkeypatch.setattr(f"cntlora_core.diffusion.job.{plot}", lambda *_arguments: None)
+    settings = change(change(settings, "prior", prior_weight=0.0), "adapter", method="lora")
+    return change(settings, "training", steps=3, save_every=1)
+
+
 def change(settings: JobSettings, part: str, **values: Any) -> JobSettings:
     new = dataclasses.replace(getattr(settings, part), **values)
     return dataclasses.replace(settings, **{part: new})

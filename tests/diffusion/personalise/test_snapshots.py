@@ -36,15 +36,6 @@ def steps_kept(folder: Path) -> list[int]:
     return [snapshot.step for snapshot in snapshots_in(folder)]
 
 
-@pytest.fixture
-def plain(settings, monkeypatch):
-    """A short run from the plain initialisation, without class images and plots."""
-    for plot in ("plot_loss", "plot_ranks"):
-        monkeypatch.setattr(f"cntlora_core.diffusion.job.{plot}", lambda *_arguments: None)
-    settings = change(change(settings, "prior", prior_weight=0.0), "adapter", method="lora")
-    return change(settings, "training", steps=3, save_every=1)
-
-
 @pytest.mark.parametrize(
     "adapter",
     [
