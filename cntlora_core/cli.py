@@ -20,6 +20,7 @@ from cntlora_core.commands.compare import Compare
 from cntlora_core.commands.config_file import with_config
 from cntlora_core.commands.demo import Demo
 from cntlora_core.commands.evaluate import Evaluate
+from cntlora_core.commands.flags import registry
 from cntlora_core.commands.inspect import Inspect
 from cntlora_core.commands.methods import Methods
 from cntlora_core.commands.pick import Pick
@@ -61,9 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(console, f"error: {BENCH_IS_ELSEWHERE}", "red")
         return 2
     try:
-        arguments = with_config(arguments)
+        rules, arguments = registry(with_config(arguments))
         with _plain_errors():
-            command = tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="cntlora", args=arguments)
+            command = tyro.extras.subcommand_cli_from_dict(
+                COMMANDS, prog="cntlora", args=arguments, registry=rules
+            )
     except (ValueError, TypeError, OSError) as error:  # a value that its settings refuse
         say(console, f"error: {error}", "red")
         return 2

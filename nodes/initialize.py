@@ -44,7 +44,9 @@ def make_initialization(
     def plan(reporter: HostReporter) -> Initialization:
         reporter("loading the model", 0, 1, {})
         dtype = torch_dtype(model.precision)
-        parts = load_stable_diffusion(model.path, dtype=dtype, device=device_name())
+        parts = load_stable_diffusion(
+            model.path, dtype=dtype, device=device_name(), clip_skip=model.clip_skip
+        )
         cache = work_folder() / "cache"
         encoded = encode_subject(parts, subject, cache=cache, reporter=reporter)
         return plan_initialization(parts, encoded, adapter, seed=seed, reporter=reporter)

@@ -6,7 +6,7 @@ from typing import get_args
 
 from comfy_api.latest import io  # pyright: ignore[reportMissingImports]
 
-from cntlora_core.diffusion.settings import Precision, TrainingSettings
+from cntlora_core.diffusion.settings import JobSettings, Precision, TrainingSettings
 
 from .sockets import ModelChoice, ModelSocket
 from .widgets import ADVANCED, CATEGORY, default_of, model_names, model_path
@@ -39,6 +39,15 @@ class LoadModel(io.ComfyNode):
                     tooltip="Number format of the model while it is in use. float32 is exact; "
                     "bfloat16 and float16 halve the memory and lose a little.",
                 ),
+                io.Int.Input(
+                    "clip_skip",
+                    default=default_of(JobSettings, "clip_skip"),
+                    min=1,
+                    max=12,
+                    extra_dict=ADVANCED,
+                    tooltip="Which layer of the text encoder is read, from the last: 1 is that. "
+                    "Models of drawings often want 2 (CLIP Set Last Layer: -2).",
+                ),
             ],
             outputs=[ModelSocket.Output(display_name="model", tooltip="The model to teach.")],
         )
@@ -57,15 +66,15 @@ class LoadModel(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, checkpoint: str, precision: str) -> str:
+    def fingerprint_inputs(cls, checkpoint: str, precision: str, clip_skip: int = 1) -> str:
         """Changes when the file does, also under the same name."""
         from cntlora_core.diffusion.fingerprint import fingerprint_model
 
-        return f"{fingerprint_model(model_path(checkpoint))} {precision}"
+        return f"{fingerprint_model(model_path(checkpoint))} {precision} {clip_skip}"
 
     @classmethod
-    def execute(cls, checkpoint: str, precision: Precision) -> io.NodeOutput:
-        return io.NodeOutput(ModelChoice(checkpoint, model_path(checkpoint), precision))
+    def execute(cls, checkpoint: str, precision: Precision, clip_skip: int = 1) -> io.NodeOutput:
+        return io.NodeOutput(ModelChoice(checkpoint, model_path(checkpoint), precision, clip_skip))
 
 
 NODES = [LoadModel]

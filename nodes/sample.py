@@ -76,7 +76,12 @@ def load_pipeline(
 
     reporter("loading the model", 0, 1, {})
     return load_for_sampling(
-        model.path, loras, precision=model.precision, device=device_name(), scheduler=scheduler
+        model.path,
+        loras,
+        precision=model.precision,
+        device=device_name(),
+        scheduler=scheduler,
+        clip_skip=model.clip_skip,
     )
 
 

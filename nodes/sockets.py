@@ -34,11 +34,13 @@ class ModelChoice:
         name: For people.
         path: A checkpoint file or a diffusers folder.
         precision: Data type of its weights while it is in use.
+        clip_skip: Which layer of its text encoder is read, from the last.
     """
 
     name: str
     path: Path
     precision: Precision
+    clip_skip: int = 1
 
 
 @dataclass(frozen=True, eq=False)

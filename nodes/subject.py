@@ -315,7 +315,9 @@ class ClassPictures(io.ComfyNode):
             def sample(reporter: HostReporter) -> PhotoSet:
                 reporter("loading the model", 0, 1, {})
                 dtype = torch_dtype(model.precision)
-                parts = load_stable_diffusion(model.path, dtype=dtype, device=device_name())
+                parts = load_stable_diffusion(
+                    model.path, dtype=dtype, device=device_name(), clip_skip=model.clip_skip
+                )
                 side = training_resolution(parts, subject.settings)
                 return class_images(parts, prompt, settings, resolution=side, reporter=reporter)
 

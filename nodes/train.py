@@ -14,6 +14,7 @@ from PIL import Image
 from cntlora_core.data.captions import fill_placeholders
 from cntlora_core.diffusion.settings import (
     JobSettings,
+    OptimizerName,
     OutputSettings,
     PriorSettings,
     Schedule,
@@ -79,6 +80,7 @@ def job_settings(
         prior=prior,
         adapter=initialized.initialization.adapter,
         training=training,
+        clip_skip=initialized.model.clip_skip,
     )
 
 
@@ -190,6 +192,10 @@ class TrainSubject(io.ComfyNode):
         max_grad_norm: float,
         lr_schedule: Schedule,
         lr_warmup: int,
+        text_encoder_lr: float,
+        text_encoder_steps: int,
+        caption_dropout: float,
+        optimizer: OptimizerName,
         min_snr_gamma: float,
         gradient_checkpointing: bool,
         preview_steps: int,
@@ -207,6 +213,10 @@ class TrainSubject(io.ComfyNode):
             max_grad_norm=max_grad_norm,
             lr_schedule=lr_schedule,
             lr_warmup=lr_warmup,
+            text_encoder_lr=text_encoder_lr or None,
+            text_encoder_steps=text_encoder_steps or None,
+            caption_dropout=caption_dropout,
+            optimizer=optimizer,
             min_snr_gamma=min_snr_gamma or None,
             precision=start.model.precision,
             gradient_checkpointing=gradient_checkpointing,
@@ -338,7 +348,7 @@ def _advanced_inputs() -> list[io.Input]:
         ),
         io.Combo.Input(
             "lr_schedule",
-            options=list(get_args(Schedule)),
+            options=[name for name in get_args(Schedule) if name != "piecewise_constant"],
             default=default_of(TrainingSettings, "lr_schedule"),
             extra_dict=ADVANCED,
             tooltip="How the learning rate changes over the training.",
@@ -350,6 +360,41 @@ def _advanced_inputs() -> list[io.Input]:
             max=100_000,
             extra_dict=ADVANCED,
             tooltip="Steps over which the learning rate rises at first; not with a constant one.",
+        ),
+        io.Float.Input(
+            "text_encoder_lr",
+            default=0.0,
+            min=0.0,
+            max=1.0,
+            step=1e-6,
+            round=1e-9,
+            extra_dict=ADVANCED,
+            tooltip="Learning rate of the text encoder; 0 takes half of the other.",
+        ),
+        io.Int.Input(
+            "text_encoder_steps",
+            default=0,
+            min=0,
+            max=1_000_000,
+            extra_dict=ADVANCED,
+            tooltip="After how many steps the text encoder stops learning; 0 is never.",
+        ),
+        io.Float.Input(
+            "caption_dropout",
+            default=default_of(TrainingSettings, "caption_dropout"),
+            min=0.0,
+            max=0.99,
+            step=0.05,
+            extra_dict=ADVANCED,
+            tooltip="Share of the photos that are read without their prompt.",
+        ),
+        io.Combo.Input(
+            "optimizer",
+            options=list(get_args(OptimizerName)),
+            default=default_of(TrainingSettings, "optimizer"),
+            extra_dict=ADVANCED,
+            tooltip="adamw_8bit needs the package bitsandbytes, prodigy the package prodigyopt. "
+            "prodigy finds its learning rate: set learning_rate to 1.",
         ),
         io.Float.Input(
             "min_snr_gamma",

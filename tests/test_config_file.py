@@ -11,6 +11,7 @@ import tyro
 
 from cntlora_core.cli import main
 from cntlora_core.commands.config_file import with_config
+from cntlora_core.commands.flags import registry
 from cntlora_core.commands.train import Train
 from cntlora_core.config import CNTLoRAConfig
 from cntlora_core.diffusion.settings import (
@@ -37,7 +38,8 @@ JOB = JobSettings(
 
 
 def parsed(*arguments: str) -> JobSettings:
-    train = tyro.cli(Train, args=with_config(["train", *arguments])[1:])
+    rules, words = registry(with_config(["train", *arguments])[1:])
+    train = tyro.cli(Train, args=words, registry=rules)
     return JobSettings(
         train.model, train.subject, train.output, train.prior, train.adapter, train.training
     )

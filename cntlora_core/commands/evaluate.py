@@ -203,6 +203,7 @@ class Evaluate:
             precision=self.precision,
             device=self.device,
             scheduler=self.sampling.scheduler,
+            clip_skip=self.sampling.clip_skip,
         )
         reporter("loading the model", 1, 1, {})
         for label, pictures in generate_each(pipeline, loras, settings, reporter):

@@ -66,6 +66,7 @@ class Sample:
             precision=self.precision,
             device=self.device,
             scheduler=self.sampling.scheduler,
+            clip_skip=self.sampling.clip_skip,
             reporter=reporter,
         )
         reporter("loading the model", 1, 1, {})

@@ -23,26 +23,30 @@ from cntlora_core.runtime.progress import Reporter
 class Train:
     """Teach a Stable Diffusion 1.5 model a subject: photos in, a LoRA file out.
 
-    --config FILE takes flags from a TOML file, or those of another run from its run.json; flags of
-    the command line win.
+    --help-all shows all flags. --config FILE takes flags from a TOML file, or those of another run
+    from its run.json; flags of the command line win.
 
     Attributes:
         model: Stable Diffusion 1.5 as one .safetensors file, a diffusers folder or a hub id.
+        clip_skip: Which layer of the text encoder is read, from the last; 1 is the last.
         resume: Go on with the run in the output folder: an interrupted one to its end, a finished
             one to more steps, or to a LoRA file of another name, layout or precision.
         overwrite: Start anew even where the output folder holds a run.
     """
 
     model: str
-    subject: Annotated[SubjectSettings, tyro.conf.arg(name="")]
-    output: Annotated[OutputSettings, tyro.conf.arg(name="")]
-    prior: Annotated[PriorSettings, tyro.conf.arg(name="")] = field(default_factory=PriorSettings)
-    adapter: Annotated[AdapterSettings, tyro.conf.arg(name="")] = field(
+    subject: Annotated[SubjectSettings, tyro.conf.OmitArgPrefixes]
+    output: Annotated[OutputSettings, tyro.conf.OmitArgPrefixes]
+    prior: Annotated[PriorSettings, tyro.conf.OmitArgPrefixes] = field(
+        default_factory=PriorSettings
+    )
+    adapter: Annotated[AdapterSettings, tyro.conf.OmitArgPrefixes] = field(
         default_factory=AdapterSettings
     )
-    training: Annotated[TrainingSettings, tyro.conf.arg(name="")] = field(
+    training: Annotated[TrainingSettings, tyro.conf.OmitArgPrefixes] = field(
         default_factory=TrainingSettings
     )
+    clip_skip: int = 1
     resume: bool = False
     overwrite: bool = False
 
@@ -58,7 +62,13 @@ class Train:
         from cntlora_core.diffusion.job import personalise
 
         settings = JobSettings(
-            self.model, self.subject, self.output, self.prior, self.adapter, self.training
+            self.model,
+            self.subject,
+            self.output,
+            self.prior,
+            self.adapter,
+            self.training,
+            self.clip_skip,
         )
         result = personalise(
             settings, resume=self.resume, overwrite=self.overwrite, reporter=reporter

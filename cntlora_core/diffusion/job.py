@@ -148,7 +148,11 @@ def _personalise(
     with run.timed("loading"):
         reporter("loading the model", 0, 1, {})
         parts = load_stable_diffusion(
-            settings.model, dtype=training.dtype, device=device, reporter=reporter
+            settings.model,
+            dtype=training.dtype,
+            device=device,
+            clip_skip=settings.clip_skip,
+            reporter=reporter,
         )
         reporter("loading the model", 1, 1, {})
     before = None if state is None else state.settings.get("threads")  # sums are rounded by them

@@ -11,7 +11,7 @@ import copy
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -141,6 +141,7 @@ def load_stable_diffusion(
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
+    clip_skip: int = 1,
     local_files_only: bool | None = None,
     reporter: Reporter = silent,
 ) -> StableDiffusionParts:
@@ -152,19 +153,48 @@ def load_stable_diffusion(
             hub, and loading it touches no network.
         dtype: of UNet and text encoder; the VAE is float32.
         device: of all three parts.
+        clip_skip: which layer of the text encoder is its last; those behind it are left away, and
+            the fingerprint says so.
         local_files_only: for a hub id, use what is in the hub's cache and no network; by default
             ``HF_HUB_OFFLINE`` decides.
         reporter: told of the reading of the weights for their fingerprint, where that takes long.
 
     Raises:
         CheckpointError: what was given is not a model of SD1.5's make; the message says what it is.
+        ValueError: the text encoder has fewer layers than are left away.
     """
     path = _locate(model, local_files_only)
     require_sd15(path)
     configs = path if path.is_dir() else SD15_CONFIGS
-    return load_parts(
+    parts = load_parts(
         path, configs, source=str(model), dtype=dtype, device=device, reporter=reporter
     )
+    skip_last_layers(parts.text_encoder, clip_skip)
+    name = parts.fingerprint if clip_skip == 1 else f"{parts.fingerprint}-clip-skip-{clip_skip}"
+    return replace(parts, fingerprint=name)
+
+
+def skip_last_layers(text_encoder: CLIPTextModel, clip_skip: int) -> None:
+    """Take layers from a text encoder's end, so that its final norm reads one before them.
+
+    Pipelines of diffusers have an argument of that name, which leaves negative prompts as they are.
+
+    Args:
+        text_encoder: Changed in place.
+        clip_skip: Which layer becomes the last, counted from the end; 1 changes nothing.
+
+    Raises:
+        ValueError: No layer would be left.
+    """
+    encoder: Any = next(m for m in text_encoder.modules() if hasattr(m, "layers"))
+    kept = len(encoder.layers) - clip_skip + 1
+    if kept < 1:
+        raise ValueError(
+            f"clip_skip={clip_skip} leaves no layer of the text encoder's {len(encoder.layers)}: "
+            f"use at most {len(encoder.layers)}"
+        )
+    encoder.layers = encoder.layers[:kept]
+    text_encoder.config.num_hidden_layers = kept
 
 
 def model_fingerprint(model: str | Path, reporter: Reporter = silent) -> str:

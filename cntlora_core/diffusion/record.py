@@ -77,6 +77,7 @@ def file_metadata(
     """What the LoRA file says of itself: modelspec and ss_* keys, and our settings."""
     training = settings.training
     classes = trainer.data.class_images
+    adapts_text = settings.adapter.train_text_encoder
     return modelspec_metadata(
         title=title,
         resolution=settings.subject.resolution or model.resolution,
@@ -84,6 +85,10 @@ def file_metadata(
         settings=_shareable(settings),
         training={
             "learning_rate": training.learning_rate,
+            "unet_lr": training.learning_rate,
+            "text_encoder_lr": training.text_learning_rate if adapts_text else 0.0,
+            "clip_skip": settings.clip_skip,
+            "caption_dropout_rate": training.caption_dropout,
             "num_train_images": len(photos.photos),
             "num_reg_images": 0 if classes is None else len(classes.digests),
             "max_train_steps": training.steps,
@@ -93,7 +98,7 @@ def file_metadata(
             "sd_model_name": Path(model.source).name,
             "prior_loss_weight": settings.prior.prior_weight,
             "min_snr_gamma": training.min_snr_gamma,
-            "optimizer": "torch.optim.AdamW",
+            "optimizer": f"{type(trainer.optimizer).__module__}.{type(trainer.optimizer).__name__}",
             "lr_scheduler": training.lr_schedule,
             "gradient_accumulation_steps": training.gradient_accumulation,
             "gradient_checkpointing": training.gradient_checkpointing,

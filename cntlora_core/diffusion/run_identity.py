@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from cntlora_core.diffusion.settings import JobSettings, OutputSettings
     from cntlora_core.diffusion.stages import Subject
 
-ALGORITHM = 1
+ALGORITHM = 2
 """Version of what a run computes. Raise it with every change after which the same settings, photos
 and model lead to other numbers: runs of before are then neither reused nor gone on with."""
 

@@ -14,7 +14,11 @@ from PIL import Image
 from safetensors import safe_open
 
 from cntlora_core.data.captions import encode_prompts
-from cntlora_core.diffusion.pipeline import StableDiffusionParts, load_stable_diffusion
+from cntlora_core.diffusion.pipeline import (
+    StableDiffusionParts,
+    load_stable_diffusion,
+    skip_last_layers,
+)
 from cntlora_core.diffusion.settings import Precision, SamplingSettings, torch_dtype
 from cntlora_core.inspection.find_lora import find_lora
 from cntlora_core.lora_file.peft_config import DIFFUSERS_METADATA_KEY
@@ -143,6 +147,7 @@ def load_for_sampling(
     precision: Precision = "float32",
     device: str | torch.device | None = None,
     scheduler: str | None = None,
+    clip_skip: int = 1,
     reporter: Reporter = silent,
 ) -> StableDiffusionPipeline:
     """A stock diffusers pipeline with LoRA files loaded and weighted.
@@ -160,6 +165,7 @@ def load_for_sampling(
     parts = load_stable_diffusion(model, dtype=torch_dtype(precision), device=place)
     pipeline = parts.pipeline(scheduler)  # pyright: ignore[reportArgumentType]
     _load_lora_files(pipeline, loras)
+    skip_last_layers(parts.text_encoder, clip_skip)
     return pipeline
 
 
@@ -302,7 +308,9 @@ def sample(
     settings = settings or SamplingSettings()
     uses = [use if isinstance(use, LoRAUse) else LoRAUse.parse(str(use)) for use in loras]
     if not isinstance(model, StableDiffusionParts):
-        pipeline = load_for_sampling(model, uses, scheduler=settings.scheduler, **loading)
+        pipeline = load_for_sampling(
+            model, uses, scheduler=settings.scheduler, clip_skip=settings.clip_skip, **loading
+        )
         return generate(pipeline, prompts, settings)
     pipeline = model.pipeline(settings.scheduler)  # pyright: ignore[reportArgumentType]
     try:

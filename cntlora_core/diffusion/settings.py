@@ -16,6 +16,7 @@ from cntlora_core.diffusion.validation import (
     require_finite,
     require_json,
     require_resolution,
+    require_step_rules,
     require_unicode,
     store_as_text,
 )
@@ -34,7 +35,16 @@ AdapterKind = Literal["lora", "lava"]
 SchedulerName = Literal[
     "pndm", "ddim", "ddpm", "dpm++", "dpm++_karras", "euler", "euler_a", "heun", "unipc"
 ]
-Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine"]
+Schedule = Literal[
+    "constant",
+    "constant_with_warmup",
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "piecewise_constant",
+]
+OptimizerName = Literal["adamw", "adamw_8bit", "prodigy"]
 
 
 MOST_RANKS = 10_000
@@ -196,13 +206,22 @@ class TrainingSettings:
 
     Attributes:
         steps: Optimizer steps.
-        learning_rate: Peak learning rate of AdamW.
+        learning_rate: Peak learning rate; with prodigy a factor of its own estimate, usually 1.
+        text_encoder_lr: Peak learning rate of the text encoder; default: half of learning_rate, and
+            with prodigy the same.
+        text_encoder_steps: After how many steps the text encoder stops learning; default: never.
+        optimizer: adamw, adamw_8bit (needs bitsandbytes) or prodigy (needs prodigyopt).
         batch_size: Photos per step; as many class images go with them.
         gradient_accumulation: Batches whose gradients are averaged in one step.
         weight_decay: Decoupled weight decay, towards the adapter's initialisation.
         max_grad_norm: Gradients are clipped to this norm; 0 leaves them.
         lr_schedule: Course of the learning rate.
         lr_warmup: Steps of linear warm-up.
+        lr_cycles: Restarts of cosine_with_restarts.
+        lr_power: Power of polynomial.
+        lr_step_rules: Factors of piecewise_constant with the steps they end at, the last without:
+            "1:500,0.1".
+        caption_dropout: Share of the photos that are read without their prompt.
         min_snr_gamma: Min-SNR loss weighting (5 is usual); default: off.
         precision: Data type of the frozen base; adapters stay float32.
         gradient_checkpointing: Less memory for a slower step.
@@ -216,12 +235,19 @@ class TrainingSettings:
 
     steps: int = 1000
     learning_rate: float = 1e-4
+    text_encoder_lr: float | None = None
+    text_encoder_steps: int | None = None
+    optimizer: OptimizerName = "adamw"
     batch_size: int = 1
     gradient_accumulation: int = 1
     weight_decay: float = 1e-2
     max_grad_norm: float = 1.0
     lr_schedule: Schedule = "constant"
     lr_warmup: int = 0
+    lr_cycles: int = 1
+    lr_power: float = 1.0
+    lr_step_rules: str = ""
+    caption_dropout: float = 0.0
     min_snr_gamma: float | None = None
     precision: Precision = "float32"
     gradient_checkpointing: bool = False
@@ -244,14 +270,30 @@ class TrainingSettings:
         for name in ("learning_rate", "weight_decay", "max_grad_norm"):
             require_finite(name, getattr(self, name), 0)
         require_choice("lr_schedule", self.lr_schedule, Schedule)
+        require_choice("optimizer", self.optimizer, OptimizerName)
+        require_between("lr_cycles", self.lr_cycles, 1, 10_000)
+        require_finite("lr_power", self.lr_power, 0)
+        require_step_rules(self.lr_schedule == "piecewise_constant", self.lr_step_rules)
+        if not 0 <= self.caption_dropout < 1:
+            raise ValueError(
+                f"caption_dropout must be at least 0 and less than 1, got {self.caption_dropout}"
+            )
+        if self.text_encoder_steps is not None:
+            require_between("text_encoder_steps", self.text_encoder_steps, 1, 10**9)
+        if self.text_encoder_lr is not None:
+            require_finite("text_encoder_lr", self.text_encoder_lr, 0)
+            if self.optimizer == "prodigy" and self.text_encoder_lr != self.learning_rate:
+                raise ValueError(
+                    "prodigy has one learning rate for all it trains: leave text_encoder_lr out"
+                )
         require_choice("precision", self.precision, Precision)
         if self.min_snr_gamma is not None:
             require_finite("min_snr_gamma", self.min_snr_gamma, 0)
             if self.min_snr_gamma == 0:
                 raise ValueError("min_snr_gamma=0 makes every loss 0: leave it out, or try 5")
-        if self.lr_warmup and self.lr_schedule == "constant":
+        if self.lr_warmup and self.lr_schedule in ("constant", "piecewise_constant"):
             raise ValueError(
-                f"lr_warmup={self.lr_warmup} has no effect with lr_schedule='constant': "
+                f"lr_warmup={self.lr_warmup} has no effect with lr_schedule={self.lr_schedule!r}: "
                 "use lr_schedule='constant_with_warmup'"
             )
         if self.sample_every and not self.sample_prompts:
@@ -262,6 +304,12 @@ class TrainingSettings:
     @property
     def dtype(self) -> torch.dtype:
         return torch_dtype(self.precision)
+
+    @property
+    def text_learning_rate(self) -> float:
+        if self.text_encoder_lr is not None:
+            return self.text_encoder_lr
+        return self.learning_rate if self.optimizer == "prodigy" else self.learning_rate / 2
 
 
 @dataclass(frozen=True)
@@ -277,6 +325,7 @@ class SamplingSettings:
         seed: Seed of the first picture (for evaluate: of each prompt's first); the next has
             the next seed.
         batch_size: Images generated at once.
+        clip_skip: Which layer of the text encoder is read, from the last; as in training.
     """
 
     steps: int = 30
@@ -286,8 +335,10 @@ class SamplingSettings:
     scheduler: SchedulerName | None = None
     seed: int = 0
     batch_size: int = 4
+    clip_skip: int = 1
 
     def __post_init__(self) -> None:
+        require_between("clip_skip", self.clip_skip, 1, 100)
         require_between("steps", self.steps, 1, MOST_SAMPLING_STEPS)
         require_between("batch_size", self.batch_size, 1, 10_000)
         require_finite("guidance", self.guidance, 0)
@@ -340,6 +391,9 @@ class JobSettings:
 
     Attributes:
         model: Stable Diffusion 1.5 as one .safetensors file, a diffusers folder or a hub id.
+        clip_skip: Which layer of the text encoder is read, from the last: 1 is the last, as Stable
+            Diffusion 1.5 was trained; models of drawings often want 2. Layers behind it are neither
+            read nor trained. Generate with the same.
     """
 
     model: str
@@ -348,9 +402,11 @@ class JobSettings:
     prior: PriorSettings = field(default_factory=PriorSettings)
     adapter: AdapterSettings = field(default_factory=AdapterSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
+    clip_skip: int = 1
 
     def __post_init__(self) -> None:
         store_as_text(self, "model")
+        require_between("clip_skip", self.clip_skip, 1, 100)
         require_json(self.to_dict())  # a run is recorded as JSON: refuse now what has no such form
 
     def to_dict(self) -> dict[str, Any]:

@@ -99,12 +99,14 @@ class EncodedSubject:
         tokens: (n, length) prompt tokens, one row for each photo.
         prompts: The same prompts as text.
         notes: What a person should know: cut prompts, odd tokens, small photos.
+        empty_tokens: (length,) tokens of the empty prompt.
     """
 
     latents: LatentSet
     tokens: Tensor
     prompts: tuple[str, ...]
     notes: tuple[str, ...]
+    empty_tokens: Tensor | None = None
 
 
 def encode_subject(
@@ -134,7 +136,8 @@ def encode_subject(
         *tokens.messages,
         *upscale_warnings(photos, resolution),
     )
-    return EncodedSubject(latents, tokens.input_ids, subject.training_prompts.prompts, notes)
+    empty = encode_prompts([""], parts.tokenizer).input_ids[0]
+    return EncodedSubject(latents, tokens.input_ids, subject.training_prompts.prompts, notes, empty)
 
 
 def encode_class_images(
@@ -163,9 +166,13 @@ def encode_class_images(
 
 def training_data(photos: EncodedSubject, others: EncodedSubject | None) -> TrainingData:
     """What the trainer takes, with class images or without."""
-    if others is None:
-        return TrainingData(photos.latents, photos.tokens)
-    return TrainingData(photos.latents, photos.tokens, others.latents, others.tokens)
+    return TrainingData(
+        photos.latents,
+        photos.tokens,
+        None if others is None else others.latents,
+        None if others is None else others.tokens,
+        photos.empty_tokens,
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,7 @@ from cntlora_core.runtime.tensor_file import read_tensors, write_tensors
 if TYPE_CHECKING:
     from cntlora_core.diffusion.adapters import Plan
 
-FORMAT = "cntlora-training-state-1"
+FORMAT = "cntlora-training-state-2"
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class TrainingState:
         plan: The initialisation of every adapter (also what an export subtracts).
         parameters: By ``<point>.down`` and ``<point>.up``, with LAVA by ``<point>.U`` and so on,
             float32.
-        moments: AdamW's ``exp_avg`` and ``exp_avg_sq``, by ``<kind>.`` and the same.
+        moments: The tensors of the optimiser's state, such as AdamW's ``exp_avg``, by ``<kind>.``
+            and the same.
         history: One record per step: loss, prior loss, gradient norm, learning rate.
         settings: The settings of the run as JSON values, to compare with those of a resumed one.
         extra: Anything small that must survive, such as the loss scale.
@@ -101,17 +102,18 @@ class TrainingState:
         initial = self.plan.tensors()
         if not initial or initial.keys() != self.parameters.keys():
             raise ValueError("its parameters are not those of its initialisation")
-        wanted = {f"{kind}.{name}" for kind in ("exp_avg", "exp_avg_sq") for name in initial}
-        if not self.moments.keys() <= wanted:
-            raise ValueError("its optimizer's moments are not those of its parameters")
-        for found in (self.parameters, self.moments):
-            for name, tensor in found.items():
-                parameter = initial[name.removeprefix("exp_avg_sq.").removeprefix("exp_avg.")]
-                fits = tensor.shape == parameter.shape and tensor.ndim in (2, 4)
-                if not fits or tensor.dtype != torch.float32:
-                    raise ValueError(f"{name} has another shape or type than its initialisation")
-                if not is_finite(tensor):
-                    raise ValueError(f"{name} has values that are not finite")
+        if not {name.partition(".")[2] for name in self.moments} <= initial.keys():
+            raise ValueError("its optimiser's tensors are not those of its parameters")
+        for name, tensor in self.parameters.items():
+            if tensor.shape != initial[name].shape or tensor.dtype != torch.float32:
+                raise ValueError(f"{name} has another shape or type than its initialisation")
+        for name, tensor in self.moments.items():
+            kind, _, parameter = name.partition(".")
+            if kind.startswith("exp_avg") and tensor.shape != initial[parameter].shape:
+                raise ValueError(f"{name} has another shape than its parameter")
+        for name, tensor in (*self.parameters.items(), *self.moments.items()):
+            if tensor.is_floating_point() and not is_finite(tensor):
+                raise ValueError(f"{name} has values that are not finite")
 
 
 def steps_done(path: Path) -> int:

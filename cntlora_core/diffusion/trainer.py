@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
 from cntlora_core.data.latents import LatentSet
@@ -21,6 +20,13 @@ from cntlora_core.diffusion.adapters import (
     trained_parameters,
 )
 from cntlora_core.diffusion.objective import dreambooth_loss, min_snr_weights, training_target
+from cntlora_core.diffusion.optimizers import (
+    build_optimizer,
+    build_schedule,
+    effective_rate,
+    optimizer_state,
+    restore_optimizer,
+)
 from cntlora_core.diffusion.settings import AdapterSettings, TrainingSettings
 from cntlora_core.diffusion.state import TrainingState, all_finite
 from cntlora_core.runtime.progress import Reporter, silent
@@ -40,12 +46,14 @@ class TrainingData:
         photo_tokens: (n, length) prompt tokens, one row for each photo.
         class_images: The class images' latents, or None.
         class_tokens: (1, length) tokens of the class prompt, or None.
+        empty_tokens: (length,) tokens of the empty prompt, which caption dropout needs.
     """
 
     photos: LatentSet
     photo_tokens: Tensor
     class_images: LatentSet | None = None
     class_tokens: Tensor | None = None
+    empty_tokens: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -113,21 +121,14 @@ class SubjectTrainer:
         self.parameters = dict(trained_parameters(unet, text_encoder, plan))
         self._extra_loss: Callable[[], Tensor] | None = extra_loss(unet, text_encoder, plan)
         self._initial = (
-            [p.detach().clone() for p in self.parameters.values()] if training.weight_decay else []
+            {p: p.detach().clone() for p in self.parameters.values()}
+            if training.weight_decay
+            else {}
         )
-        self._fused = self._device.type in ("cpu", "cuda")
-        self.optimizer = torch.optim.AdamW(
-            list(self.parameters.values()),
-            lr=training.learning_rate,
-            weight_decay=0.0,  # it pulls towards 0, which is no initialisation: see _decay
-            fused=self._fused,
-        )
-        self._lr_schedule = get_scheduler(
-            training.lr_schedule,
-            self.optimizer,
-            num_warmup_steps=training.lr_warmup,
-            num_training_steps=training.steps,
-        )
+        self._text = [p for n, p in self.parameters.items() if n.startswith("text_encoder.")]
+        denoiser = [p for n, p in self.parameters.items() if not n.startswith("text_encoder.")]
+        self.optimizer = build_optimizer(denoiser, self._text, training)
+        self._lr_schedule = build_schedule(self.optimizer, training)
         self._scaler = torch.amp.GradScaler(  # pyright: ignore[reportPrivateImportUsage]
             self._device.type, enabled=self._dtype == torch.float16
         )
@@ -184,6 +185,7 @@ class SubjectTrainer:
 
     def _one_step(self) -> dict[str, float]:
         started = time.perf_counter()
+        self._stop_text_encoder()
         accumulation = self.training.gradient_accumulation
         sums = torch.zeros(3)
         for micro in range(accumulation):
@@ -200,18 +202,18 @@ class SubjectTrainer:
             sums += values / accumulation
             self._scaler.scale(loss / accumulation).backward()
         self._scaler.unscale_(self.optimizer)
-        parameters = list(self.parameters.values())
+        parameters = [p for p in self.parameters.values() if p.requires_grad]
         limit = self.training.max_grad_norm
         norm = float(nn.utils.clip_grad_norm_(parameters, limit if limit > 0 else float("inf")))
         finite = math.isfinite(norm)
         if not finite:
             self._forgive_or_raise(norm)
         self._between_steps = False
-        learning_rate = self.optimizer.param_groups[0]["lr"]
         if finite:
-            self._decay(learning_rate)
+            self._decay()
         self._scaler.step(self.optimizer)
         self._scaler.update()
+        learning_rate = effective_rate(self.optimizer.param_groups[0])
         self.optimizer.zero_grad()
         self._lr_schedule.step()
         self.step += 1
@@ -228,14 +230,26 @@ class SubjectTrainer:
         }
 
     @torch.no_grad()
-    def _decay(self, learning_rate: float) -> None:
+    def _decay(self) -> None:
         """AdamW's decoupled weight decay, towards the initialisation p0 in place of 0.
 
         ``p - learning_rate * weight_decay * (p - p0)``. Where the frozen weight became ``W - s B0
         A0``, a pull towards 0 would be one away from W.
         """
-        for parameter, initial in zip(self.parameters.values(), self._initial):
-            parameter.lerp_(initial, learning_rate * self.training.weight_decay)
+        for group in self.optimizer.param_groups if self._initial else ():
+            for parameter in group["params"]:
+                if parameter.requires_grad:
+                    share = effective_rate(group) * self.training.weight_decay
+                    parameter.lerp_(self._initial[parameter], share)
+
+    def _stop_text_encoder(self) -> None:
+        """From its last step on the text encoder stays as it is, and is not differentiated."""
+        last = self.training.text_encoder_steps
+        if self._trains_text and last is not None and self.step >= last:
+            self._trains_text = False
+            self.text_encoder.eval()
+            for parameter in self._text:
+                parameter.requires_grad_(False)
 
     def _forgive_or_raise(self, norm: float) -> None:
         # A float16 base overflows now and then; the scaler then skips the step and halves its
@@ -256,6 +270,13 @@ class SubjectTrainer:
         photos = _shuffled_items(len(data.photos), first, size, self.training.seed, 2)
         latents = [data.photos.sample(i, generator) for i in photos]
         tokens = [data.photo_tokens[data.photos.photo_index[i]] for i in photos]
+        if share := self.training.caption_dropout:
+            assert data.empty_tokens is not None
+            chances = torch.rand(size, generator=_generator(self.training.seed, 4, step, micro))
+            tokens = [
+                data.empty_tokens if chance < share else row
+                for chance, row in zip(chances.tolist(), tokens, strict=True)
+            ]
         if data.class_images is not None and self.prior_weight > 0:
             assert data.class_tokens is not None
             others = _shuffled_items(len(data.class_images), first, size, self.training.seed, 3)
@@ -309,11 +330,7 @@ class SubjectTrainer:
 
     def state(self) -> TrainingState:
         """What it takes to go on from here."""
-        moments = {}
-        for name, parameter in self.parameters.items():
-            for kind in ("exp_avg", "exp_avg_sq"):
-                if parameter in self.optimizer.state:
-                    moments[f"{kind}.{name}"] = self.optimizer.state[parameter][kind]
+        moments, optimizer = optimizer_state(self.optimizer, self.parameters)
         return TrainingState(
             step=self.step,
             plan=self.plan,
@@ -323,32 +340,17 @@ class SubjectTrainer:
             settings=self._settings,
             extra={
                 "scaler": self._scaler.state_dict(),
-                "updates": self._updates(),
+                "optimizer": optimizer,
                 "lr_schedule": self._lr_schedule.state_dict(),
             },
         )
-
-    def _updates(self) -> int:
-        """AdamW's own count of steps; smaller than ours where a float16 step was skipped."""
-        counts = [int(values["step"]) for values in self.optimizer.state.values()]
-        return max(counts, default=0)
 
     @torch.no_grad()
     def restore(self, state: TrainingState) -> None:
         """Go back to a saved state of the same run."""
         for name, parameter in self.parameters.items():
             parameter.copy_(state.parameters[name])
-            if f"exp_avg.{name}" in state.moments:
-                self.optimizer.state[parameter] = {
-                    "step": torch.tensor(
-                        float(state.extra["updates"]),
-                        device=parameter.device if self._fused else "cpu",
-                    ),
-                    **{
-                        kind: state.moments[f"{kind}.{name}"].to(parameter).clone()
-                        for kind in ("exp_avg", "exp_avg_sq")
-                    },
-                }
+        restore_optimizer(self.optimizer, self.parameters, state.moments, state.extra["optimizer"])
         if self._scaler.is_enabled() and state.extra.get("scaler"):
             self._scaler.load_state_dict(state.extra["scaler"])
         self.step, self.history = state.step, list(state.history)

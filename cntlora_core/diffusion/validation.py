@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping
 from typing import Any, get_args
 
@@ -72,6 +73,25 @@ def require_resolution(value: int | None) -> None:
     if value is not None and not (8 <= value <= MOST_PIXELS and value % 8 == 0):
         raise ValueError(
             f"resolution must be a multiple of 8 between 8 and {MOST_PIXELS} pixels, got {value}"
+        )
+
+
+def require_step_rules(needed: bool, rules: str) -> None:
+    """Raises a ValueError unless diffusers can read the rules of ``piecewise_constant``.
+
+    Args:
+        needed: Whether the schedule is the one that takes them.
+        rules: ``factor:step`` pairs and a last factor, with commas between.
+    """
+    number = r"\d+(\.\d+)?(e-?\d+)?"
+    if needed and not re.fullmatch(rf"({number}:\d+,)+{number}", rules):
+        raise ValueError(
+            "lr_schedule='piecewise_constant' needs lr_step_rules such as '1:500,0.1' (the whole "
+            f"learning rate for 500 steps, then a tenth of it), got {rules!r}"
+        )
+    if rules and not needed:
+        raise ValueError(
+            "lr_step_rules has an effect with lr_schedule='piecewise_constant' only: leave it out"
         )
 
 

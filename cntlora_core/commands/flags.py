@@ -1,0 +1,80 @@
+"""Which flags the help of ``cntlora train`` shows, and which there are none of."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Annotated, Any, get_type_hints
+
+import docstring_parser
+import tyro
+from tyro.constructors import (
+    ConstructorRegistry,
+    StructConstructorSpec,
+    StructFieldSpec,
+    StructTypeInfo,
+)
+
+from cntlora_core.config import CNTLoRAConfig
+from cntlora_core.diffusion.settings import (
+    AdapterSettings,
+    OutputSettings,
+    PriorSettings,
+    SubjectSettings,
+    TrainingSettings,
+)
+
+HELP_ALL = "--help-all"
+SHOWN = {
+    SubjectSettings: ("images", "token", "class_name", "resolution"),
+    PriorSettings: ("class_images", "prior_weight"),
+    AdapterSettings: ("method", "rank"),
+    TrainingSettings: ("steps", "learning_rate", "seed", "sample_prompts"),
+    OutputSettings: ("output", "name"),
+    CNTLoRAConfig: (),
+}
+"""With the model, ``--resume`` and ``--overwrite``: what ``--help`` shows of a training."""
+_REPEATED = {CNTLoRAConfig: ("constraint",)}
+"""What another flag says already: the constraint is the method."""
+
+
+def registry(arguments: Sequence[str]) -> tuple[ConstructorRegistry, list[str]]:
+    """How tyro makes flags of settings, and the arguments with ``--help-all`` as ``--help``.
+
+    Args:
+        arguments: Of the command line. With ``--help`` among them the flags that few need are left
+            out; ``--help-all`` shows all.
+    """
+    brief = HELP_ALL not in arguments and bool({"-h", "--help"} & {*arguments})
+    rules = ConstructorRegistry()
+
+    @rules.struct_rule
+    def settings(info: StructTypeInfo) -> StructConstructorSpec | None:
+        cls: Any = info.type
+        if cls not in SHOWN:
+            return None
+        given = info.default if isinstance(info.default, cls) else None
+        texts = {p.arg_name: p.description for p in docstring_parser.parse(cls.__doc__).params}
+        hints = get_type_hints(cls, include_extras=True)
+        fields = []
+        for field in dataclasses.fields(cls):
+            if field.name in _REPEATED.get(cls, ()):
+                continue
+            kind: Any = hints[field.name]
+            if cls is CNTLoRAConfig:
+                flag = f"cntlora.{field.name}".replace("_", "-")
+                kind = Annotated[kind, tyro.conf.arg(name=flag)]
+            if brief and field.name not in SHOWN[cls]:
+                kind = Annotated[kind, tyro.conf.Suppress]
+            default = _default(field) if given is None else getattr(given, field.name)
+            text = " ".join((texts.get(field.name) or "").split())
+            fields.append(StructFieldSpec(field.name, kind, default, text))
+        return StructConstructorSpec(cls, tuple(fields))
+
+    return rules, ["--help" if word == HELP_ALL else word for word in arguments]
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return tyro.MISSING if field.default is dataclasses.MISSING else field.default

@@ -1,0 +1,155 @@
+"""Optimisers and schedules; how the text encoder learns: rate, last step, last layer."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cntlora_core.diffusion import job
+from cntlora_core.diffusion.job import personalise
+from cntlora_core.diffusion.pipeline import load_stable_diffusion
+from cntlora_core.diffusion.sampler import LoRAUse, load_for_sampling
+from cntlora_core.diffusion.settings import TrainingSettings
+
+from .personalise.conftest import StopAt, change, losses, settings  # noqa: F401
+
+HAS_8BIT = importlib.util.find_spec("bitsandbytes") is not None
+
+
+@pytest.fixture
+def moved(settings, monkeypatch):  # noqa: F811
+    """Trains plain LoRA; returns how far each tensor moved."""
+    initial = {}
+    run = job.SubjectTrainer.run
+
+    def keep(trainer, **options):
+        initial.update({n: p.detach().clone() for n, p in trainer.parameters.items()})
+        run(trainer, **options)
+
+    monkeypatch.setattr(job.SubjectTrainer, "run", keep)
+    monkeypatch.setattr(job, "_finish", lambda trainer, *rest: trainer)
+
+    def train(**training) -> dict[str, float]:
+        asked = change(change(settings, "training", **training), "adapter", method="lora")
+        trainer = personalise(asked, overwrite=True)
+        return {
+            n: float((p.detach() - initial[n]).abs().max()) for n, p in trainer.parameters.items()
+        }
+
+    return train
+
+
+def rates(by_name: dict[str, float]) -> tuple[float, float]:
+    """The largest step of denoiser and text encoder; the down factors have no gradient yet."""
+    text = [d for n, d in by_name.items() if n.startswith("text_encoder.") and n.endswith(".up")]
+    rest = [d for n, d in by_name.items() if n.startswith("unet.") and n.endswith(".up")]
+    return max(rest), max(text)
+
+
+@pytest.mark.parametrize(("asked", "factor"), [(None, 0.5), (2e-3, 2.0)])
+def test_the_text_encoder_has_a_learning_rate_of_its_own(moved, asked, factor):
+    denoiser, text = rates(moved(steps=1, text_encoder_lr=asked, weight_decay=0.0))
+    assert denoiser == pytest.approx(1e-3, rel=1e-3)  # Adam's first step is the learning rate
+    assert text == pytest.approx(factor * denoiser, rel=1e-3)
+
+
+def test_the_text_encoder_stops_learning(moved):
+    until = moved(steps=3)
+    stopped = moved(steps=6, text_encoder_steps=3)
+    for name, distance in stopped.items():
+        if name.startswith("text_encoder."):
+            assert distance == until[name]
+    assert rates(stopped)[0] > 1.5 * rates(until)[0]
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        {"optimizer": "prodigy", "learning_rate": 1.0},
+        {"text_encoder_steps": 2, "caption_dropout": 0.5},
+        {"text_encoder_steps": 5, "lr_schedule": "cosine_with_restarts", "lr_cycles": 2},
+        {"lr_schedule": "piecewise_constant", "lr_step_rules": "1:3,0.1"},
+        pytest.param(
+            {"optimizer": "adamw_8bit"}, marks=pytest.mark.skipif(not HAS_8BIT, reason="no package")
+        ),
+    ],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(settings, tmp_path, training):  # noqa: F811
+    settings = change(settings, "training", **training)
+    whole = personalise(settings)
+    again = change(settings, "output", output=str(tmp_path / "again"))
+    with pytest.raises(KeyboardInterrupt):
+        personalise(again, reporter=StopAt(4))
+    resumed = personalise(again, resume=True)
+    assert losses(resumed) == losses(whole)
+    a, b = load_file(whole.lora), load_file(resumed.lora)
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert resumed.history == [
+        {**record, "seconds": other["seconds"]}
+        for record, other in zip(whole.history, resumed.history, strict=True)
+    ]
+
+
+def test_dropped_captions_are_read_as_the_empty_prompt(settings, monkeypatch):  # noqa: F811
+    read = []
+    states = job.SubjectTrainer._text_states
+
+    def keep(trainer, tokens):
+        read.append((trainer.data.empty_tokens == tokens[0]).all().item())
+        return states(trainer, tokens)
+
+    monkeypatch.setattr(job.SubjectTrainer, "_text_states", keep)
+    personalise(change(settings, "training", steps=30, caption_dropout=0.5))
+    assert 5 <= sum(read) <= 25
+    read.clear()
+    personalise(change(settings, "training", steps=3), overwrite=True)
+    assert not any(read)
+
+
+def test_clip_skip_reads_the_layer_before_the_last_and_trains_none_behind_it(settings):  # noqa: F811
+    whole = load_stable_diffusion(settings.model)
+    ids = whole.tokenizer("a photo", padding="max_length", return_tensors="pt")["input_ids"]
+    before_last = whole.text_encoder(ids, output_hidden_states=True).hidden_states[-2]
+    norms = (m for n, m in whole.text_encoder.named_modules() if n.endswith("final_layer_norm"))
+    ours = load_stable_diffusion(settings.model, clip_skip=2)
+    assert torch.equal(ours.text_encoder(ids)[0], next(norms)(before_last))
+    assert ours.fingerprint != whole.fingerprint
+
+    result = personalise(dataclasses.replace(settings, clip_skip=2))
+    names = load_file(result.lora).keys()
+    assert any(name.startswith("lora_te") and "layers_0" in name for name in names)
+    assert not any(name.startswith("lora_te") and "layers_1" in name for name in names)
+    sampled = load_for_sampling(settings.model, [LoRAUse(result.lora)], clip_skip=2)
+    plain = load_for_sampling(settings.model, [LoRAUse(result.lora)])
+    texts = [p.encode_prompt("a photo", "cpu", 1, False)[0] for p in (sampled, plain)]
+    assert not torch.allclose(*texts)
+
+
+def test_a_clip_skip_of_all_layers_is_refused(settings):  # noqa: F811
+    with pytest.raises(ValueError, match="use at most 2"):
+        personalise(dataclasses.replace(settings, clip_skip=3))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"optimizer": "prodigy", "text_encoder_lr": 1e-5}, "leave text_encoder_lr out"),
+        ({"lr_schedule": "piecewise_constant"}, "1:500,0.1"),
+        ({"lr_step_rules": "1:500,0.1"}, "piecewise_constant"),
+        ({"caption_dropout": 1.0}, "less than 1"),
+        ({"text_encoder_steps": 0}, "at least 1"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(wrong, says):
+    with pytest.raises(ValueError, match=says):
+        TrainingSettings(**wrong)
+
+
+@pytest.mark.skipif(HAS_8BIT, reason="bitsandbytes is installed")
+def test_a_missing_package_is_named(settings):  # noqa: F811
+    with pytest.raises(ValueError, match="pip install bitsandbytes"):
+        personalise(change(settings, "training", optimizer="adamw_8bit"))
