@@ -20,7 +20,7 @@ from cntlora_core.diffusion.pipeline import (
     skip_last_layers,
 )
 from cntlora_core.diffusion.settings import Precision, SamplingSettings, torch_dtype
-from cntlora_core.inspection.find_lora import find_lora
+from cntlora_core.lora_file.find_lora import find_lora
 from cntlora_core.lora_file.peft_config import DIFFUSERS_METADATA_KEY
 from cntlora_core.lora_file.reading import (
     FOREIGN,
