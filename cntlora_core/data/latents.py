@@ -23,6 +23,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from cntlora_core.data.framing import frame, nearest_bucket
+from cntlora_core.data.masks import loss_weights
 from cntlora_core.data.photos import Photo, PhotoSet, to_model_tensor
 from cntlora_core.runtime.files import require_writable_folder, save_safetensors_atomic
 
@@ -40,22 +42,25 @@ class LatentSet:
     first all photos as they are, then all of them mirrored.
 
     Attributes:
-        mean: float32 (n, c, h, w), not scaled.
-        std: float32 (n, c, h, w), not scaled.
+        mean: n of float32 (c, h, w), not scaled; h and w are those of the picture's bucket.
+        std: n of float32 (c, h, w), not scaled.
         digests: of the photo behind each entry.
         photo_index: of the photo behind each entry, to find its prompt.
         flipped: whether the entry is the mirrored photo.
         scaling_factor: of the VAE (0.18215 for SD1.5); `sample` applies it.
         from_cache: how many entries were read from the disk.
+        weights: n of float32 (h, w) or None, the loss weight of each latent by the photo's mask,
+            of mean 1; None: all latents count alike.
     """
 
-    mean: Tensor
-    std: Tensor
+    mean: tuple[Tensor, ...]
+    std: tuple[Tensor, ...]
     digests: tuple[str, ...]
     photo_index: tuple[int, ...]
     flipped: tuple[bool, ...]
     scaling_factor: float
     from_cache: int
+    weights: tuple[Tensor | None, ...]
 
     def __len__(self) -> int:
         return len(self.digests)
@@ -77,7 +82,9 @@ def encode_latents(
     *,
     resolution: int,
     crop: Crop = "center",
+    bucket_step: int | None = None,
     flip: bool = False,
+    unmasked_weight: float = 1.0,
     cache_dir: str | Path | None = None,
     vae_fingerprint: str = "",
     progress: Callable[[int, int], None] | None = None,
@@ -93,7 +100,11 @@ def encode_latents(
         resolution: side of the square pictures, a multiple of the VAE's factor (8 for SD1.5).
         crop: "center", or "random": one place for each photo, drawn from its digest, hence the
             same in every run and epoch; it varies over photos, not over steps.
+        bucket_step: encodes each photo at the bucket nearest to its shape, with sides of this
+            multiple, see `framing`; None: at the square.
         flip: encodes the mirrored photos too.
+        unmasked_weight: what the loss outside a photo's mask weighs, see `masks.loss_weights`; 1:
+            masks change nothing.
         cache_dir: folder for the entries; None: no cache on disk.
         vae_fingerprint: names the VAE's weights (a hash of them); needed for a cache.
         progress: called as (done, total) before the first entry and after each; an exception that
@@ -108,7 +119,9 @@ def encode_latents(
     entries = [(i, mirrored) for mirrored in ((False, True) if flip else (False,))
                for i in range(len(pictures))]  # fmt: skip
     _check(pictures, vae, resolution, crop)
-    folder = _cache_folder(cache_dir, vae_fingerprint, vae, resolution, len(entries))
+    sizes = bucket_sizes(pictures, resolution, bucket_step)
+    area = sum(sizes[i][0] * sizes[i][1] for i, _ in entries) // _downscaling(vae) ** 2
+    folder = _cache_folder(cache_dir, vae_fingerprint, vae, area, len(entries))
     done: dict[str, tuple[Tensor, Tensor]] = {}
     keys: list[str] = []
     from_cache = 0
@@ -118,44 +131,57 @@ def encode_latents(
         for count, (index, mirrored) in enumerate(entries):
             if progress is not None and count == 0:
                 progress(0, len(entries))
-            photo = pictures[index]
-            key = cache_key(photo.digest, vae_fingerprint, vae.dtype, resolution, crop, mirrored)
+            photo, size = pictures[index], sizes[index]
+            key = cache_key(photo.digest, vae_fingerprint, vae.dtype, size, crop, mirrored)
             keys.append(key)
             path = folder / f"{key}.safetensors" if folder is not None else None
             if key not in done and path is not None and (cached := _read_entry(path, key)):
                 done[key] = cached
                 from_cache += 1
             if key not in done:
-                pixels = _pixels(photo, resolution, crop, mirrored)
+                pixels = _pixels(photo, size, crop, mirrored)
                 name = photo.path.name if photo.path else f"image {index + 1}"
                 done[key] = _posterior(pixels, encoder, name)
                 if path is not None:
                     _write_entry(path, key, *done[key])
             if progress is not None:
                 progress(count + 1, len(entries))
-        mean = torch.stack([done[key][0] for key in keys])
-        std = torch.stack([done[key][1] for key in keys])
+        weights = tuple(
+            _weights(pictures[i], sizes[i], _downscaling(vae), crop, unmasked_weight, mirrored)
+            for i, mirrored in entries
+        )
     return LatentSet(
-        mean=mean,
-        std=std,
+        mean=tuple(done[key][0] for key in keys),
+        std=tuple(done[key][1] for key in keys),
         digests=tuple(pictures[i].digest for i, _ in entries),
         photo_index=tuple(i for i, _ in entries),
         flipped=tuple(mirrored for _, mirrored in entries),
         scaling_factor=float(vae.config["scaling_factor"]),
         from_cache=from_cache,
+        weights=weights,
     )
+
+
+def bucket_sizes(
+    photos: Sequence[Photo], resolution: int, bucket_step: int | None
+) -> list[tuple[int, int]]:
+    """Width and height in pixels at which each photo is encoded, see `encode_latents`."""
+    if bucket_step is None:
+        return [(resolution, resolution)] * len(photos)
+    return [nearest_bucket(photo.image.size, resolution, bucket_step) for photo in photos]
 
 
 def cache_key(
     digest: str,
     vae_fingerprint: str,
     dtype: torch.dtype,
-    resolution: int,
+    size: tuple[int, int],
     crop: Crop,
     flipped: bool,
 ) -> str:
     """SHA-256 (hex) over everything that an entry's content depends on."""
-    parts = (digest, vae_fingerprint, dtype, resolution, crop, flipped, FORMAT_VERSION)
+    side_or_size = size[0] if size[0] == size[1] else size
+    parts = (digest, vae_fingerprint, dtype, side_or_size, crop, flipped, FORMAT_VERSION)
     return hashlib.sha256(repr(tuple(map(str, parts))).encode()).hexdigest()
 
 
@@ -178,7 +204,7 @@ def _downscaling(vae: AutoencoderKL) -> int:
 
 
 def _cache_folder(
-    cache_dir: str | Path | None, fingerprint: str, vae: AutoencoderKL, resolution: int, n: int
+    cache_dir: str | Path | None, fingerprint: str, vae: AutoencoderKL, area: int, n: int
 ) -> Path | None:
     if cache_dir is None:
         return None
@@ -187,8 +213,8 @@ def _cache_folder(
             "a latent cache needs vae_fingerprint (a hash of the VAE's weights): without it, "
             "latents of another VAE would be taken for this one's"
         )
-    numbers = 2 * vae.config["latent_channels"] * (resolution // _downscaling(vae)) ** 2
-    return require_writable_folder(cache_dir, n * (4 * numbers + 1024))
+    numbers = 2 * vae.config["latent_channels"] * area
+    return require_writable_folder(cache_dir, 4 * numbers + 1024 * n)
 
 
 @contextmanager
@@ -201,10 +227,29 @@ def _evaluating(vae: AutoencoderKL) -> Iterator[None]:
         vae.train(was_training)
 
 
-def _pixels(photo: Photo, resolution: int, crop: Crop, flipped: bool) -> Tensor:
-    """(3, resolution, resolution); a random crop is the same for a photo and its mirror image."""
-    generator = torch.Generator().manual_seed(int(photo.digest[:15], 16))
-    return to_model_tensor(photo.image, resolution, crop=crop, generator=generator, flip=flipped)
+def _place(photo: Photo) -> torch.Generator:
+    """Of a random crop: the same for a photo, its mirror image and its mask."""
+    return torch.Generator().manual_seed(int(photo.digest[:15], 16))
+
+
+def _pixels(photo: Photo, size: tuple[int, int], crop: Crop, flipped: bool) -> Tensor:
+    """(3, height, width)."""
+    return to_model_tensor(photo.image, size, crop=crop, generator=_place(photo), flip=flipped)
+
+
+def _weights(
+    photo: Photo,
+    size: tuple[int, int],
+    downscaling: int,
+    crop: Crop,
+    unmasked_weight: float,
+    flipped: bool,
+) -> Tensor | None:
+    if photo.mask is None or unmasked_weight == 1:
+        return None
+    part = frame(photo.image.size, size, _place(photo) if crop == "random" else None)
+    latents = (size[0] // downscaling, size[1] // downscaling)
+    return loss_weights(photo.mask, part, latents, unmasked_weight, flipped)
 
 
 def _posterior(pixels: Tensor, vae: Any, name: str) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,9 @@ import numpy as np
 from PIL import Image
 
 from cntlora_core.data.captions import CAPTION_SUFFIXES, read_caption
+from cntlora_core.data.masks import fitted_mask, mask_files, mask_picture, masked_stem
 from cntlora_core.data.pictures import (
+    UprightPicture,
     picture_from_array,
     pixel_digest,
     read_picture,
@@ -40,13 +42,14 @@ __all__ = [
 
 # fmt: off
 IMAGE_SUFFIXES = frozenset((
-    ".apng", ".avif", ".avifs", ".bmp", ".dib", ".gif", ".heic", ".heif", ".j2k", ".jfif", ".jp2",
-    ".jpe", ".jpeg", ".jpg", ".jpx", ".mpo", ".png", ".tif", ".tiff", ".webp",
+    ".apng", ".avif", ".avifs", ".bmp", ".dib", ".gif", ".heic", ".heif", ".hif", ".j2k", ".jfif",
+    ".jp2", ".jpe", ".jpeg", ".jpg", ".jpx", ".mpo", ".png", ".tif", ".tiff", ".webp",
 ))
 _BESIDE_PHOTOS = frozenset((
     ".txt", ".caption", ".json", ".md", ".csv", ".yaml", ".yml", ".ini", ".db", ".xmp", ".aae",
 ))
 # fmt: on
+_IGNORED = ", so the whole photo is learnt"
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,12 +61,14 @@ class Photo:
         image: mode RGB, upright, sRGB.
         caption: its own caption, placeholders not yet filled in; None: the instance prompt.
         digest: SHA-256 (hex) of the size and the pixels of `image`.
+        mask: mode L, of the image's size: white is learnt, black is not; None: all is. See `masks`.
     """
 
     path: Path | None
     image: Image.Image
     caption: str | None
     digest: str
+    mask: Image.Image | None = None
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,8 @@ def load_photos(
     """Loads the pictures of a folder, not of its subfolders; hidden files are ignored.
 
     Rotation tags and colour profiles are applied, transparency is laid on white, and of an
-    animation the first frame is taken, see `pictures.upright_rgb`.
+    animation the first frame is taken, see `pictures.upright_rgb`. A picture's transparency, or a
+    mask file of its name, becomes its mask, see `masks`.
 
     Args:
         folder: the folder.
@@ -122,34 +128,42 @@ def load_photos(
     photos: list[Photo] = []
     skipped: list[SkippedFile] = []
     notes: list[str] = []
+    masks = mask_files(files, folder, IMAGE_SUFFIXES)
     for path in files:
         suffix = path.suffix.lower()
+        if suffix in IMAGE_SUFFIXES and masked_stem(path) is not None:
+            continue
         if suffix not in IMAGE_SUFFIXES:
             if suffix not in _BESIDE_PHOTOS:
                 skipped.append(SkippedFile(path, "not a known kind of picture"))
             continue
         try:
-            image, said = read_picture(path)
+            picture = read_picture(path)
         except Exception as error:  # Pillow's decoders raise anything on a damaged file
             skipped.append(SkippedFile(path, why_unreadable(path, error)))
             continue
-        notes += (f"{path.name}: {note}" for note in said)
+        notes += (f"{path.name}: {note}" for note in picture.notes)
+        image, mask = picture.rgb, _mask_of(picture, masks.get(path.stem), notes)
         if resolution is not None:
             notes += _upscale_notes([(path.name, image)], resolution)
-            image = shrunk(image, resolution) if shrink else image
+            if shrink:
+                image, mask = shrunk(image, resolution), None
         caption = read_caption(path) if read_captions else None
         if caption is not None and caption.problem:
             notes.append(caption.problem)
-        photos.append(Photo(path, image, caption.text if caption else None, pixel_digest(image)))
+        text = caption.text if caption else None
+        photos.append(Photo(path, image, text, pixel_digest(image), mask))
     if not photos:
         raise ValueError(_nothing_in(folder, entries, skipped))
     if read_captions:
-        notes += _orphan_captions(files)
+        notes += _orphans(files, masks)
     return PhotoSet(tuple(photos), tuple(skipped), (*notes, *_set_notes(photos)))
 
 
 def photos_from_images(
-    images: Sequence[Image.Image | np.ndarray], captions: Sequence[str | None] | None = None
+    images: Sequence[Image.Image | np.ndarray],
+    captions: Sequence[str | None] | None = None,
+    masks: Sequence[Image.Image | np.ndarray | None] | None = None,
 ) -> PhotoSet:
     """Photos from pictures in memory, treated as `load_photos` treats files.
 
@@ -157,15 +171,20 @@ def photos_from_images(
         images: Pillow images, or arrays (h, w), (h, w, 1), (h, w, 3) or (h, w, 4) with uint8
             values or floats in 0..1 (a little beyond is clipped: upscalers overshoot).
         captions: one for each image, or None.
+        masks: one for each image, or None; arrays (h, w). Without one, a picture's transparency is
+            its mask.
 
     Raises:
         TypeError, ValueError: an image of another kind or shape (says which one), no image at all,
-            or a number of captions that does not fit.
+            a mask of another shape than its image, or a number of captions or masks that does not
+            fit.
     """
     if isinstance(images, (Image.Image, np.ndarray)):
         raise TypeError("images must be a sequence of pictures, got a single one: put it in a list")
     if captions is not None and len(captions) != len(images):
         raise ValueError(f"{len(images)} images but {len(captions)} captions: give one for each")
+    if masks is not None and len(masks) != len(images):
+        raise ValueError(f"{len(images)} images but {len(masks)} masks: give one for each")
     if len(images) == 0:
         raise ValueError("no images were given: 4 to 6 photos of the subject are needed")
     photos: list[Photo] = []
@@ -179,12 +198,17 @@ def photos_from_images(
                 f"{label} must be a PIL image or a numpy array, got {type(given).__name__}"
             )
         try:
-            image, said = upright_rgb(given)
+            picture = upright_rgb(given)
         except Exception as error:  # as in load_photos: a lazily opened file is decoded here
             raise ValueError(f"{label} cannot be read: {error}") from error
-        notes += (f"{label}: {note}" for note in said)
+        notes += (f"{label}: {note}" for note in picture.notes)
         caption = captions[number - 1] if captions is not None else None
-        photos.append(Photo(None, image, caption, pixel_digest(image)))
+        mask = masks[number - 1] if masks is not None else None
+        if mask is not None:
+            mask = _given_mask(mask, picture.rgb.size, f"the mask of {label}", notes)
+        else:
+            mask = _transparency(picture)
+        photos.append(Photo(None, picture.rgb, caption, pixel_digest(picture.rgb), mask))
     return PhotoSet(tuple(photos), (), (*notes, *_set_notes(photos)))
 
 
@@ -235,13 +259,53 @@ def _set_notes(photos: Sequence[Photo]) -> list[str]:
     return notes
 
 
-def _orphan_captions(files: Sequence[Path]) -> list[str]:
-    stems = {path.stem for path in files if path.suffix.lower() in IMAGE_SUFFIXES}
-    return [
-        f"{path.name} is not used: no picture has this name"
+def _mask_of(picture: UprightPicture, path: Path | None, notes: list[str]) -> Image.Image | None:
+    """A picture's mask: from its file if there is one, else its transparency."""
+    if path is None:
+        return _transparency(picture)
+    try:
+        mask = mask_picture(read_picture(path))
+    except Exception as error:  # as for photos
+        notes.append(f"{path.name}: {why_unreadable(path, error)}{_IGNORED}")
+        return None
+    try:
+        return fitted_mask(mask, picture.rgb.size)
+    except ValueError as error:
+        notes.append(f"{path.name} {error}{_IGNORED}")
+        return None
+
+
+def _transparency(picture: UprightPicture) -> Image.Image | None:
+    alpha = picture.mask
+    return None if alpha is None or not alpha.getbbox() else fitted_mask(alpha, picture.rgb.size)
+
+
+def _given_mask(
+    given: Image.Image | np.ndarray, size: tuple[int, int], label: str, notes: list[str]
+) -> Image.Image | None:
+    if isinstance(given, np.ndarray):
+        given = picture_from_array(given, label)
+    mask = mask_picture(upright_rgb(given))
+    if not mask.getbbox():  # what ComfyUI hands on for a picture without one
+        notes.append(f"{label} is black throughout{_IGNORED}")
+        return None
+    try:
+        return fitted_mask(mask, size)
+    except ValueError as error:
+        raise ValueError(f"{label} {error}") from error
+
+
+def _orphans(files: Sequence[Path], masks: Mapping[str, Path]) -> list[str]:
+    """Captions and masks that belong to no picture."""
+    stems = {
+        path.stem
         for path in files
-        if path.suffix.lower() in CAPTION_SUFFIXES and path.stem not in stems
-    ]
+        if path.suffix.lower() in IMAGE_SUFFIXES and masked_stem(path) is None
+    }
+    captions = [path for path in files if path.suffix.lower() in CAPTION_SUFFIXES]
+    lost = [path for path in captions if path.stem not in stems]
+    lost += [path for stem, path in masks.items() if stem not in stems]
+    return [f"{path.name} is not used: no picture has this name" for path in lost]
 
 
 def _nothing_in(folder: Path, entries: Sequence[Path], skipped: Sequence[SkippedFile]) -> str:

@@ -10,6 +10,7 @@ import hashlib
 import io
 import stat
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +19,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from cntlora_core.data.framing import covering, frame
+
 MAX_PIXELS = 150_000_000
 """A picture with more pixels is refused: decoded it takes over 450 MB (a phone has up to 108)."""
 
@@ -25,8 +28,30 @@ MAX_PIXELS = 150_000_000
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "HEIF", "JPEG2000")
 
 
-def read_picture(path: Path) -> tuple[Image.Image, list[str]]:
-    """The picture in a file, as `upright_rgb` makes it, and what there is to say about it.
+# A file of the ISO base media kind names its brand in bytes 8 to 12.
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+_AVIF_BRANDS = (b"avif", b"avis")
+
+
+@dataclass(frozen=True, eq=False)
+class UprightPicture:
+    """A picture as it is used.
+
+    Attributes:
+        rgb: mode RGB, upright, sRGB, on white where it was transparent.
+        mask: mode L, 255 where the picture was opaque; None if it was so everywhere.
+        notes: what there is to say about it.
+    """
+
+    rgb: Image.Image
+    mask: Image.Image | None
+    notes: tuple[str, ...]
+
+
+def read_picture(path: Path) -> UprightPicture:
+    """The picture in a file, as `upright_rgb` makes it.
+
+    HEIC, which phones write, is read where the package pillow-heif is installed.
 
     Raises:
         Exception: any; Pillow's decoders raise anything on a damaged file. See `why_unreadable`.
@@ -34,17 +59,19 @@ def read_picture(path: Path) -> tuple[Image.Image, list[str]]:
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError("not a regular file")
     Image.init()
+    if _brand(path) in _HEIF_BRANDS and "HEIF" not in Image.OPEN:
+        _register_heif()
     known = [name for name in _FORMATS if name in Image.OPEN]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with Image.open(path, formats=known) as image:
-            rgb, notes = upright_rgb(image)
+            picture = upright_rgb(image)
     said = {str(w.message).strip() for w in caught if w.category in (UserWarning, RuntimeWarning)}
-    return rgb, [*notes, *sorted(said)]
+    return UprightPicture(picture.rgb, picture.mask, (*picture.notes, *sorted(said)))
 
 
-def upright_rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
-    """A new image, mode RGB, upright, sRGB, and what there is to say about it.
+def upright_rgb(image: Image.Image) -> UprightPicture:
+    """A new image, mode RGB, upright, sRGB, its transparency, and what there is to say about it.
 
     Transparency is laid on white. Grey values of 16 bits are scaled to 8; floats are read as 0..1,
     or as 0..255 if they exceed 1. Of an animation the first frame is taken.
@@ -64,7 +91,7 @@ def upright_rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
         image = ImageOps.exif_transpose(image)
     except Exception:  # a damaged tag, raised as anything from struct.error to SyntaxError
         notes.append("its EXIF data is damaged, a rotation in it is ignored")
-    image = _eight_bit(image)
+    image, mask = _eight_bit(image), None
     if image.mode in ("La", "RGBa"):
         image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -72,6 +99,7 @@ def upright_rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
         alpha = image.getchannel("A")
         rgb = Image.new("RGB", image.size, "white")
         rgb.paste(_to_srgb(image, profile), mask=alpha)
+        mask = None if alpha.getextrema() == (255, 255) else alpha
         if alpha.getextrema() == (0, 0):
             notes.append("is transparent throughout, so it becomes a white picture")
     else:
@@ -79,7 +107,7 @@ def upright_rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
     if all(len(set(band.getextrema())) == 1 for band in rgb.split()):
         notes.append("is a single flat colour")
     rgb.info = {}  # its profile and tags are applied: a copy that is saved must not repeat them
-    return rgb, notes
+    return UprightPicture(rgb, mask, tuple(notes))
 
 
 def picture_from_array(array: np.ndarray, label: str) -> Image.Image:
@@ -105,44 +133,36 @@ def picture_from_array(array: np.ndarray, label: str) -> Image.Image:
 
 def to_model_tensor(
     image: Image.Image,
-    resolution: int,
+    size: int | tuple[int, int],
     *,
     crop: Literal["center", "random"] = "center",
     generator: torch.Generator | None = None,
     flip: bool = False,
 ) -> Tensor:
-    """The picture as a square tensor (3, resolution, resolution), float32 in [-1, 1].
+    """The picture as a tensor (3, height, width), float32 in [-1, 1].
 
-    Shortest side to `resolution` with antialiasing (Lanczos), then a square of the longer side:
-    its centre, or a place that `generator` draws (needed for crop="random"). `flip` mirrors left
-    and right after the crop. Only the square is resampled, so that a panorama costs no more.
+    The largest part of the shape of `size` is resized to it with antialiasing (Lanczos): the
+    middle, or a place that `generator` draws (needed for crop="random"). `flip` mirrors left and
+    right after the crop. Only that part is resampled, so that a panorama costs no more.
+
+    Args:
+        image: the picture.
+        size: width and height, or the side of a square.
 
     Raises:
-        ValueError: an unknown crop, a random crop without a generator, a resolution below 1.
+        ValueError: an unknown crop, a random crop without a generator, a size below 1.
     """
-    if resolution < 1:
-        raise ValueError(f"resolution must be at least 1 pixel, got {resolution}")
+    width, height = (size, size) if isinstance(size, int) else size
+    if min(width, height) < 1:
+        raise ValueError(f"resolution must be at least 1 pixel, got {min(width, height)}")
     if crop not in ("center", "random"):
         raise ValueError(f"crop must be 'center' or 'random', got {crop!r}")
-    width, height = image.size
-    scaled = _scaled_size(image.size, resolution)
-    spare = (scaled[0] - resolution, scaled[1] - resolution)
-    if crop == "random":
-        if generator is None:
-            raise ValueError("crop='random' needs a generator, so that a run can be repeated")
-        left, top = (int(torch.randint(0, n + 1, (), generator=generator)) for n in spare)
-    else:
-        left, top = spare[0] // 2, spare[1] // 2
-    across, down = width / scaled[0], height / scaled[1]
-    box = (
-        left * across,
-        top * down,
-        min((left + resolution) * across, width),
-        min((top + resolution) * down, height),
-    )
-    rgb = image if image.mode == "RGB" else upright_rgb(image)[0]
-    square = rgb.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
-    pixels = torch.from_numpy(np.array(square, dtype=np.float32)).permute(2, 0, 1)
+    if crop == "random" and generator is None:
+        raise ValueError("crop='random' needs a generator, so that a run can be repeated")
+    part = frame(image.size, (width, height), generator if crop == "random" else None)
+    rgb = image if image.mode == "RGB" else upright_rgb(image).rgb
+    resized = rgb.resize((width, height), Image.Resampling.LANCZOS, box=part.box)
+    pixels = torch.from_numpy(np.array(resized, dtype=np.float32)).permute(2, 0, 1)
     if flip:
         pixels = pixels.flip(-1)
     return (pixels / 127.5 - 1.0).contiguous()
@@ -152,7 +172,7 @@ def shrunk(image: Image.Image, resolution: int) -> Image.Image:
     """The image with its shortest side reduced to `resolution`; a smaller one as it is."""
     if min(image.size) <= resolution:
         return image
-    return image.resize(_scaled_size(image.size, resolution), Image.Resampling.LANCZOS)
+    return image.resize(covering(image.size, (resolution, resolution)), Image.Resampling.LANCZOS)
 
 
 def pixel_digest(image: Image.Image) -> str:
@@ -170,10 +190,33 @@ def why_unreadable(path: Path, error: Exception) -> str:
     if path.is_file() and path.stat().st_size == 0:
         return "the file is empty (0 bytes)"
     if isinstance(error, Image.UnidentifiedImageError):
-        if path.suffix.lower() in (".heic", ".heif"):
-            return "HEIC is not supported here: save it as JPEG or PNG"
+        brand = _brand(path)
+        if brand in _HEIF_BRANDS and "HEIF" not in Image.OPEN:
+            return "HEIC needs a package: pip install pillow-heif, or save it as JPEG or PNG"
+        if brand in _AVIF_BRANDS and "AVIF" not in Image.OPEN:
+            return (
+                "AVIF needs Pillow 11.3 or newer: pip install --upgrade pillow, or save it as PNG"
+            )
         return "its content is no picture that Pillow can read"
     return f"damaged or incomplete: {error or type(error).__name__}"
+
+
+def _brand(path: Path) -> bytes:
+    """Of the kinds HEIC and AVIF, whatever the file is called; empty for others."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(12)
+    except OSError:
+        return b""
+    return head[8:] if head[4:8] == b"ftyp" else b""
+
+
+def _register_heif() -> None:
+    try:
+        from pillow_heif import register_heif_opener  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return  # the picture is then refused, and `why_unreadable` names the package
+    register_heif_opener()
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
@@ -206,10 +249,3 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     except (OSError, ValueError, TypeError, ImageCms.PyCMSError):
         converted = None  # damaged or of another mode: show what a viewer without profiles shows
     return converted if converted is not None else image.convert("RGB")
-
-
-def _scaled_size(size: tuple[int, int], resolution: int) -> tuple[int, int]:
-    """The size with its shortest side at `resolution`, never below it."""
-    shortest = min(size)
-    width, height = (max(resolution, round(side * resolution / shortest)) for side in size)
-    return width, height

@@ -73,10 +73,11 @@ def test_every_mode_keeps_its_colours(tmp_path, mode, suffix):
         source = given_image.convert("RGB")
     path = tmp_path / f"a.{suffix}"
     given_image.save(path, quality=95)
-    image, notes = read_picture(path)
+    picture = read_picture(path)
+    image, notes = picture.rgb, picture.notes
     assert image.mode == "RGB"
     assert image.size == (120, 90)
-    assert notes == []
+    assert notes == ()
     error = np.abs(pixels(image) - pixels(source))
     exact = suffix not in ("jpg", "webp") and mode not in ("LAB", "YCbCr")
     assert error.mean() <= (0 if exact else 8)
@@ -97,14 +98,14 @@ def test_every_mode_keeps_its_colours(tmp_path, mode, suffix):
 def test_deep_grey_values_are_scaled_not_clipped(tmp_path, values, expected):
     path = tmp_path / "a.tiff"
     Image.fromarray(values).save(path)
-    image, _ = read_picture(path)
+    image = read_picture(path).rgb
     assert pixels(image)[0, :, 1].tolist() == expected
 
 
 def test_deep_grey_png(tmp_path):
     values = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
     Image.fromarray(values).save(tmp_path / "a.png")
-    image, _ = read_picture(tmp_path / "a.png")
+    image = read_picture(tmp_path / "a.png").rgb
     assert np.array_equal(pixels(image)[..., 2].ravel(), np.arange(256))
 
 
@@ -125,13 +126,14 @@ def test_rotation_tag_is_applied(tmp_path, orientation, mode):
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored.save(tmp_path / "a.png", exif=exif)
-    image, _ = read_picture(tmp_path / "a.png")
-    assert np.array_equal(pixels(image), pixels(upright_rgb(upright)[0]))
+    image = read_picture(tmp_path / "a.png").rgb
+    assert np.array_equal(pixels(image), pixels(upright_rgb(upright).rgb))
 
 
 def test_damaged_exif_does_not_lose_the_photo(tmp_path):
     textured(16, 16).save(tmp_path / "a.jpg", exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff\x01")
-    image, notes = read_picture(tmp_path / "a.jpg")
+    picture = read_picture(tmp_path / "a.jpg")
+    image, notes = picture.rgb, picture.notes
     assert image.size == (16, 16)
     assert any("EXIF" in note for note in notes)
 
@@ -164,21 +166,22 @@ def test_transparency_becomes_white(tmp_path, mode):
             image = corners().quantize(4).convert("PA")
             image.putalpha(alpha)
         assert image.mode == mode
-        rgb, _ = upright_rgb(image)
+        rgb = upright_rgb(image).rgb
     else:
         image.save(tmp_path / "a.png", transparency=image.info.get("transparency"))
-        rgb, _ = read_picture(tmp_path / "a.png")
+        rgb = read_picture(tmp_path / "a.png").rgb
     assert pixels(rgb)[:4, :6].min() == 255
     assert pixels(rgb)[:4, 6:].min() < 255  # the opaque rest is not white
 
 
 def test_half_transparent_is_blended():
-    rgb, _ = upright_rgb(with_transparent_corner("half"))
+    rgb = upright_rgb(with_transparent_corner("half")).rgb
     assert pixels(rgb)[0, 0].tolist() == [127, 127, 127]
 
 
 def test_wholly_transparent_is_said():
-    rgb, notes = upright_rgb(Image.new("RGBA", (4, 4), (1, 2, 3, 0)))
+    picture = upright_rgb(Image.new("RGBA", (4, 4), (1, 2, 3, 0)))
+    rgb, notes = picture.rgb, picture.notes
     assert pixels(rgb).min() == 255
     assert any("transparent throughout" in note for note in notes)
 
@@ -189,8 +192,9 @@ def test_first_frame_of_an_animation(tmp_path, suffix):
     path = tmp_path / f"a.{suffix}"
     options = {"lossless": True} if suffix == "webp" else {}
     frames[0].save(path, save_all=True, append_images=frames[1:], **options)
-    image, notes = read_picture(path)
-    assert notes == ["has 3 frames, the first one is used"]
+    picture = read_picture(path)
+    image, notes = picture.rgb, picture.notes
+    assert notes == ("has 3 frames, the first one is used",)
     assert np.abs(pixels(image) - pixels(corners())).max() <= 2
 
 
@@ -199,7 +203,7 @@ def test_phone_photo_with_a_second_picture_is_no_animation(tmp_path):
         tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[textured(16, 16, 1)]
     )
     assert Image.open(tmp_path / "a.jpg").format == "MPO"
-    assert read_picture(tmp_path / "a.jpg")[1] == []
+    assert read_picture(tmp_path / "a.jpg").notes == ()
 
 
 def swapped_profile() -> bytes:
@@ -212,11 +216,11 @@ def swapped_profile() -> bytes:
 def test_colour_profile_is_applied_and_dropped(tmp_path):
     path = tmp_path / "a.png"
     Image.new("RGB", (4, 4), (255, 0, 0)).save(path, icc_profile=swapped_profile())
-    image, _ = read_picture(path)
+    image = read_picture(path).rgb
     assert np.abs(pixels(image)[0, 0] - [0, 255, 0]).max() <= 3
     image.save(path)
     assert "icc_profile" not in Image.open(path).info
-    again, _ = upright_rgb(image)
+    again = upright_rgb(image).rgb
     assert pixel_digest(again) == pixel_digest(image)
 
 
@@ -226,11 +230,11 @@ def test_srgb_and_damaged_profiles_change_nothing(tmp_path, profile):
         profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     source = textured(16, 16)
     source.save(tmp_path / "a.png", icc_profile=profile)
-    assert np.array_equal(pixels(read_picture(tmp_path / "a.png")[0]), pixels(source))
+    assert np.array_equal(pixels(read_picture(tmp_path / "a.png").rgb), pixels(source))
 
 
 def test_flat_colour_is_said():
-    assert upright_rgb(Image.new("L", (5, 5), 0))[1] == ["is a single flat colour"]
+    assert upright_rgb(Image.new("L", (5, 5), 0)).notes == ("is a single flat colour",)
 
 
 def png_header(width, height):
