@@ -118,11 +118,11 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def photo_folder(tmp_path: Path) -> Path:
-    """Four different pictures of 40 x 48 pixels."""
+    """Four different square pictures of 48 pixels."""
     folder = tmp_path / "my photos"
     folder.mkdir()
     for i in range(4):
-        image = Image.new("RGB", (40, 48), (40 * i, 90, 200 - 30 * i))
+        image = Image.new("RGB", (48, 48), (40 * i, 90, 200 - 30 * i))
         ImageDraw.Draw(image).ellipse((5 + i, 6, 30, 40 - 2 * i), fill=(230, 60 * i, 20))
         image.save(folder / f"{i}.png")
     return folder

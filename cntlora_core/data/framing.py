@@ -45,6 +45,12 @@ class Frame:
         return 1 - (right - left) / width, 1 - (bottom - top) / height
 
     @property
+    def size_text(self) -> str:
+        """The size in words: "448 x 576", of a square its side."""
+        width, height = self.size
+        return str(width) if width == height else f"{width} x {height}"
+
+    @property
     def enlarges(self) -> bool:
         """Whether the picture has fewer pixels than it is resized to."""
         scaled = covering(self.picture, self.size)
@@ -139,11 +145,21 @@ def bucket_step(resolution: int, latent_scale: int, unet_levels: int) -> int:
     return max(latent_scale, min(latent_scale * 2 ** (unet_levels - 1), eighth))
 
 
-def crop_note(named: Sequence[tuple[str, Frame]]) -> str | None:
+def crop_note(names: Sequence[str], frames: Sequence[Frame]) -> str | None:
     """A sentence that says what of which photo is cropped; None where nothing is."""
     parts = []
-    for name, part in named:
+    for name, part in zip(names, frames, strict=True):
         share, side = max(zip(part.cropped, ("width", "height")))
         if share >= WORTH_SAYING:
             parts.append(f"{100 * share:.0f} % of the {side} of {name}")
     return f"cropped: {', '.join(parts)}" if parts else None
+
+
+def enlarged_notes(names: Sequence[str], frames: Sequence[Frame]) -> tuple[str, ...]:
+    """A sentence for each photo that has fewer pixels than it is trained at."""
+    return tuple(
+        f"{name} has {part.picture[0]} x {part.picture[1]} pixels and is enlarged to "
+        f"{part.size_text}: it teaches the blur too. A larger original is better."
+        for name, part in zip(names, frames, strict=True)
+        if part.enlarges
+    )

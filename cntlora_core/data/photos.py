@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from cntlora_core.data.captions import CAPTION_SUFFIXES, read_caption
+from cntlora_core.data.framing import enlarged_notes, frame
 from cntlora_core.data.masks import fitted_mask, mask_files, mask_picture, masked_stem
 from cntlora_core.data.pictures import (
     UprightPicture,
@@ -34,10 +35,10 @@ __all__ = [
     "PhotoSet",
     "SkippedFile",
     "load_photos",
+    "photo_names",
     "photos_from_images",
     "pixel_digest",
     "to_model_tensor",
-    "upscale_warnings",
 ]
 
 # fmt: off
@@ -145,7 +146,8 @@ def load_photos(
         notes += (f"{path.name}: {note}" for note in picture.notes)
         image, mask = picture.rgb, _mask_of(picture, masks.get(path.stem), notes)
         if resolution is not None:
-            notes += _upscale_notes([(path.name, image)], resolution)
+            square = frame(image.size, (resolution, resolution))
+            notes += enlarged_notes([path.name], [square])
             if shrink:
                 image, mask = shrunk(image, resolution), None
         caption = read_caption(path) if read_captions else None
@@ -212,11 +214,9 @@ def photos_from_images(
     return PhotoSet(tuple(photos), (), (*notes, *_set_notes(photos)))
 
 
-def upscale_warnings(photos: Sequence[Photo], resolution: int) -> tuple[str, ...]:
-    """A sentence for each photo whose shortest side is below `resolution` pixels."""
-    labels = [p.path.name if p.path else f"image {i}" for i, p in enumerate(photos, start=1)]
-    named = [(label, photo.image) for label, photo in zip(labels, photos, strict=True)]
-    return tuple(_upscale_notes(named, resolution))
+def photo_names(photos: Sequence[Photo]) -> list[str]:
+    """What messages call each photo: its file's name, or its number."""
+    return [p.path.name if p.path else f"image {i}" for i, p in enumerate(photos, start=1)]
 
 
 def natural_key(path: Path) -> tuple[list[tuple[int, int, str]], str]:
@@ -236,23 +236,13 @@ def _checked_folder(given: str | Path) -> Path:
     return folder
 
 
-def _upscale_notes(named: Sequence[tuple[str, Image.Image]], resolution: int) -> list[str]:
-    return [
-        f"{name} has {image.width} x {image.height} pixels and is enlarged to {resolution}: it "
-        "teaches the blur too. A larger original is better."
-        for name, image in named
-        if min(image.size) < resolution
-    ]
-
-
 def _set_notes(photos: Sequence[Photo]) -> list[str]:
     """What there is to say about the photos as a set."""
     notes = []
     if len(photos) == 1:
         notes.append("only one photo: its pose and background are learnt too; 4 to 6 are better")
     first: dict[str, str] = {}
-    for number, photo in enumerate(photos, start=1):
-        name = photo.path.name if photo.path else f"image {number}"
+    for name, photo in zip(photo_names(photos), photos):
         if photo.digest in first:
             notes.append(f"{name} is the same picture as {first[photo.digest]}: it counts twice")
         first.setdefault(photo.digest, name)

@@ -21,7 +21,7 @@ from cntlora_core.diffusion.adapters import (
     text_encoder_lora_config,
     unet_lora_config,
 )
-from cntlora_core.diffusion.objective import training_target
+from cntlora_core.diffusion.objective import sample_errors, training_target
 from cntlora_core.diffusion.settings import AdapterSettings
 from cntlora_core.initialization.report import InitializationReport
 from cntlora_core.layers.attachment import AttachmentPoint, find_attachment_points
@@ -45,12 +45,14 @@ def diffusion_attachment_points(
 @dataclass(frozen=True)
 class NoisedBatch:
     """One forward pass: noised latents (n, c, h, w), timesteps (n,) and prompt tokens (n, length);
-    ``target`` (n, c, h, w) is what the denoiser is to predict."""
+    ``target`` (n, c, h, w) is what the denoiser is to predict, ``weights`` (n, h, w) what each
+    latent counts in the loss, or None."""
 
     latents: Tensor
     timesteps: Tensor
     tokens: Tensor
     target: Tensor
+    weights: Tensor | None = None
 
 
 class NoisedPhotos:
@@ -89,7 +91,9 @@ class NoisedPhotos:
             noise = torch.randn(latent.shape, generator=generator)
             noised = self._scheduler.add_noise(latent, noise, timestep)
             target = training_target(self._scheduler, latent, noise, timestep)
-            yield NoisedBatch(noised, timestep, self._tokens[photo][None], target)
+            weights = self._latents.weights[photo]
+            weights = None if weights is None else weights[None]
+            yield NoisedBatch(noised, timestep, self._tokens[photo][None], target, weights)
 
 
 def plan_adapter(
@@ -133,6 +137,12 @@ def plan_adapter(
             encoder_hidden_states=states,
         ).sample
 
+    def loss(models: nn.Module, batch: NoisedBatch) -> Tensor:
+        predicted, target = forward(models, batch).float(), batch.target.to(parameter.device)
+        if batch.weights is None:
+            return nn.functional.mse_loss(predicted, target)
+        return sample_errors(predicted, target, batch.weights.to(parameter.device)).mean()
+
     passes_progress = stage_progress(reporter, f"reading {method.needs}")
     solve_progress = stage_progress(reporter, "solving for the initialisation")
     if settings.adapter == "lava":
@@ -158,9 +168,7 @@ def plan_adapter(
             scaling=settings.scaling,
             batches=batches,
             forward_fn=forward,
-            loss_fn=lambda models, batch: torch.nn.functional.mse_loss(
-                forward(models, batch).float(), batch.target.to(parameter.device)
-            ),
+            loss_fn=loss,
             cntlora_config=settings.cntlora,
             seed=seed,
             limits=Limits(max_seconds=60 * settings.init_minutes),

@@ -19,6 +19,7 @@ from cntlora_core.diffusion.prior import cache_folder, class_images
 from cntlora_core.diffusion.record import JobResult, ModelFacts, file_metadata, run_record
 from cntlora_core.diffusion.run_folder import (
     LOSS_NAME,
+    PHOTOS_NAME,
     RANKS_NAME,
     SAMPLES_NAME,
     check_folder,
@@ -48,7 +49,7 @@ from cntlora_core.diffusion.stages import (
 from cntlora_core.diffusion.state import TrainingState
 from cntlora_core.diffusion.trainer import SubjectTrainer
 from cntlora_core.figures.plots import plot_loss, plot_ranks
-from cntlora_core.figures.sheets import save_image
+from cntlora_core.figures.sheets import photo_sheet, save_image
 from cntlora_core.methods import get_method
 from cntlora_core.methods.peft_model import ROUNDING_TO_MENTION
 from cntlora_core.runtime.files import folder_within, require_writable_folder, write_json_atomic
@@ -163,6 +164,8 @@ def _personalise(
     with run.timed("encoding"):
         encoded = encode_subject(parts, subject, cache=cache, reporter=reporter)
     run.note(*encoded.notes)
+    sheet = photo_sheet(subject.photos.photos, subject.names, encoded.frames)
+    save_image(sheet, folder / PHOTOS_NAME)
     others = None
     if settings.prior.prior_weight == 0:
         class_photos = None

@@ -37,9 +37,24 @@ def min_snr_weights(noise_scheduler: DDPMScheduler, timesteps: Tensor, gamma: fl
     return snr.clamp(max=gamma) / (snr + 1 if velocity else snr)
 
 
+def sample_errors(
+    prediction: Tensor, target: Tensor, latent_weights: Tensor | None = None
+) -> Tensor:
+    """Mean squared error of each sample, (n,), float32.
+
+    Args:
+        prediction: (n, c, h, w), any floating dtype; compared in float32.
+        target: (n, c, h, w).
+        latent_weights: (n, h, w) weight of each latent, of mean 1 over a sample, or None.
+    """
+    errors = (prediction.float() - target.float()).square()
+    if latent_weights is not None:
+        errors = errors * latent_weights[:, None]
+    return errors.flatten(1).mean(1)
+
+
 def dreambooth_loss(
-    prediction: Tensor,
-    target: Tensor,
+    errors: Tensor,
     *,
     instances: int,
     prior_weight: float,
@@ -48,8 +63,7 @@ def dreambooth_loss(
     """Loss of a batch whose first ``instances`` samples are the subject, the rest its class.
 
     Args:
-        prediction: (n, c, h, w), any floating dtype; compared in float32.
-        target: (n, c, h, w).
+        errors: (n,) error of each sample, see ``sample_errors``.
         instances: How many of the n samples show the subject.
         prior_weight: Weight of the class samples' mean loss.
         weights: (n,) weight of each sample, or None.
@@ -57,7 +71,6 @@ def dreambooth_loss(
     Returns:
         Total, instance part and prior part (zero where there are no class samples), scalars.
     """
-    errors = (prediction.float() - target.float()).square().flatten(1).mean(1)
     if weights is not None:
         errors = errors * weights
     instance = errors[:instances].mean()

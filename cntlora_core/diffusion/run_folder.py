@@ -13,6 +13,7 @@ from cntlora_core.runtime.file_names import distinct_names, safe_name
 from cntlora_core.runtime.files import path_within
 
 LOSS_NAME, RANKS_NAME, SAMPLES_NAME = "loss.png", "ranks.png", "samples"
+PHOTOS_NAME = "photos.jpg"
 
 
 def lora_path(folder: Path, settings: JobSettings, subject: Subject) -> Path:
@@ -28,7 +29,8 @@ def lora_path(folder: Path, settings: JobSettings, subject: Subject) -> Path:
     )
     stem = safe_name(name)
     target = folder / (stem if output.layout == "peft" else f"{stem}.safetensors")
-    own = (STATE_NAME, RECORD_NAME, LOSS_NAME, RANKS_NAME, SAMPLES_NAME, SNAPSHOTS_NAME)
+    pictures = (LOSS_NAME, RANKS_NAME, PHOTOS_NAME)
+    own = (STATE_NAME, RECORD_NAME, *pictures, SAMPLES_NAME, SNAPSHOTS_NAME)
     if target.name.casefold() in own:
         raise ValueError(
             f"the name {name!r} would put the LoRA at {target}, where the run keeps a file of its "

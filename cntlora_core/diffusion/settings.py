@@ -72,8 +72,12 @@ class SubjectSettings:
             "a photo of sks dog" and "a photo of a dog".
         instance_prompt: A whole prompt in place of token and class name.
         class_prompt: The prompt of the class images, with instance_prompt.
-        resolution: Side of the square training images in pixels; default: the model's own.
+        resolution: Side of the square training images in pixels; default: the model's own. A photo
+            of another shape is resized to about the same area.
         flip: Also train on mirrored photos.
+        crop: Crop photos to the square in their middle, in place of keeping their shape.
+        unmasked_weight: What the loss outside a photo's mask (dog1.mask.png, or its transparency)
+            weighs, from 0 to 1; 1 leaves masks out of account.
     """
 
     images: str
@@ -83,10 +87,13 @@ class SubjectSettings:
     class_prompt: str | None = None
     resolution: int | None = None
     flip: bool = False
+    crop: bool = False
+    unmasked_weight: float = 0.1
 
     def __post_init__(self) -> None:
         store_as_text(self, "images")
         require_resolution(self.resolution)
+        require_between("unmasked_weight", self.unmasked_weight, 0, 1)
         for name in ("token", "class_name", "instance_prompt", "class_prompt"):
             require_unicode(name, getattr(self, name))
 

@@ -20,12 +20,18 @@ from cntlora_core.data.captions import (
     token_note,
     training_prompts,
 )
-from cntlora_core.data.latents import LatentSet, encode_latents
-from cntlora_core.data.photos import PhotoSet, load_photos, upscale_warnings
+from cntlora_core.data.framing import Frame, bucket_step, crop_note, enlarged_notes, frame
+from cntlora_core.data.latents import LatentSet, bucket_sizes, encode_latents
+from cntlora_core.data.photos import (
+    PhotoSet,
+    load_photos,
+    photo_names,
+    pixel_digest,
+)
+from cntlora_core.diffusion.batches import TrainingData
 from cntlora_core.diffusion.initialize import plan_adapter
 from cntlora_core.diffusion.pipeline import StableDiffusionParts
 from cntlora_core.diffusion.settings import AdapterSettings, SubjectSettings
-from cntlora_core.diffusion.trainer import TrainingData
 from cntlora_core.initialization.report import InitializationReport
 from cntlora_core.runtime.files import folder_within
 from cntlora_core.runtime.memory import freed_memory_kept
@@ -58,12 +64,25 @@ class Subject:
         skipped = (f"skipped {s.path.name}: {s.reason}" for s in self.photos.skipped)
         return (*self.photos.warnings, *skipped, *self.training_prompts.warnings)
 
+    @property
+    def names(self) -> list[str]:
+        """What messages call the photos."""
+        return photo_names(self.photos.photos)
+
     def identity(self) -> dict[str, Any]:
         """What tells this subject from another, as JSON values."""
-        return {
-            "photos": [photo.digest for photo in self.photos.photos],
+        photos, settings = self.photos.photos, self.settings
+        identity: dict[str, Any] = {
+            "photos": [photo.digest for photo in photos],
             "prompts": list(self.training_prompts.prompts),
         }
+        # Only where it matters: runs of before there were shapes and masks are still known.
+        if not settings.crop and any(p.image.width != p.image.height for p in photos):
+            identity["shapes"] = "kept"
+        masks = [photo.mask and pixel_digest(photo.mask) for photo in photos]
+        if any(masks) and settings.unmasked_weight < 1:
+            identity["masks"] = masks
+        return identity
 
 
 def read_subject(settings: SubjectSettings, photos: PhotoSet | None = None) -> Subject:
@@ -80,14 +99,22 @@ def read_subject(settings: SubjectSettings, photos: PhotoSet | None = None) -> S
         settings.token, settings.class_name, settings.instance_prompt, settings.class_prompt
     )
     photos = photos if photos is not None else load_photos(settings.images)
-    names = [p.path.name if p.path else f"image {i}" for i, p in enumerate(photos.photos, 1)]
-    texts = training_prompts([photo.caption for photo in photos.photos], prompts, names)
+    captions = [photo.caption for photo in photos.photos]
+    texts = training_prompts(captions, prompts, photo_names(photos.photos))
     return Subject(settings, photos, prompts, texts)
 
 
 def training_resolution(parts: StableDiffusionParts, settings: SubjectSettings) -> int:
-    """Side of the training pictures in pixels."""
+    """Side of the square training pictures in pixels."""
     return settings.resolution or parts.default_resolution
+
+
+def training_bucket_step(parts: StableDiffusionParts, settings: SubjectSettings) -> int | None:
+    """What the sides of photos that are not square are multiples of; None: all are cropped."""
+    if settings.crop:
+        return None
+    levels = len(parts.unet.config["block_out_channels"])
+    return bucket_step(training_resolution(parts, settings), parts.latent_scale, levels)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +125,8 @@ class EncodedSubject:
         latents: The photos' posteriors.
         tokens: (n, length) prompt tokens, one row for each photo.
         prompts: The same prompts as text.
-        notes: What a person should know: cut prompts, odd tokens, small photos.
+        notes: What a person should know: cut prompts, odd tokens, small and cropped photos, masks.
+        frames: The part of each picture that is trained on.
         empty_tokens: (length,) tokens of the empty prompt.
     """
 
@@ -106,6 +134,7 @@ class EncodedSubject:
     tokens: Tensor
     prompts: tuple[str, ...]
     notes: tuple[str, ...]
+    frames: tuple[Frame, ...] = ()
     empty_tokens: Tensor | None = None
 
 
@@ -117,8 +146,9 @@ def encode_subject(
     Raises:
         ValueError: for a resolution that does not fit the model.
     """
-    photos, token = subject.photos.photos, subject.prompts.token
-    resolution = training_resolution(parts, subject.settings)
+    photos, token, settings = subject.photos.photos, subject.prompts.token, subject.settings
+    resolution = training_resolution(parts, settings)
+    step = training_bucket_step(parts, settings)
     tokens = encode_prompts(subject.training_prompts.prompts, parts.tokenizer)
     odd_token = token_note(token, parts.tokenizer) if token else None
     with threads(threads_for(parts.unet)):
@@ -126,18 +156,40 @@ def encode_subject(
             photos,
             parts.vae,
             resolution=resolution,
-            flip=subject.settings.flip,
+            bucket_step=step,
+            flip=settings.flip,
+            unmasked_weight=settings.unmasked_weight,
             cache_dir=folder_within(cache, "latents"),
             vae_fingerprint=parts.fingerprint,
             progress=stage_progress(reporter, "encoding photos"),
         )
-    notes = (
-        *([odd_token] if odd_token else []),
-        *tokens.messages,
-        *upscale_warnings(photos, resolution),
+    frames = tuple(
+        frame(photo.image.size, size)
+        for photo, size in zip(photos, bucket_sizes(photos, resolution, step))
     )
-    empty = encode_prompts([""], parts.tokenizer).input_ids[0]
-    return EncodedSubject(latents, tokens.input_ids, subject.training_prompts.prompts, notes, empty)
+    notes = (
+        odd_token,
+        *tokens.messages,
+        *enlarged_notes(subject.names, frames),
+        crop_note(subject.names, frames),
+        _mask_note(subject),
+    )
+    return EncodedSubject(
+        latents,
+        tokens.input_ids,
+        subject.training_prompts.prompts,
+        tuple(filter(None, notes)),
+        frames,
+        encode_prompts([""], parts.tokenizer).input_ids[0],
+    )
+
+
+def _mask_note(subject: Subject) -> str | None:
+    weight = subject.settings.unmasked_weight
+    masked = [n for n, p in zip(subject.names, subject.photos.photos) if p.mask is not None]
+    if not masked or weight == 1:
+        return None
+    return f"outside the masks of {', '.join(masked)} the loss weighs {weight:g} of that inside"
 
 
 def encode_class_images(

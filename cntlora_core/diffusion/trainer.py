@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cntlora_core.data.latents import LatentSet
 from cntlora_core.diffusion.adapters import (
     Plan,
     extra_loss,
     inject_plan,
     trained_parameters,
 )
-from cntlora_core.diffusion.objective import dreambooth_loss, min_snr_weights, training_target
+from cntlora_core.diffusion.batches import Batch, SameShape, TrainingData, draw_batch
+from cntlora_core.diffusion.objective import (
+    dreambooth_loss,
+    min_snr_weights,
+    sample_errors,
+    training_target,
+)
 from cntlora_core.diffusion.optimizers import (
     build_optimizer,
     build_schedule,
@@ -30,39 +34,10 @@ from cntlora_core.diffusion.optimizers import (
 from cntlora_core.diffusion.settings import AdapterSettings, TrainingSettings
 from cntlora_core.diffusion.state import TrainingState, all_finite
 from cntlora_core.runtime.progress import Reporter, silent
-from cntlora_core.runtime.seeds import torch_seed
 
 
 class NonFiniteLossError(FloatingPointError):
     """The loss or its gradient stopped being a finite number."""
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """What a run trains on; photos and class images are encoded already.
-
-    Attributes:
-        photos: The subject's latents, n of them.
-        photo_tokens: (n, length) prompt tokens, one row for each photo.
-        class_images: The class images' latents, or None.
-        class_tokens: (1, length) tokens of the class prompt, or None.
-        empty_tokens: (length,) tokens of the empty prompt, which caption dropout needs.
-    """
-
-    photos: LatentSet
-    photo_tokens: Tensor
-    class_images: LatentSet | None = None
-    class_tokens: Tensor | None = None
-    empty_tokens: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class _Batch:
-    latents: Tensor
-    noise: Tensor
-    timesteps: Tensor
-    tokens: Tensor
-    instances: int
 
 
 class SubjectTrainer:
@@ -189,7 +164,7 @@ class SubjectTrainer:
         accumulation = self.training.gradient_accumulation
         sums = torch.zeros(3)
         for micro in range(accumulation):
-            loss, *parts = self._loss(self._batch(self.step, micro))
+            loss, *parts = self._loss(self._batch(micro))
             if (extra := self._extra_loss) is not None:
                 loss = loss + extra()
             values = torch.stack([loss.detach(), *(p.detach() for p in parts)]).cpu()
@@ -262,55 +237,44 @@ class SubjectTrainer:
             "float32 or bfloat16 in place of float16"
         )
 
-    def _batch(self, step: int, micro: int) -> _Batch:
-        """The samples of one batch: a function of seed, step and micro-batch alone."""
-        size, data = self.training.batch_size, self.data
-        first = (step * self.training.gradient_accumulation + micro) * size
-        generator = _generator(self.training.seed, 1, step, micro)
-        photos = _shuffled_items(len(data.photos), first, size, self.training.seed, 2)
-        latents = [data.photos.sample(i, generator) for i in photos]
-        tokens = [data.photo_tokens[data.photos.photo_index[i]] for i in photos]
-        if share := self.training.caption_dropout:
-            assert data.empty_tokens is not None
-            chances = torch.rand(size, generator=_generator(self.training.seed, 4, step, micro))
-            tokens = [
-                data.empty_tokens if chance < share else row
-                for chance, row in zip(chances.tolist(), tokens, strict=True)
-            ]
-        if data.class_images is not None and self.prior_weight > 0:
-            assert data.class_tokens is not None
-            others = _shuffled_items(len(data.class_images), first, size, self.training.seed, 3)
-            latents += [data.class_images.sample(i, generator) for i in others]
-            tokens += [data.class_tokens[0]] * size
-        stacked = torch.stack(latents)
-        horizon = self._scheduler.config["num_train_timesteps"]
-        return _Batch(
-            stacked.to(self._device),
-            torch.randn(stacked.shape, generator=generator).to(self._device),
-            torch.randint(horizon, (len(latents),), generator=generator).to(self._device),
-            torch.stack(tokens),
-            size,
+    def _batch(self, micro: int) -> Batch:
+        return draw_batch(
+            self.data,
+            self.training,
+            self.step,
+            micro,
+            with_class_images=self.prior_weight > 0,
+            horizon=self._scheduler.config["num_train_timesteps"],
+            device=self._device,
         )
 
-    def _loss(self, batch: _Batch) -> tuple[Tensor, Tensor, Tensor]:
-        noised = self._scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
-        target = training_target(self._scheduler, batch.latents, batch.noise, batch.timesteps)
-        prediction = self.unet(
-            noised.to(self._dtype),
-            batch.timesteps,
-            encoder_hidden_states=self._text_states(batch.tokens),
-        ).sample
+    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        states = self._text_states(batch.tokens)
+        errors = [self._errors(shape, batch.timesteps, states) for shape in batch.shapes]
+        if len(errors) > 1:  # in the batch's order
+            order = torch.cat([shape.items for shape in batch.shapes]).argsort()
+            errors = [torch.cat(errors)[order]]
         gamma = self.training.min_snr_gamma
         weights = (
             None if gamma is None else min_snr_weights(self._scheduler, batch.timesteps, gamma)
         )
         return dreambooth_loss(
-            prediction,
-            target,
+            errors[0],
             instances=batch.instances,
             prior_weight=self.prior_weight,
             weights=weights,
         )
+
+    def _errors(self, shape: SameShape, timesteps: Tensor, states: Tensor) -> Tensor:
+        """(m,): the errors of the samples of one shape."""
+        if len(shape.items) < len(timesteps):
+            timesteps, states = timesteps[shape.items], states[shape.items]
+        noised = self._scheduler.add_noise(shape.latents, shape.noise, timesteps)
+        target = training_target(self._scheduler, shape.latents, shape.noise, timesteps)
+        prediction = self.unet(
+            noised.to(self._dtype), timesteps, encoder_hidden_states=states
+        ).sample
+        return sample_errors(prediction, target, shape.weights)
 
     def _text_states(self, tokens: Tensor) -> Tensor:
         """(n, length, width): each different prompt is read once."""
@@ -366,24 +330,3 @@ def _checkpoint_gradients(unet: Any, text_encoder: Any) -> None:
     renamed = getattr(text_encoder, "activation_checkpointing_enable", None)  # transformers 5
     # The reentrant kind gives no gradients where the input (the frozen embeddings) needs none.
     (renamed or text_encoder.gradient_checkpointing_enable)({"use_reentrant": False})
-
-
-def _shuffled_items(count: int, start: int, size: int, seed: int, stream: int) -> Sequence[int]:
-    """Items ``start`` to ``start + size`` of an endless sequence of shuffled passes over all."""
-    items = []
-    for position in range(start, start + size):
-        epoch, within = divmod(position, count)
-        order = torch.randperm(count, generator=_generator(seed, stream, epoch))
-        items.append(int(order[within]))
-    return items
-
-
-def _generator(*numbers: int) -> torch.Generator:
-    """A generator that is a function of the numbers (splitmix-like mixing into 63 bits)."""
-    value = 0
-    words = [torch_seed(number) for number in numbers]
-    words = [half for word in words for half in ([word] if word < 2**32 else [word, word >> 32])]
-    for number in words:
-        value = (value ^ (number & 0xFFFFFFFF)) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
-        value ^= value >> 29
-    return torch.Generator().manual_seed(value >> 1)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cntlora_core.data import pictures
-from cntlora_core.data.photos import load_photos, photos_from_images, upscale_warnings
+from cntlora_core.data.photos import load_photos, photos_from_images
 
 
 def picture(seed, size=(32, 24)):
@@ -184,10 +184,6 @@ def test_small_photos_are_said_and_large_ones_shrunk(folder):
     assert [w.split(" has ")[0] for w in found.warnings if "enlarged to 32" in w] == [
         *(f"IMG {n}.png" for n in (1, 2, 3, 10, 20)), "tiny.png",
     ]  # fmt: skip
-    assert upscale_warnings(found.photos, 32) == tuple(
-        w for w in found.warnings if "enlarged to" in w
-    )
-    assert upscale_warnings(found.photos[:5], 24) == ()
     sizes = {n: p.image.size for n, p in zip(names(found), found.photos)}
     assert sizes["large.png"] == (100, 64)
     small = load_photos(folder, resolution=32, shrink=True)

@@ -178,6 +178,8 @@ def bench_subject(bench: Bench, run: Run) -> BenchSubject:
         class_name=noun,
         resolution=run.resolution,
         flip=run.flip,
+        crop=True,  # as the held-out photos are
+        unmasked_weight=1.0,
     )
     prompts = bench.measure.prompts or templates
     return BenchSubject(run.subject, read_subject(settings, photos), held_out, prompts)
