@@ -164,8 +164,6 @@ def _personalise(
     with run.timed("encoding"):
         encoded = encode_subject(parts, subject, cache=cache, reporter=reporter)
     run.note(*encoded.notes)
-    sheet = photo_sheet(subject.photos.photos, subject.names, encoded.frames)
-    save_image(sheet, folder / PHOTOS_NAME)
     others = None
     if settings.prior.prior_weight == 0:
         class_photos = None
@@ -199,6 +197,8 @@ def _personalise(
         plan = initialization.plan
         report = initialization.report.to_dict() if initialization.report is not None else None
     del parts  # and with it the VAE, unless samples are generated
+    sheet = photo_sheet(subject.photos.photos, subject.names, encoded.frames)
+    save_image(sheet, folder / PHOTOS_NAME)
 
     trainer = SubjectTrainer(
         unet,
