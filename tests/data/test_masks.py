@@ -108,7 +108,7 @@ def test_masks_in_memory():
 
 def test_weights_are_the_mask_s_means_with_a_floor_and_of_mean_one():
     mask = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 40), dtype=np.uint8))
-    part = frame((40, 24), (16, 16))
+    part = frame((40, 24), (24, 24))
     assert part.box == (8, 0, 32, 24)
     given = np.asarray(mask)[:, 8:32].reshape(8, 3, 8, 3).mean((1, 3)) / 255
     floored = np.clip(given, 0.45, 1)
@@ -119,7 +119,7 @@ def test_weights_are_the_mask_s_means_with_a_floor_and_of_mean_one():
     assert weights.mean() == pytest.approx(1)
     mirrored = loss_weights(mask, part, (8, 8), 0.45, flip=True)
     assert torch.equal(mirrored, weights.flip(-1))
-    outside = loss_weights(left_half(), frame((40, 24), (16, 16)), (8, 8), 0.1, flip=False)
+    outside = loss_weights(left_half(), part, (8, 8), 0.1, flip=False)
     assert outside[0, 0] / outside[0, -1] == pytest.approx(10)
     inside_only = Image.new("L", (40, 24))
     inside_only.paste(255, (8, 0, 32, 24))
