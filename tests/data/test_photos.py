@@ -78,14 +78,14 @@ def damaged(folder):
     (folder / "b-cut.jpg").write_bytes(buffer.getvalue()[:4000])
     (folder / "b-empty.png").write_bytes(b"")
     (folder / "b-text.webp").write_text("hello")
-    (folder / "b-phone.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + b"\0" * 50)
+    (folder / "b-noise.bmp").write_bytes(b"\0" * 60)
     (folder / "b-film.mp4").write_bytes(b"\0")
     (folder / "b-link.png").symlink_to(folder / "nowhere.png")
     return {
         "b-cut.jpg": "truncated",
         "b-empty.png": "0 bytes",
         "b-text.webp": "no picture",
-        "b-phone.HEIC": "JPEG or PNG",
+        "b-noise.bmp": "no picture",
         "b-film.mp4": "not a known kind",
         "b-link.png": "No such file",
     }
