@@ -13,7 +13,10 @@ from typing import Any
 from comfy_api.latest import ComfyExtension  # pyright: ignore[reportMissingImports]
 
 CORE = "cntlora_core"
-MODULES = ("load", "subject", "initialize", "train", "lora", "sample", "evaluate", "inspect")
+MODULES = (
+    "load", "subject", "class_images", "initialize", "train", "lora", "sample", "evaluate",
+    "inspect",
+)  # fmt: skip
 
 logger = logging.getLogger(__name__)
 

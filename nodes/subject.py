@@ -1,4 +1,4 @@
-"""The photos of the subject, and images of its class."""
+"""The photos of the subject."""
 
 from __future__ import annotations
 
@@ -7,49 +7,56 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io  # pyright: ignore[reportMissingImports]
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from cntlora_core.data.captions import CAPTION_SUFFIXES
+from cntlora_core.data.framing import bucket_step, crop_note, frame
+from cntlora_core.data.latents import bucket_sizes
+from cntlora_core.data.masks import FOLDER_NAME as MASKS_FOLDER
 from cntlora_core.data.photos import IMAGE_SUFFIXES, PhotoSet, load_photos, photos_from_images
-from cntlora_core.diffusion.settings import PriorSettings, SubjectSettings, torch_dtype
-from cntlora_core.figures.sheets import contact_sheet
+from cntlora_core.diffusion.settings import SubjectSettings
+from cntlora_core.figures.sheets import photo_sheet
 
 from .pictures import image_arrays, image_tensor, shown
-from .runtime import HostReporter, device_name, run_heavy, tell
-from .sockets import ClassImages, ClassImagesSocket, ModelChoice, ModelSocket, SubjectSocket
+from .runtime import tell
+from .sockets import SubjectSocket
 from .widgets import (
     ADVANCED,
     CATEGORY,
-    LARGEST_SEED,
     NO_FOLDER,
     default_of,
     input_folder,
     input_folders,
     lines,
-    work_folder,
 )
 
 if TYPE_CHECKING:
     from cntlora_core.diffusion.stages import Subject
 
 PREVIEW_SIDE = 512
-SHOWN_CLASS_IMAGES = 16
-GENERATE_THEM = "draw them with the model"
+PREVIEW_MODEL = (8, 4)
+"""Stable Diffusion 1.5's pixels for each latent, and the levels of its UNet."""
 
 
 def folder_digest(folder: Path) -> str:
-    """Changes with any picture or caption file in a folder."""
+    """Changes with any picture, caption file or mask in a folder."""
     digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
+    masks = folder / MASKS_FOLDER
+    for path in sorted([*folder.iterdir(), *(masks.iterdir() if masks.is_dir() else ())]):
         if path.is_file() and path.suffix.lower() in (*IMAGE_SUFFIXES, *CAPTION_SUFFIXES):
             digest.update(f"{path.name};{path.stat().st_size};".encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
-def given_photos(images: list[Tensor] | None, folder: str, captions: list[str]) -> PhotoSet:
-    """Pictures from the socket or from a folder of ComfyUI's input.
+def given_photos(
+    images: list[Tensor] | None,
+    folder: str,
+    captions: list[str],
+    masks: list[Tensor] | None = None,
+) -> PhotoSet:
+    """Pictures from the socket or from a folder of ComfyUI's input, with their masks.
 
     Raises:
         ValueError, OSError: neither or both, or pictures that cannot be used, in words.
@@ -65,10 +72,17 @@ def given_photos(images: list[Tensor] | None, folder: str, captions: list[str]) 
                 "captions are for connected images; for a folder, put a text file of the same "
                 "name beside each picture (dog1.txt for dog1.jpg), or leave captions empty"
             )
+        if masks is not None:
+            raise ValueError(
+                "masks are for connected images; for a folder, put a mask beside each picture "
+                "(dog1.mask.png for dog1.jpg), and connect none"
+            )
         return load_photos(input_folder(folder))
     if folder != NO_FOLDER:
         raise ValueError(f"images are connected and a folder is chosen: set folder to {NO_FOLDER}")
-    return photos_from_images(image_arrays(images), texts or None)
+    return photos_from_images(
+        image_arrays(images), texts or None, None if masks is None else image_arrays(masks)
+    )
 
 
 class SubjectPhotos(io.ComfyNode):
@@ -128,13 +142,41 @@ class SubjectPhotos(io.ComfyNode):
                     max=2048,
                     step=8,
                     tooltip="Side of the square training images in pixels; 0 is the model's own, "
-                    "512 for SD1.5.",
+                    "512 for SD1.5. A photo of another shape is resized to about the same area.",
                     extra_dict=ADVANCED,
+                ),
+                io.Boolean.Input(
+                    "crop",
+                    default=default_of(SubjectSettings, "crop"),
+                    label_on="to a square",
+                    label_off="as little as possible",
+                    tooltip="Photos keep their shape, or are cropped to a square in their middle.",
+                    extra_dict=ADVANCED,
+                ),
+                io.Float.Input(
+                    "unmasked_weight",
+                    default=default_of(SubjectSettings, "unmasked_weight"),
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    tooltip="How much of the background outside a photo's mask is learnt: 0 is "
+                    "nothing, 1 is as much as the subject.",
+                    extra_dict=ADVANCED,
+                ),
+                io.Mask.Input(
+                    "masks",
+                    optional=True,
+                    tooltip="A mask for each connected image, white where the subject is. Load "
+                    "Image gives the opposite for a cut-out: put Invert Mask between.",
                 ),
             ],
             outputs=[
                 SubjectSocket.Output(display_name="subject", tooltip="The subject, checked."),
-                io.Image.Output(display_name="pictures", tooltip="The photos as they are cropped."),
+                io.Image.Output(
+                    display_name="pictures",
+                    is_output_list=True,
+                    tooltip="The photos as they are cropped, each in its own shape.",
+                ),
                 io.String.Output(
                     display_name="prompt", tooltip="The prompt that calls the subject up."
                 ),
@@ -153,7 +195,10 @@ class SubjectPhotos(io.ComfyNode):
         captions: list[str],
         flip: list[bool],
         resolution: list[int],
+        crop: list[bool],
+        unmasked_weight: list[float],
         images: Any = None,
+        masks: Any = None,
     ) -> str:
         """Changes with the content of the folder, not only with its name."""
         return "" if folder[0] == NO_FOLDER else folder_digest(input_folder(folder[0]))
@@ -167,7 +212,10 @@ class SubjectPhotos(io.ComfyNode):
         captions: list[str],
         flip: list[bool],
         resolution: list[int],
+        crop: list[bool],
+        unmasked_weight: list[float],
         images: list[Tensor] | None = None,
+        masks: list[Tensor] | None = None,
     ) -> io.NodeOutput:
         from cntlora_core.diffusion.stages import read_subject
 
@@ -177,21 +225,29 @@ class SubjectPhotos(io.ComfyNode):
             class_name=class_name[0],
             resolution=resolution[0] or None,
             flip=flip[0],
+            crop=crop[0],
+            unmasked_weight=unmasked_weight[0],
         )
-        subject = read_subject(settings, given_photos(images, folder[0], captions))
-        side = settings.resolution or PREVIEW_SIDE
-        pictures = [
-            ImageOps.fit(photo.image, (side, side), Image.Resampling.LANCZOS)
-            for photo in subject.photos.photos
+        subject = read_subject(settings, given_photos(images, folder[0], captions, masks))
+        photos, side = subject.photos.photos, settings.resolution or PREVIEW_SIDE
+        step = None if settings.crop else bucket_step(side, *PREVIEW_MODEL)
+        frames = [
+            frame(photo.image.size, size)
+            for photo, size in zip(photos, bucket_sizes(photos, side, step))
         ]
-        text = "\n".join((_summary(subject), *subject.notes))
+        pictures = [
+            photo.image.resize(part.size, Image.Resampling.LANCZOS, box=part.box)
+            for photo, part in zip(photos, frames)
+        ]
+        cropped = crop_note(subject.names, frames)
+        text = "\n".join((_summary(subject), *subject.notes, *([cropped] if cropped else [])))
         tell(text)
         return io.NodeOutput(
             subject,
-            image_tensor(pictures),
+            [image_tensor([picture]) for picture in pictures],
             subject.prompts.instance_prompt,
             text,
-            ui=shown([contact_sheet(pictures, side=192)]),
+            ui=shown([photo_sheet(photos, subject.names, frames, side=192)]),
         )
 
 
@@ -203,128 +259,4 @@ def _summary(subject: Subject) -> str:
     )
 
 
-class ClassPictures(io.ComfyNode):
-    """Images of the class, generated by the model itself or from a folder."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="CNTLoRAClassImages",
-            display_name="Class Images",
-            category=CATEGORY,
-            description="Images of what the model already knows of the class, so that it does "
-            "not forget what other dogs look like while it learns yours. They are generated "
-            "once and kept.",
-            inputs=[
-                ModelSocket.Input("model", tooltip="The model that generates them."),
-                SubjectSocket.Input("subject", tooltip="The subject; the images show its class."),
-                io.Combo.Input(
-                    "source",
-                    options=[GENERATE_THEM, *input_folders()[1:]],
-                    default=GENERATE_THEM,
-                    tooltip="Let the model generate the images, or take those of a folder of "
-                    "ComfyUI's input directory.",
-                ),
-                io.Int.Input(
-                    "count",
-                    default=default_of(PriorSettings, "num_class_images"),
-                    min=1,
-                    max=10000,
-                    tooltip="Number of images. A larger number later generates only what is "
-                    "missing.",
-                ),
-                io.Int.Input(
-                    "steps",
-                    default=default_of(PriorSettings, "class_steps"),
-                    min=1,
-                    max=1000,
-                    tooltip="Sampling steps of each image.",
-                    extra_dict=ADVANCED,
-                ),
-                io.Float.Input(
-                    "guidance",
-                    default=default_of(PriorSettings, "class_guidance"),
-                    min=0.0,
-                    max=100.0,
-                    step=0.5,
-                    tooltip="How closely the images follow the class prompt.",
-                    extra_dict=ADVANCED,
-                ),
-                io.Int.Input(
-                    "images_seed",
-                    display_name="seed",
-                    default=0,
-                    min=0,
-                    max=LARGEST_SEED,
-                    control_after_generate=False,
-                    tooltip="Seed of the images. Another seed generates another set.",
-                    extra_dict=ADVANCED,
-                ),
-            ],
-            outputs=[
-                ClassImagesSocket.Output(
-                    display_name="class_images", tooltip="To be connected to the training."
-                ),
-                io.Image.Output(display_name="pictures", tooltip="Some of the images, on a sheet."),
-            ],
-        )
-
-    @classmethod
-    def fingerprint_inputs(
-        cls,
-        source: str,
-        count: int,
-        steps: int,
-        guidance: float,
-        images_seed: int,
-        model: Any = None,
-        subject: Any = None,
-    ) -> str:
-        """Changes with the content of the folder, not only with its name."""
-        return "" if source == GENERATE_THEM else folder_digest(input_folder(source))
-
-    @classmethod
-    def execute(
-        cls,
-        model: ModelChoice,
-        subject: Subject,
-        source: str,
-        count: int,
-        steps: int,
-        guidance: float,
-        images_seed: int,
-    ) -> io.NodeOutput:
-        from cntlora_core.diffusion.pipeline import load_stable_diffusion
-        from cntlora_core.diffusion.prior import class_images
-        from cntlora_core.diffusion.stages import training_resolution
-
-        prompt = subject.prompts.class_prompt
-        if source != GENERATE_THEM:
-            side = subject.settings.resolution or PREVIEW_SIDE
-            folder = input_folder(source)
-            photos = load_photos(folder, read_captions=False, resolution=side, shrink=True)
-        else:
-            settings = PriorSettings(
-                num_class_images=count,
-                class_steps=steps,
-                class_guidance=guidance,
-                class_seed=images_seed,
-                cache=str(work_folder() / "cache"),
-            )
-
-            def sample(reporter: HostReporter) -> PhotoSet:
-                reporter("loading the model", 0, 1, {})
-                dtype = torch_dtype(model.precision)
-                parts = load_stable_diffusion(
-                    model.path, dtype=dtype, device=device_name(), clip_skip=model.clip_skip
-                )
-                side = training_resolution(parts, subject.settings)
-                return class_images(parts, prompt, settings, resolution=side, reporter=reporter)
-
-            photos = run_heavy(sample)
-        tell(f"{len(photos.photos)} photos of “{prompt}”")
-        sheet = contact_sheet([p.image for p in photos.photos[:SHOWN_CLASS_IMAGES]])
-        return io.NodeOutput(ClassImages(photos, prompt), image_tensor([sheet]), ui=shown([sheet]))
-
-
-NODES = [SubjectPhotos, ClassPictures]
+NODES = [SubjectPhotos]

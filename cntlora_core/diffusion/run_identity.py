@@ -172,8 +172,6 @@ def check_same_run(state: TrainingState, given: dict[str, Any]) -> None:
     schedule = str(_at(given, "job", "training", "lr_schedule"))
     free = _free_settings(schedule)
     old = {key: state.settings.get(key, {}) for key in given}
-    if "job" in old:
-        old["job"] = _with_defaults(old["job"])
     differing = [path for path in _differences(old, _plain(given)) if not _is_in(path, free)]
     if differing == [_STEPS]:
         raise ValueError(
@@ -193,16 +191,6 @@ def check_same_run(state: TrainingState, given: dict[str, Any]) -> None:
             f"the run has done {state.step} steps, more than the {steps} that were asked for: ask "
             "for as many or more, choose another output folder, or start anew with --overwrite"
         )
-
-
-def _with_defaults(job: dict[str, Any]) -> dict[str, Any]:
-    """A run's settings, with the defaults of settings that there were not yet when it began."""
-    from cntlora_core.diffusion.settings import JobSettings
-
-    try:
-        return _plain(JobSettings.from_dict(job).to_dict())
-    except (TypeError, ValueError):  # of a later version, or damaged: compared as they are
-        return job
 
 
 def _at(values: Any, *path: str) -> Any:

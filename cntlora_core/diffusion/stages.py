@@ -71,18 +71,12 @@ class Subject:
 
     def identity(self) -> dict[str, Any]:
         """What tells this subject from another, as JSON values."""
-        photos, settings = self.photos.photos, self.settings
-        identity: dict[str, Any] = {
+        photos = self.photos.photos
+        return {
             "photos": [photo.digest for photo in photos],
+            "masks": [photo.mask and pixel_digest(photo.mask) for photo in photos],
             "prompts": list(self.training_prompts.prompts),
         }
-        # Only where it matters: runs of before there were shapes and masks are still known.
-        if not settings.crop and any(p.image.width != p.image.height for p in photos):
-            identity["shapes"] = "kept"
-        masks = [photo.mask and pixel_digest(photo.mask) for photo in photos]
-        if any(masks) and settings.unmasked_weight < 1:
-            identity["masks"] = masks
-        return identity
 
 
 def read_subject(settings: SubjectSettings, photos: PhotoSet | None = None) -> Subject:

@@ -73,7 +73,8 @@ def subject_of(pack: Pack, **inputs: Any) -> Any:
     """The subject node takes lists, one entry for each input but the images."""
     lists = {name: value if isinstance(value, list) else [value] for name, value in inputs.items()}
     given = {"folder": ["(none)"], "token": ["sks"], "class_name": ["dog"], "captions": [""],
-             "flip": [False], "resolution": [0]}  # fmt: skip
+             "flip": [False], "resolution": [0], "crop": [False],
+             "unmasked_weight": [0.1]}  # fmt: skip
     with torch.inference_mode():
         return pack.nodes["CNTLoRASubject"].execute(**{**given, **lists})
 

@@ -11,9 +11,7 @@ from safetensors.torch import load_file
 from cntlora_core.data.framing import frame
 from cntlora_core.data.photos import photos_from_images
 from cntlora_core.diffusion import job
-from cntlora_core.diffusion.run_identity import check_same_run
 from cntlora_core.diffusion.stages import read_subject
-from cntlora_core.diffusion.state import TrainingState
 from cntlora_core.figures.sheets import photo_sheet
 
 from .conftest import StopAt, change, losses
@@ -70,40 +68,18 @@ def test_a_name_of_the_sheet_is_refused(settings):
         job.personalise(named)
 
 
-def test_runs_of_before_shapes_and_masks_go_on_where_neither_matters(settings, mixed):
-    def state_of(settings):
-        subject = read_subject(settings.subject)
-        given = settings.to_dict()
-        for name in ("crop", "unmasked_weight"):
-            del given["subject"][name]
-        identity = {"photos": [photo.digest for photo in subject.photos.photos]}
-        identity["prompts"] = list(subject.training_prompts.prompts)
-        recorded = {"job": given, "identity": identity}
-        return TrainingState(1, None, {}, {}, [], recorded, {}), subject  # type: ignore[arg-type]
-
-    square = photos_from_images([np.full((40, 40, 3), 7 * i, np.uint8) for i in range(3)])
-    state, subject = state_of(settings)
-    assert subject.identity()["shapes"] == "kept"
-    with pytest.raises(ValueError, match=r"identity\.masks, identity\.shapes"):
-        check_same_run(state, {"job": settings.to_dict(), "identity": subject.identity()})
-    check_same_run(state, {"job": settings.to_dict()})
-    plain = read_subject(settings.subject, square).identity()
-    assert plain.keys() == {"photos", "prompts"}
-
-
-def test_masks_and_their_weight_are_part_of_what_a_subject_is(settings):
+def test_masks_are_part_of_what_a_subject_is(settings):
     photo = np.asarray(Image.linear_gradient("L").convert("RGB"))
     mask = left_half((256, 256))
 
-    def identity(mask, **values):
-        changed = change(settings, "subject", **values)
-        return read_subject(changed.subject, photos_from_images([photo], masks=[mask])).identity()
+    def identity(mask):
+        photos = photos_from_images([photo], masks=[mask])
+        return read_subject(settings.subject, photos).identity()
 
-    plain, masked = identity(None), identity(mask)
-    assert masked != plain
-    assert masked["photos"] == plain["photos"]
+    masked = identity(mask)
+    assert masked["photos"] == identity(None)["photos"]
+    assert masked != identity(None)
     assert masked != identity(mask.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
-    assert identity(mask, unmasked_weight=1) == plain
     for value in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match="unmasked_weight must be at least 0 and at most 1"):
             change(settings, "subject", unmasked_weight=value)
