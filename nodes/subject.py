@@ -242,12 +242,14 @@ class SubjectPhotos(io.ComfyNode):
         cropped = crop_note(subject.names, frames)
         text = "\n".join((_summary(subject), *subject.notes, *([cropped] if cropped else [])))
         tell(text)
+        masked = settings.unmasked_weight < 1
+        sheet = photo_sheet(photos, subject.names, frames, masked=masked, side=192)
         return io.NodeOutput(
             subject,
             [image_tensor([picture]) for picture in pictures],
             subject.prompts.instance_prompt,
             text,
-            ui=shown([photo_sheet(photos, subject.names, frames, side=192)]),
+            ui=shown([sheet]),
         )
 
 

@@ -152,7 +152,13 @@ def crop_note(names: Sequence[str], frames: Sequence[Frame]) -> str | None:
         share, side = max(zip(part.cropped, ("width", "height")))
         if share >= WORTH_SAYING:
             parts.append(f"{100 * share:.0f} % of the {side} of {name}")
-    return f"cropped: {', '.join(parts)}" if parts else None
+    return f"cropped: {listed(parts)}" if parts else None
+
+
+def listed(parts: Sequence[str], most: int = 12) -> str:
+    """Some words with commas between; of many, the first and how many more there are."""
+    rest = len(parts) - most
+    return ", ".join(parts[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def enlarged_notes(names: Sequence[str], frames: Sequence[Frame]) -> tuple[str, ...]:

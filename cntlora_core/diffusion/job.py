@@ -197,7 +197,8 @@ def _personalise(
         plan = initialization.plan
         report = initialization.report.to_dict() if initialization.report is not None else None
     del parts  # and with it the VAE, unless samples are generated
-    sheet = photo_sheet(subject.photos.photos, subject.names, encoded.frames)
+    masked = settings.subject.unmasked_weight < 1
+    sheet = photo_sheet(subject.photos.photos, subject.names, encoded.frames, masked=masked)
     save_image(sheet, folder / PHOTOS_NAME)
 
     trainer = SubjectTrainer(

@@ -20,7 +20,7 @@ from cntlora_core.data.captions import (
     token_note,
     training_prompts,
 )
-from cntlora_core.data.framing import Frame, bucket_step, crop_note, enlarged_notes, frame
+from cntlora_core.data.framing import Frame, bucket_step, crop_note, enlarged_notes, frame, listed
 from cntlora_core.data.latents import LatentSet, bucket_sizes, encode_latents
 from cntlora_core.data.photos import (
     PhotoSet,
@@ -183,7 +183,7 @@ def _mask_note(subject: Subject) -> str | None:
     masked = [n for n, p in zip(subject.names, subject.photos.photos) if p.mask is not None]
     if not masked or weight == 1:
         return None
-    return f"outside the masks of {', '.join(masked)} the loss weighs {weight:g} of that inside"
+    return f"outside the masks of {listed(masked)} the loss weighs {weight:g} of that inside"
 
 
 def encode_class_images(

@@ -81,36 +81,46 @@ def contact_sheet(pictures: Sequence[Image.Image], *, side: int = 128) -> Image.
 
 
 def photo_sheet(
-    photos: Sequence[Photo], names: Sequence[str], frames: Sequence[Frame], *, side: int = 256
+    photos: Sequence[Photo],
+    names: Sequence[str],
+    frames: Sequence[Frame],
+    *,
+    masked: bool = True,
+    side: int = 256,
 ) -> Image.Image:
     """What of each photo is trained on: outlined, what is cropped is dimmed, and what a mask keeps
-    out is tinted.
+    out is tinted. Of many photos, the first hundred.
 
     Args:
         photos: With their masks.
         names: What stands below each.
         frames: The part of each that is kept.
+        masked: Whether masks count.
         side: Of the square that a photo is fitted into, in pixels.
     """
     gap, line, font = 8, 18, ImageFont.load_default(12)
-    columns = max(1, min(6, math.ceil(math.sqrt(len(photos)))))
-    rows = math.ceil(len(photos) / columns)
+    together = list(zip(photos, names, frames, strict=True))[:100]
+    columns = max(1, math.ceil(math.sqrt(len(together))))
+    rows = math.ceil(len(together) / columns)
     wide, tall = side + gap, side + line + gap
     sheet = Image.new("RGB", (columns * wide + gap, rows * tall + gap), "white")
     pen = ImageDraw.Draw(sheet)
-    for i, (photo, name, part) in enumerate(zip(photos, names, frames, strict=True)):
+    for i, (photo, name, part) in enumerate(together):
         left, top = gap + (i % columns) * wide, gap + (i // columns) * tall
         scale = side / max(photo.image.size)
-        size = tuple(max(1, round(length * scale)) for length in photo.image.size)
+        size = (
+            max(1, round(photo.image.width * scale)),
+            max(1, round(photo.image.height * scale)),
+        )
         picture = photo.image.resize(size, Image.Resampling.LANCZOS)
-        if photo.mask is not None:
+        if masked and photo.mask is not None:
             tinted = Image.blend(picture, Image.new("RGB", size, "#d03a8c"), 0.5)
             picture = Image.composite(picture, tinted, photo.mask.resize(size))
-        box = tuple(round(edge * scale) for edge in part.box)
+        x0, y0, x1, y1 = (round(edge * scale) for edge in part.box)
         dimmed = Image.blend(picture, Image.new("RGB", size, "white"), 0.7)
-        dimmed.paste(picture.crop(box), box[:2])
+        dimmed.paste(picture.crop((x0, y0, x1, y1)), (x0, y0))
         sheet.paste(dimmed, (left, top))
-        corners = (left + box[0], top + box[1], left + box[2] - 1, top + box[3] - 1)
+        corners = (left + x0, top + y0, left + x1 - 1, top + y1 - 1)
         pen.rectangle(corners, outline="#2f6db5", width=2)
         label = f"{part.size[0]} x {part.size[1]}: {name}"
         pen.text((left, top + size[1] + 2), textwrap.shorten(label, 40), fill="black", font=font)

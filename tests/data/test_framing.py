@@ -86,6 +86,9 @@ def test_what_is_cropped_and_what_is_enlarged_is_said():
         "cropped: 4 % of the height of a.jpg, 4 % of the width of c.png"
     )
     assert crop_note(["b.png"], [square]) is None
+    many = crop_note([f"{i}.jpg" for i in range(40)], [tall] * 40)
+    assert many is not None
+    assert many.endswith("4 % of the height of 11.jpg and 28 more")
     first, second = enlarged_notes(names, [tall, square, wide])
     assert first.startswith("b.png has 60 x 60 pixels and is enlarged to 64:")
     assert second.startswith("c.png has 40 x 30 pixels and is enlarged to 72 x 56:")

@@ -94,6 +94,8 @@ def test_the_sheet_shows_what_is_cropped_and_what_is_masked():
     assert abs(wide[50, 80] - 90).max() <= 1  # within the mask and the crop
     assert abs(wide[50, 10] - 90).min() > 60  # cropped: nearly white
     assert wide[50, 120, 0] > wide[50, 120, 1] + 30  # outside the mask: tinted
+    plain = photo_sheet(photos.photos, ["a", "b"], frames, masked=False, side=200)
+    assert plain.getpixel((8 + 120, 8 + 50)) == (90, 90, 90)
     outline = wide[50, 50]
     assert outline[2] > outline[0] + 60
     assert abs(sheet[100, 316] - 90).max() <= 1  # the square photo is whole
