@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 # Models of a few thousand weights: more threads only get in each other's way.
@@ -48,6 +49,15 @@ def write_tokenizer(folder: Path) -> None:
             }
         )
     )
+
+
+@pytest.fixture(autouse=True)
+def few_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run draws its plots where a test looks at them: they are a third of a tiny run's time."""
+    job = sys.modules.get("cntlora_core.diffusion.job")
+    if job is not None and request.node.get_closest_marker("plots") is None:
+        monkeypatch.setattr(job, "plot_loss", lambda *_: None)
+        monkeypatch.setattr(job, "plot_ranks", lambda *_: None)
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,7 @@ def check_output(folder, steps: int) -> dict:
     return record
 
 
+@pytest.mark.plots
 def test_the_demo_in_short(tmp_path):
     sheet = run_demo(tmp_path, steps=3, class_images=2, sampling_steps=3)
     assert sheet == tmp_path / SHEET_NAME
@@ -45,6 +46,7 @@ def test_unknown_subjects_are_refused_with_the_known_ones(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.plots
 def test_the_whole_demo_learns_its_subject(tmp_path):
     """1000 steps: the loss on the subject falls, and pictures with the LoRA are nearer to it."""
     run_demo(tmp_path)

@@ -39,7 +39,7 @@ def encoders() -> Encoders:
 def generated() -> Generated:
     """A picture of each of twenty objects, and what was asked for."""
     rows = prompts_to_classify(20, seed=1)
-    settings = SamplingSettings(steps=12, guidance=2.5, seed=1, batch_size=20)
+    settings = SamplingSettings(steps=8, guidance=2.5, seed=1, batch_size=20, scheduler="unipc")
     prompts = [prompt for prompt, _, _ in rows]
     return rows, sample(str(mini.model_path()), prompts, (), settings, device="cpu")
 

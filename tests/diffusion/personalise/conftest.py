@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,7 @@ def settings(tiny_model: Path, photo_folder: Path, tmp_path: Path) -> JobSetting
         subject=SubjectSettings(images=str(photo_folder), token="sks", class_name="dog"),
         output=OutputSettings(output=str(tmp_path / "out put")),
         prior=PriorSettings(num_class_images=2, class_steps=2, cache=str(tmp_path / "cache")),
-        adapter=AdapterSettings(rank=4, alpha=8),
+        adapter=AdapterSettings(rank=4, alpha=8, init_passes=1),
         training=TrainingSettings(steps=6, learning_rate=1e-3, save_every=2, device="cpu"),
     )
 
@@ -69,12 +72,48 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+class ForkedCommand:
+    """The command in a process that has done its imports already; what it says goes to files."""
+
+    def __init__(self, arguments: list[str], folder: Path) -> None:
+        self._said = [folder / "stdout", folder / "stderr"]
+        fork = multiprocessing.get_context("fork")
+        self._process = fork.Process(target=self._run, args=(arguments,))
+        self._process.start()
+        self.pid = self._process.pid
+
+    def _run(self, arguments: list[str]) -> None:
+        from cntlora_core.cli import main
+
+        for stream, path in zip((1, 2), self._said, strict=True):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        os._exit(_flushed(main(arguments)))
+
+    @property
+    def running(self) -> bool:
+        return self._process.is_alive()
+
+    def end(self, with_signal: signal.Signals | None = None) -> tuple[int | None, str, str]:
+        """Exit status, output and errors, after a signal if one is given."""
+        if with_signal is not None:
+            os.kill(self._process.pid or 0, with_signal)
+        self._process.join(300)
+        return self._process.exitcode, *(path.read_text() for path in self._said)
+
+
+def _flushed(status: int) -> int:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return status
+
+
 def command(settings: JobSettings, *more: str) -> list[str]:
     return [
         sys.executable, "-c", RUN, "train",
         "--model", settings.model, "--images", settings.subject.images,
         "--token", "sks", "--class-name", "dog", "--output", settings.output.output,
         "--cache", str(settings.prior.cache), "--num-class-images", "2", "--class-steps", "2",
-        "--rank", "4", "--alpha", "8", "--learning-rate", "1e-3", "--device", "cpu",
-        "--save-every", "2", *more,
+        "--rank", "4", "--alpha", "8", "--init-passes", "1", "--learning-rate", "1e-3",
+        "--device", "cpu", "--save-every", "2", *more,
     ]  # fmt: skip

@@ -18,6 +18,7 @@ from cntlora_core.runtime.progress import silent
 from .conftest import StopAt, change
 
 
+@pytest.mark.plots
 def test_a_run_leaves_a_lora_pictures_and_a_record(settings):
     stages = StopAt(-1)
     result = personalise(settings, reporter=stages)

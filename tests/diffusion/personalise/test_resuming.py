@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from cntlora_core.diffusion.settings import JobSettings
 from cntlora_core.diffusion.trainer import NonFiniteLossError, SubjectTrainer
 from cntlora_core.runtime.threads import threads
 
-from .conftest import StopAt, change, command, losses
+from .conftest import ForkedCommand, StopAt, change, command, losses
 
 
 @pytest.mark.parametrize("stop", [1, 4])
@@ -210,12 +209,13 @@ def test_a_finished_run_is_gone_on_with_only_as_the_run_that_it_was(settings, mo
         personalise(cosine, resume=True)
 
 
-def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not path.exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, f"{path} did not appear"
-        time.sleep(0.02)
+def wait_for(state: Path, process: ForkedCommand, other_than: int | None = None) -> None:
+    """Until the state is there, or another than the one of that time."""
+    deadline = time.monotonic() + 120
+    while not state.exists() or state.stat().st_mtime_ns == other_than:
+        assert process.running, process.end()
+        assert time.monotonic() < deadline, f"{state} did not appear"
+        time.sleep(0.005)
 
 
 def test_ctrl_c_sigterm_and_kill_leave_a_state_that_resumes_to_the_same_result(settings, tmp_path):
@@ -223,38 +223,32 @@ def test_ctrl_c_sigterm_and_kill_leave_a_state_that_resumes_to_the_same_result(s
     settings = change(settings, "training", steps=steps)
     whole = personalise(change(settings, "output", output=str(tmp_path / "whole")))
     state = Path(settings.output.output) / STATE_NAME
-    arguments = command(settings, "--steps", str(steps))
-    options: dict[str, Any] = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    arguments = command(settings, "--steps", str(steps))[3:]
 
-    process = subprocess.Popen(arguments, **options)
+    process = ForkedCommand(arguments, tmp_path)
     wait_for(state, process)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130, errors
+    status, _, errors = process.end(signal.SIGINT)
+    assert status == 130, errors
     assert "--resume" in errors
 
-    process = subprocess.Popen([*arguments, "--resume"], **options)
     before = state.stat().st_mtime_ns
-    while process.poll() is None and state.exists() and state.stat().st_mtime_ns == before:
-        time.sleep(0.005)
+    process = ForkedCommand([*arguments, "--resume"], tmp_path)
+    wait_for(state, process, before)
     with pytest.raises(BlockingIOError, match=f"another run, process {process.pid} on"):
         personalise(settings, overwrite=True)
-    process.terminate()
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGTERM, errors
+    status, _, errors = process.end(signal.SIGTERM)
+    assert status == 128 + signal.SIGTERM, errors
     assert "--resume" in errors
 
-    process = subprocess.Popen([*arguments, "--resume"], **options)
     before = state.stat().st_mtime_ns
-    while process.poll() is None and state.exists() and state.stat().st_mtime_ns == before:
-        time.sleep(0.005)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL, "it finished before: give it more steps"
+    process = ForkedCommand([*arguments, "--resume"], tmp_path)
+    wait_for(state, process, before)
+    status, _, errors = process.end(signal.SIGKILL)
+    assert status == -signal.SIGKILL, "it finished before: give it more steps"
 
-    done = subprocess.run([*arguments, "--resume"], check=False, timeout=300, **options)
-    assert done.returncode == 0, done.stderr
-    a, b = load_file(whole.lora), load_file(done.stdout.strip().splitlines()[-1])
+    status, said, errors = ForkedCommand([*arguments, "--resume"], tmp_path).end()
+    assert status == 0, errors
+    a, b = load_file(whole.lora), load_file(said.strip().splitlines()[-1])
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert [p.name for p in state.parent.iterdir() if p.name.endswith(".tmp")] == []
 
