@@ -83,6 +83,7 @@ def test_peak_memory_is_seen_and_forgotten():
         assert peak_bytes() < grown - 100e6
 
 
+@pytest.mark.slow
 def test_the_command_measures_in_processes_and_ends_what_takes_too_long(tmp_path: Path):
     folder = tmp_path / "out"
     arguments = ["bench", "init", "--quick", "--cases", "roberta-large", "--methods", "corda"]

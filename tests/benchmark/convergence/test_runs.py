@@ -77,6 +77,7 @@ def grid_file(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_grid_that_was_killed_goes_on_and_one_that_fails_blocks_none(grid_file, tmp_path):
     out = tmp_path / "out"
     cross, bad, control = tasks_of(read_grid(grid_file), out)
