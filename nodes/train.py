@@ -115,8 +115,8 @@ def train(
     photos = None  # class images that do not count make no other run
     if class_images is not None and job.prior.prior_weight > 0:
         photos = class_images.photos
-    seed, subject = initialized.initialization.seed, initialized.subject
-    key = run_key(job, run_identity(initialized.initialization.model, subject, photos, seed))
+    start, subject = initialized.initialization, initialized.subject
+    key = run_key(job, run_identity(start.model, subject, photos, start.seed, start.from_lora))
     words = (subject.prompts.token, subject.prompts.class_name, job.adapter.method)
     name = job.output.name or "-".join(word for word in words if word)
     folder = run_folder(name, key[:8], job.training.steps)
@@ -131,7 +131,7 @@ def train(
             dataclasses.replace(job, output=output),
             subject=subject,
             class_photos=photos,
-            initialization=initialized.initialization,
+            initialization=start,
             resume=not anew and (folder / STATE_NAME).is_file(),
             overwrite=True,
             reporter=reporter,

@@ -41,7 +41,8 @@ def methods_table() -> Table:
         pad_edge=False,
         caption="file: the rank of a LoRA file for image tools, against the rank r that was "
         "trained. Methods without one are runs to compare with, for other models than Stable "
-        "Diffusion. pissa_niter_N takes 1 to 999. --json gives papers and reasons.",
+        "Diffusion. pissa_niter_N takes 1 to 999; `cntlora train --from-lora FILE` "
+        "initialises from a LoRA file instead. --json gives papers and reasons.",
         caption_justify="left",
     )
     for title in ("method", "what it does", "reads", "base", "file"):

@@ -21,6 +21,7 @@ from cntlora_core.diffusion.adapters import (
     text_encoder_lora_config,
     unet_lora_config,
 )
+from cntlora_core.diffusion.from_lora import layers_to_go_on_from, points_of_layers
 from cntlora_core.diffusion.objective import sample_errors, training_target
 from cntlora_core.diffusion.settings import AdapterSettings
 from cntlora_core.initialization.report import InitializationReport
@@ -161,9 +162,19 @@ def plan_adapter(
         )
     else:
         assert method.plan is not None
+        lora, note = None, ""
+        if settings.from_lora is None:
+            points = diffusion_attachment_points(unet, text_encoder, settings)
+        else:
+            layers = layers_to_go_on_from(settings)
+            points, lora = points_of_layers(unet, text_encoder, layers, settings.from_lora)
+            note = f"goes on from {settings.from_lora}"
+            if not any(point.name.startswith("text_encoder.") for point in points):
+                note += ", which leaves the text encoder as it is"
         request = InitializationRequest(
             model=models,
-            points=diffusion_attachment_points(unet, text_encoder, settings),
+            points=points,
+            lora=lora,
             rank=settings.rank,
             scaling=settings.scaling,
             batches=batches,
@@ -177,4 +188,6 @@ def plan_adapter(
         )
         planned = method.plan(request)
         plan, report = planned.plan, planned.report
+        if note:
+            report = dataclasses.replace(report, notes=(note,))
     return plan, None if method.name == "lora" else report

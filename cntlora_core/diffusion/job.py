@@ -14,6 +14,7 @@ from diffusers import StableDiffusionPipeline
 
 from cntlora_core.data.photos import PhotoSet
 from cntlora_core.diffusion.export import ExportReport, export_lora
+from cntlora_core.diffusion.from_lora import fingerprint_from_lora
 from cntlora_core.diffusion.pipeline import StableDiffusionParts, load_stable_diffusion
 from cntlora_core.diffusion.prior import cache_folder, class_images
 from cntlora_core.diffusion.record import JobResult, ModelFacts, file_metadata, run_record
@@ -125,12 +126,17 @@ def personalise(
         state = TrainingState.load(folder / STATE_NAME) if resume else None
         if state is not None:
             check_same_run(state, {"job": settings.to_dict()})
+        from_lora = (
+            initialization.from_lora
+            if initialization is not None
+            else fingerprint_from_lora(settings.adapter)
+        )
         with run.timed("photos"):
             subject = subject or read_subject(settings.subject)
         run.note(*subject.notes)
         lora_path(folder, settings, subject)  # a name that will not do is said before any work
         return _personalise(
-            settings, subject, class_photos, initialization, state, device, folder, run
+            settings, subject, class_photos, initialization, from_lora, state, device, folder, run
         )
 
 
@@ -139,6 +145,7 @@ def _personalise(
     subject: Subject,
     class_photos: PhotoSet | None,
     initialization: Initialization | None,
+    from_lora: str | None,
     state: TrainingState | None,
     device: torch.device,
     folder: Path,
@@ -177,7 +184,7 @@ def _personalise(
         run.note(*others.notes)
     data = training_data(encoded, others)
     seed = training.seed if initialization is None else initialization.seed
-    identity = run_identity(parts.fingerprint, subject, class_photos, seed)
+    identity = run_identity(parts.fingerprint, subject, class_photos, seed, from_lora)
     model, unet, text_encoder = ModelFacts.of(parts), parts.unet, parts.text_encoder
     noise_scheduler = parts.noise_scheduler
     preview = parts.pipeline() if training.sample_prompts else None

@@ -114,6 +114,8 @@ def _shareable(settings: JobSettings) -> dict[str, Any]:
     values["model"] = Path(settings.model).name
     values["subject"].pop("images")
     values["output"].pop("output")
+    if settings.adapter.from_lora is not None:
+        values["adapter"]["from_lora"] = Path(settings.adapter.from_lora).name
     values["prior"].pop("cache")
     if settings.prior.class_images is not None:
         values["prior"]["class_images"] = Path(settings.prior.class_images).name

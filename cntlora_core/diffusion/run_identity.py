@@ -32,6 +32,7 @@ _MAY_CHANGE = {
     ("job", "subject", "images"),
     ("job", "model"),
     ("job", "adapter", "init_minutes"),
+    ("job", "adapter", "from_lora"),
     ("job", "training", "save_every"),
     ("job", "training", "sample_prompts"),
     ("job", "training", "sample_every"),
@@ -42,7 +43,11 @@ _MAY_CHANGE = {
 
 
 def run_identity(
-    model: str, subject: Subject, class_photos: PhotoSet | None, init_seed: int
+    model: str,
+    subject: Subject,
+    class_photos: PhotoSet | None,
+    init_seed: int,
+    from_lora: str | None = None,
 ) -> dict[str, Any]:
     """What a run works on, by content and not by place, as JSON values.
 
@@ -51,6 +56,7 @@ def run_identity(
         subject: Photos and prompts.
         class_photos: Class images, or None.
         init_seed: Seed of the adapter's initialisation.
+        from_lora: Fingerprint of the LoRA that the run goes on from, if any.
     """
     identity = {
         "algorithm": ALGORITHM,
@@ -58,6 +64,8 @@ def run_identity(
         **subject.identity(),
         "start_seed": init_seed,
     }
+    if from_lora is not None:
+        identity["from_lora"] = from_lora
     if class_photos is not None:
         photos, recipe = class_photos.photos, class_photos.recipe
         # Generated ones may have to be generated again, where rounding gives other pixels.

@@ -14,6 +14,7 @@ from cntlora_core.diffusion.validation import (
     require_between,
     require_choice,
     require_finite,
+    require_from_lora_alone,
     require_json,
     require_resolution,
     require_step_rules,
@@ -21,7 +22,7 @@ from cntlora_core.diffusion.validation import (
     store_as_text,
 )
 from cntlora_core.methods.cntlora import settings_for
-from cntlora_core.methods.registry import get_method, image_file_methods
+from cntlora_core.methods.registry import FROM_LORA, get_method, image_file_methods
 
 if TYPE_CHECKING:
     import torch
@@ -137,6 +138,9 @@ class AdapterSettings:
 
     Attributes:
         method: How the adapter is initialised; `cntlora methods` describes them.
+        from_lora: A LoRA to go on from, in place of a method: any plain LoRA of Stable Diffusion
+            1.5 (a file of any tool, peft's folder, or the folder of a run). Its layers, ranks and
+            alphas stay, and no layer is added.
         adapter: lora, or lava, which keeps a convolution's dimensions and is initialised by cross,
             self, shift or lora (plain).
         rank: Rank of each attachment point (their mean where ranks vary).
@@ -154,6 +158,7 @@ class AdapterSettings:
     """
 
     method: Method = "cross"
+    from_lora: str | None = None
     adapter: AdapterKind = "lora"
     rank: int = 128
     alpha: float | None = None
@@ -166,6 +171,8 @@ class AdapterSettings:
     cntlora: CNTLoRAConfig = field(default_factory=CNTLoRAConfig)
 
     def __post_init__(self) -> None:
+        store_as_text(self, "from_lora")
+        require_from_lora_alone(self, AdapterSettings.method, FROM_LORA.name)
         method = get_method(self.method)
         method.require_image_file()
         require_between("rank", self.rank, 1, MOST_RANKS)

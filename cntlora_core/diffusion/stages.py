@@ -29,6 +29,7 @@ from cntlora_core.data.photos import (
     pixel_digest,
 )
 from cntlora_core.diffusion.batches import TrainingData
+from cntlora_core.diffusion.from_lora import fingerprint_from_lora
 from cntlora_core.diffusion.initialize import plan_adapter
 from cntlora_core.diffusion.pipeline import StableDiffusionParts
 from cntlora_core.diffusion.settings import AdapterSettings, SubjectSettings
@@ -231,6 +232,7 @@ class Initialization:
         seed: Seed of its timesteps, noise and random directions.
         model: Fingerprint of the model.
         report: What the initialisation did; None for the plain one, which reads nothing.
+        from_lora: Fingerprint of the LoRA that it goes on from; None where it goes on from none.
     """
 
     plan: Plan
@@ -238,6 +240,7 @@ class Initialization:
     seed: int
     model: str
     report: InitializationReport | None
+    from_lora: str | None = None
 
     def require_model(self, parts: StableDiffusionParts) -> None:
         """Refuse another model than the one that the initialisation was made on.
@@ -279,4 +282,5 @@ def plan_initialization(
             seed=seed,
             reporter=reporter,
         )
-    return Initialization(plan, adapter, seed, parts.fingerprint, report)
+    fingerprint = fingerprint_from_lora(adapter)
+    return Initialization(plan, adapter, seed, parts.fingerprint, report, fingerprint)

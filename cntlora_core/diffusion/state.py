@@ -105,15 +105,20 @@ class TrainingState:
         if not {name.partition(".")[2] for name in self.moments} <= initial.keys():
             raise ValueError("its optimiser's tensors are not those of its parameters")
         for name, tensor in self.parameters.items():
-            if tensor.shape != initial[name].shape or tensor.dtype != torch.float32:
+            if not _fits(tensor, initial[name]) or tensor.dtype != torch.float32:
                 raise ValueError(f"{name} has another shape or type than its initialisation")
         for name, tensor in self.moments.items():
             kind, _, parameter = name.partition(".")
-            if kind.startswith("exp_avg") and tensor.shape != initial[parameter].shape:
+            if kind.startswith("exp_avg") and not _fits(tensor, initial[parameter]):
                 raise ValueError(f"{name} has another shape than its parameter")
         for name, tensor in (*self.parameters.items(), *self.moments.items()):
             if tensor.is_floating_point() and not is_finite(tensor):
                 raise ValueError(f"{name} has values that are not finite")
+
+
+def _fits(tensor: Tensor, initial: Tensor) -> bool:
+    """Whether shapes agree; a plan may hold the kernel of a convolution as a matrix."""
+    return tensor.ndim >= 2 and tensor.flatten(1).shape == initial.flatten(1).shape
 
 
 def steps_done(path: Path) -> int:

@@ -121,6 +121,33 @@ def require_finite(name: str, value: float, least: float) -> None:
         )
 
 
+def require_from_lora_alone(settings: Any, default_method: str, from_lora: str) -> None:
+    """Make ``from_lora`` the method of adapter settings that go on from a file.
+
+    Args:
+        settings: AdapterSettings, changed in place.
+        default_method: The method of settings in which none was given.
+        from_lora: The name of the method.
+
+    Raises:
+        ValueError: for another method or kind of adapter, an alpha, or the method without a file.
+    """
+    if settings.from_lora is None:
+        if settings.method == from_lora:
+            raise ValueError(f"method={from_lora!r} goes on from a LoRA: name its file (from_lora)")
+        return
+    if settings.method not in (default_method, from_lora):
+        raise ValueError(
+            f"method={settings.method!r} initialises a LoRA anew, and from_lora goes on from one: "
+            "give one of the two"
+        )
+    if settings.adapter != "lora":
+        raise ValueError(f"from_lora goes on with a LoRA, not with adapter={settings.adapter!r}")
+    if settings.alpha is not None:
+        raise ValueError("the alphas of a LoRA that is gone on from stay: leave alpha out")
+    object.__setattr__(settings, "method", from_lora)
+
+
 def build_settings(cls: Any, values: Mapping[str, Any], nested: Mapping[str, type]) -> Any:
     """A settings class from plain JSON values.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from cntlora_core.activations.token_masks import MaskFn
     from cntlora_core.adapter.inject import AdapterPlan
     from cntlora_core.layers.attachment import AttachmentPoint
+    from cntlora_core.lora_file.algebra import LoRALayer
 
 Family = Literal["cntlora", "peft"]
 Needs = Literal["nothing", "activations", "gradients"]
@@ -71,6 +72,7 @@ class InitializationRequest:
         steps: How many training steps will follow; AdaLoRA's schedule depends on them.
         seed: Seed of all that is random in the initialisation.
         limits: When to give an iteration up.
+        lora: Layers of the LoRA that is gone on from, by the points' names; only for from_lora.
         passes_progress: Called with (batches done, total or 0).
         solve_progress: Called with (points solved, total).
     """
@@ -88,6 +90,7 @@ class InitializationRequest:
     steps: int | None = None
     seed: int = 0
     limits: Limits = field(default_factory=Limits)
+    lora: Mapping[str, LoRALayer] | None = None
     passes_progress: ProgressFn | None = None
     solve_progress: ProgressFn | None = None
 

@@ -13,7 +13,7 @@ from typing import Any
 from cntlora_core.methods.base import Method
 
 
-def _later(module: str, function: str, *options: str) -> Callable[..., Any]:
+def later(module: str, function: str, *options: str) -> Callable[..., Any]:
     """A function of a module beside this one, which is imported when it is called."""
 
     def call(*arguments: Any) -> Any:
@@ -34,7 +34,7 @@ def pissa_with_iterations(iterations: int) -> Method:
         rewrites_base=True,
         b_initialized_to_zero=False,
         image_file="trained minus initial",
-        plan=_later("from_weights", "plan_from_weights", name, name),
+        plan=later("from_weights", "plan_from_weights", name, name),
     )
 
 
@@ -46,7 +46,7 @@ PEFT_METHODS = (
         needs="nothing",
         rewrites_base=False,
         b_initialized_to_zero=True,
-        plan=_later("from_weights", "plan_lora"),
+        plan=later("from_weights", "plan_lora"),
     ),
     Method(
         name="lora_gaussian",
@@ -55,7 +55,7 @@ PEFT_METHODS = (
         needs="nothing",
         rewrites_base=False,
         b_initialized_to_zero=True,
-        plan=_later("from_weights", "plan_from_weights", "lora_gaussian", "gaussian"),
+        plan=later("from_weights", "plan_from_weights", "lora_gaussian", "gaussian"),
     ),
     Method(
         name="lora_orthogonal",
@@ -64,7 +64,7 @@ PEFT_METHODS = (
         needs="nothing",
         rewrites_base=False,
         b_initialized_to_zero=False,
-        plan=_later("from_weights", "plan_from_weights", "lora_orthogonal", "orthogonal"),
+        plan=later("from_weights", "plan_from_weights", "lora_orthogonal", "orthogonal"),
     ),
     Method(
         name="pissa",
@@ -74,7 +74,7 @@ PEFT_METHODS = (
         rewrites_base=True,
         b_initialized_to_zero=False,
         image_file="trained minus initial",
-        plan=_later("from_weights", "plan_from_weights", "pissa", "pissa"),
+        plan=later("from_weights", "plan_from_weights", "pissa", "pissa"),
     ),
     pissa_with_iterations(16),
     Method(
@@ -85,7 +85,7 @@ PEFT_METHODS = (
         rewrites_base=True,
         b_initialized_to_zero=False,
         image_file="trained minus initial",
-        plan=_later("from_weights", "plan_from_weights", "olora", "olora"),
+        plan=later("from_weights", "plan_from_weights", "olora", "olora"),
     ),
     Method(
         name="eva",
@@ -94,7 +94,7 @@ PEFT_METHODS = (
         needs="activations",
         rewrites_base=False,
         b_initialized_to_zero=True,
-        plan=_later("eva", "plan_eva"),
+        plan=later("eva", "plan_eva"),
     ),
     Method(
         name="corda_ipm",
@@ -104,7 +104,7 @@ PEFT_METHODS = (
         rewrites_base=True,
         b_initialized_to_zero=False,
         image_file="trained minus initial",
-        plan=_later("corda", "plan_corda", "ipm"),
+        plan=later("corda", "plan_corda", "ipm"),
     ),
     Method(
         name="corda_kpm",
@@ -114,7 +114,7 @@ PEFT_METHODS = (
         rewrites_base=True,
         b_initialized_to_zero=False,
         image_file="trained minus initial",
-        plan=_later("corda", "plan_corda", "kpm"),
+        plan=later("corda", "plan_corda", "kpm"),
     ),
     Method(
         name="lora_ga",
@@ -124,7 +124,7 @@ PEFT_METHODS = (
         rewrites_base=True,
         b_initialized_to_zero=False,
         image_file="trained minus initial",
-        plan=_later("lora_ga", "plan_lora_ga"),
+        plan=later("lora_ga", "plan_lora_ga"),
     ),
     Method(
         name="loftq",
@@ -139,7 +139,7 @@ PEFT_METHODS = (
             "the frozen weights become quantised ones, and their difference from the checkpoint "
             "has no low rank that a LoRA file could hold"
         ),
-        wrap=_later("comparisons", "wrap_loftq"),
+        wrap=later("comparisons", "wrap_loftq"),
     ),
     Method(
         name="dora",
@@ -153,7 +153,7 @@ PEFT_METHODS = (
             "loaders read the lengths that a DoRA file adds (dora_scale) differently, or leave "
             "them out: what they load would not be the trained model"
         ),
-        wrap=_later("comparisons", "wrap_dora"),
+        wrap=later("comparisons", "wrap_dora"),
     ),
     Method(
         name="adalora",
@@ -165,7 +165,7 @@ PEFT_METHODS = (
         peft_type="ADALORA",
         image_file=None,
         image_file_note="its training loop must prune ranks, which the image trainer does not do",
-        wrap=_later("comparisons", "wrap_adalora"),
+        wrap=later("comparisons", "wrap_adalora"),
     ),
     Method(
         name="vera",
@@ -177,7 +177,7 @@ PEFT_METHODS = (
         peft_type="VERA",
         image_file=None,
         image_file_note="image tools know no shared matrices, and the image trainer trains none",
-        wrap=_later("comparisons", "wrap_vera"),
+        wrap=later("comparisons", "wrap_vera"),
     ),
     Method(
         name="full",
@@ -189,6 +189,6 @@ PEFT_METHODS = (
         peft_type=None,
         image_file=None,
         image_file_note="it changes whole weights, and leaves a checkpoint, not a LoRA",
-        wrap=_later("comparisons", "wrap_full"),
+        wrap=later("comparisons", "wrap_full"),
     ),
 )

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from cntlora_core.methods.base import Method
-from cntlora_core.methods.baselines import PEFT_METHODS, pissa_with_iterations
+from cntlora_core.methods.baselines import PEFT_METHODS, later, pissa_with_iterations
 from cntlora_core.methods.cntlora import CNTLORA_METHODS
 
 METHODS: Mapping[str, Method] = MappingProxyType(
@@ -19,15 +19,29 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 )
 """All methods, in the order in which they are shown. ``pissa_niter_N`` stands for N of 1 to 999."""
 
+FROM_LORA = Method(
+    name="from_lora",
+    description="Goes on from a LoRA file: its factors, ranks and scales",
+    paper="",
+    needs="nothing",
+    rewrites_base=False,
+    b_initialized_to_zero=False,
+    preserves_output=False,
+    plan=later("from_lora", "plan_from_lora"),
+)
+"""Not in `METHODS`, since it needs a file besides its name."""
+
 
 def get_method(name: str) -> Method:
-    """The method of that name; ``pissa_niter_N`` for N iterations, 1 to 999.
+    """The method of that name; ``pissa_niter_N`` for N iterations, 1 to 999; or ``from_lora``.
 
     Raises:
         ValueError: listing the names that there are.
     """
     if name in METHODS:
         return METHODS[name]
+    if name == FROM_LORA.name:
+        return FROM_LORA
     iterations = re.fullmatch(r"pissa_niter_([1-9][0-9]{0,2})", name)
     if iterations:
         return pissa_with_iterations(int(iterations[1]))

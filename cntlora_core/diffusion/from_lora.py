@@ -1,0 +1,111 @@
+"""The LoRA file that a training goes on from: which one, what is in it, and where that belongs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import nn
+
+from cntlora_core.diffusion.fingerprint import fingerprint_files
+from cntlora_core.diffusion.settings import AdapterSettings
+from cntlora_core.layers.attachment import AttachmentPoint, attachment_point
+from cntlora_core.lora_file.find_lora import find_lora
+from cntlora_core.lora_file.names import TEXT_ENCODER, TEXT_MODEL, UNET
+from cntlora_core.lora_file.reading import (
+    PEFT_CONFIG,
+    LoRALayers,
+    parts_of_folder,
+    read_lora_file,
+)
+from cntlora_core.runtime.reading import user_path
+
+
+def fingerprint_from_lora(settings: AdapterSettings) -> str | None:
+    """16 hex digits that identify the content of the LoRA that is gone on from; None without one.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: as :func:`layers_to_go_on_from`.
+    """
+    if settings.from_lora is None:
+        return None
+    layers_to_go_on_from(settings)
+    path = _place(settings.from_lora)
+    if not path.is_dir():
+        return fingerprint_files([path])
+    weights = parts_of_folder(path).values()
+    return fingerprint_files([f for w in weights for f in (w, w.with_name(PEFT_CONFIG))])
+
+
+def layers_to_go_on_from(settings: AdapterSettings) -> LoRALayers:
+    """The layers of the LoRA that is gone on from, by canonical names.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: it is no plain LoRA for SD 1.5; has no layer of the UNet; has a layer that is
+            switched off, which no training can move; has layers of the text encoder, and these
+            are not to be trained; or was to have another rank.
+    """
+    assert settings.from_lora is not None
+    path = _place(settings.from_lora)
+    layers = read_lora_file(path).layers
+    if not any(name.startswith(f"{UNET}.") for name in layers):
+        raise ValueError(f"{path} changes nothing of the UNet: a training cannot go on from it")
+    texts = [name for name in layers if name.startswith(f"{TEXT_ENCODER}.")]
+    if texts and not settings.train_text_encoder:
+        raise ValueError(
+            f"{path} changes {len(texts)} layers of the text encoder, which would be lost: leave "
+            "train_text_encoder on (--train-text-encoder)"
+        )
+    for name, layer in layers.items():
+        if not layer.scaling > 0:
+            raise ValueError(
+                f"{path}: {name} has alpha {layer.alpha:g}; a positive one is needed to go on"
+            )
+    ranks = sorted({layer.rank for layer in layers.values()})
+    if settings.rank != AdapterSettings.rank and ranks != [settings.rank]:
+        raise ValueError(
+            f"rank={settings.rank}, but the layers of {path} have "
+            f"{f'rank {ranks[0]}' if len(ranks) == 1 else f'ranks {ranks[0]} to {ranks[-1]}'}, "
+            "which stay as they are: leave rank out"
+        )
+    return layers
+
+
+def points_of_layers(
+    unet: nn.Module, text_encoder: nn.Module, layers: LoRALayers, source: str
+) -> tuple[list[AttachmentPoint], LoRALayers]:
+    """Where each layer of a LoRA belongs: attachment points of both models, layers by their names.
+
+    Args:
+        unet: The denoiser; its points have the prefix ``unet.``.
+        text_encoder: The text encoder, likewise.
+        layers: By canonical names.
+        source: What messages call the LoRA.
+
+    Raises:
+        ValueError: for a layer that the models lack.
+    """
+    modules = {
+        f"{prefix}.{name.removeprefix(TEXT_MODEL)}": (f"{prefix}.{name}", module)
+        for prefix, model in ((UNET, unet), (TEXT_ENCODER, text_encoder))
+        for name, module in model.named_modules()
+    }
+    _require_all(modules, layers, source)
+    found = {name: modules[name] for name in modules if name in layers}  # the models' own order
+    points = [attachment_point(spelled, module) for spelled, module in found.values()]
+    return points, {found[name][0]: layers[name] for name in found}
+
+
+def _require_all(modules: Mapping[str, object], layers: LoRALayers, source: str) -> None:
+    if missing := [name for name in layers if name not in modules]:
+        raise ValueError(
+            f"{source} changes {len(missing)} layers that this model has not, as {missing[0]}: is "
+            "it for another model?"
+        )
+
+
+def _place(given: str) -> Path:
+    """The file or peft's folder; a run's folder stands for its LoRA."""
+    return find_lora(user_path(given))[0]
