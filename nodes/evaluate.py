@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io  # pyright: ignore[reportMissingImports]
 from torch import Tensor
@@ -56,6 +56,29 @@ def judge(
     return run_heavy(look)
 
 
+def encoder_inputs() -> list[Any]:
+    """The widgets that choose what measures."""
+    return [
+        io.Combo.Input(
+            "dino",
+            options=encoder_names("vision"),
+            default=encoder_names("vision")[0],
+            extra_dict=ADVANCED,
+            tooltip="The encoder that compares the subject. For figures like published "
+            "ones put facebook/dino-vits16 into a folder of models/clip_vision.",
+        ),
+        io.Combo.Input(
+            "clip",
+            options=encoder_names("clip"),
+            default=encoder_names("clip")[0],
+            extra_dict=ADVANCED,
+            tooltip="The encoder that compares images with prompts. For figures like "
+            "published ones put openai/clip-vit-large-patch14 into a folder of "
+            "models/clip_vision.",
+        ),
+    ]
+
+
 class MeasurePictures(io.ComfyNode):
     """DINO, CLIP-I and CLIP-T by DreamBooth's protocol."""
 
@@ -86,23 +109,7 @@ class MeasurePictures(io.ComfyNode):
                     tooltip="The prompts of the images: one line for each image, or fewer "
                     "lines for equal runs of images. {token} and {class} are filled in.",
                 ),
-                io.Combo.Input(
-                    "dino",
-                    options=encoder_names("vision"),
-                    default=encoder_names("vision")[0],
-                    extra_dict=ADVANCED,
-                    tooltip="The encoder that compares the subject. For figures like published "
-                    "ones put facebook/dino-vits16 into a folder of models/clip_vision.",
-                ),
-                io.Combo.Input(
-                    "clip",
-                    options=encoder_names("clip"),
-                    default=encoder_names("clip")[0],
-                    extra_dict=ADVANCED,
-                    tooltip="The encoder that compares images with prompts. For figures like "
-                    "published ones put openai/clip-vit-large-patch14 into a folder of "
-                    "models/clip_vision.",
-                ),
+                *encoder_inputs(),
             ],
             outputs=[
                 *(io.Float.Output(display_name=name, tooltip=tip) for name, tip in numbers.items()),

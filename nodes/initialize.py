@@ -22,8 +22,11 @@ from .widgets import (
     ADVANCED,
     CATEGORY,
     LARGEST_SEED,
+    NO_FOLDER,
     default_method,
     default_of,
+    lora_file,
+    lora_files,
     method_names,
     work_folder,
 )
@@ -108,6 +111,7 @@ class Initialize(io.ComfyNode):
         orthogonality: float,
         unit: Unit,
         solver: Solver,
+        from_lora: str,
     ) -> io.NodeOutput:
         from cntlora_core.figures.plots import rank_picture
 
@@ -135,8 +139,10 @@ class Initialize(io.ComfyNode):
             init_passes=passes,
             cntlora=cntlora,
         )
+        if file := lora_file(from_lora):  # it brings method, rank and alpha
+            settings = AdapterSettings(from_lora=file, train_text_encoder=train_text_encoder)
         initialization = make_initialization(model, subject, settings, start_seed)
-        picture = rank_picture(initialization.plan.ranks, f"{method}: ranks")
+        picture = rank_picture(initialization.plan.ranks, f"{settings.method}: ranks")
         text = (
             initialization.report.summary()
             if initialization.report is not None
@@ -338,6 +344,14 @@ def _advanced_inputs() -> list[io.Input]:
             default=default_of(CNTLoRAConfig, "solver"),
             extra_dict=ADVANCED,
             tooltip="exact takes longer in wide layers; the report says how far off fast may be.",
+        ),
+        io.Combo.Input(
+            "from_lora",
+            options=lora_files(),
+            default=NO_FOLDER,
+            extra_dict=ADVANCED,
+            tooltip="Train this LoRA of ComfyUI's loras folder further, whoever made it. Its "
+            "layers, ranks and alphas stay: of the other widgets, only train_text_encoder counts.",
         ),
     ]
 

@@ -128,7 +128,7 @@ class DrawPictures(io.ComfyNode):
                     control_after_generate=True,
                     tooltip="Seed of the first image; the next image has the next seed.",
                 ),
-                *_sampling_inputs(),
+                *sampling_inputs(),
             ],
             outputs=[
                 io.Image.Output(display_name="images", tooltip="The images, one batch."),
@@ -214,7 +214,7 @@ class CompareLoRAs(io.ComfyNode):
                     label_off="no",
                     tooltip="A row for the model without a LoRA.",
                 ),
-                *_sampling_inputs(),
+                *sampling_inputs(),
             ],
             outputs=[io.Image.Output(display_name="grid", tooltip="The labelled grid.")],
         )
@@ -259,7 +259,8 @@ class CompareLoRAs(io.ComfyNode):
         return io.NodeOutput(image_tensor([grid]), ui=shown([grid]))
 
 
-def _sampling_inputs() -> list[Any]:
+def sampling_inputs() -> list[Any]:
+    """The widgets that :func:`sampling_settings` takes."""
     return [
         io.Int.Input("steps", default=30, min=1, max=1000, tooltip="Sampling steps."),
         io.Float.Input(

@@ -66,6 +66,7 @@ class LoRAModel(dict[str, Tensor]):
     Attributes:
         metadata: The header of the file.
         label: For people: the file's name or the method and the steps.
+        path: Where its file was when it was read; None where it was in no file.
     """
 
     def __init__(
@@ -73,10 +74,12 @@ class LoRAModel(dict[str, Tensor]):
         tensors: Mapping[str, Tensor],
         metadata: Mapping[str, str] | None = None,
         label: str = "LoRA",
+        path: Path | None = None,
     ) -> None:
         super().__init__(tensors)
         self.metadata = dict(metadata or {})
         self.label = label
+        self.path = path
 
     @classmethod
     def read(cls, path: Path) -> LoRAModel:
@@ -90,7 +93,7 @@ class LoRAModel(dict[str, Tensor]):
         tensors, metadata = load_lora_tensors(path)
         method, steps = metadata.get("cntlora.method"), metadata.get("ss_steps")
         label = f"{method}, {steps} steps" if method and steps else path.stem
-        return cls(tensors, metadata, label)
+        return cls(tensors, metadata, label, path)
 
     def subject(self) -> SubjectPrompts | None:
         """Token and class name that the LoRA was taught with, as its header says; None without."""

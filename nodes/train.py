@@ -64,8 +64,7 @@ def job_settings(
     class_images: ClassImages | None,
     training: TrainingSettings,
     prior_weight: float,
-    name: str,
-    compress: bool,
+    output: OutputSettings,
 ) -> JobSettings:
     """A run's settings: those of initialisation and training; the folder is still open."""
     prior = PriorSettings(
@@ -76,7 +75,7 @@ def job_settings(
     return JobSettings(
         model=str(initialized.model.path),
         subject=initialized.subject.settings,
-        output=OutputSettings(output=str(work_folder()), name=name or None, compress=compress),
+        output=output,
         prior=prior,
         adapter=initialized.initialization.adapter,
         training=training,
@@ -201,6 +200,7 @@ class TrainSubject(io.ComfyNode):
         preview_steps: int,
         save_every: int,
         compress: bool,
+        save_lora_every: int,
         class_images: ClassImages | None = None,
     ) -> io.NodeOutput:
         prompts = lines(fill_placeholders(validation_prompt, start.subject.prompts))
@@ -227,7 +227,13 @@ class TrainSubject(io.ComfyNode):
             sample_every=preview_every if prompts else 0,
             sample_steps=preview_steps,
         )
-        job = job_settings(start, class_images, training, prior_weight, name, compress)
+        output = OutputSettings(
+            output=str(work_folder()),
+            name=name or None,
+            compress=compress,
+            save_lora_every=save_lora_every,
+        )
+        job = job_settings(start, class_images, training, prior_weight, output)
         trained = train(job, start, class_images, trained_before == TRAIN_ANEW)
         pictures = trained.pictures(training.sample_prompts)
         losses = [record["loss"] for record in trained.history]
@@ -438,6 +444,15 @@ def _advanced_inputs() -> list[io.Input]:
             extra_dict=ADVANCED,
             tooltip="Half the file size where this loses at most 1 %. Initialisations from photos "
             "otherwise give files of twice the rank, which are exact.",
+        ),
+        io.Int.Input(
+            "save_lora_every",
+            default=default_of(OutputSettings, "save_lora_every"),
+            min=0,
+            max=1_000_000,
+            extra_dict=ADVANCED,
+            tooltip="Steps between LoRAs that are kept on the way, for Compare Steps; 0 keeps "
+            "none. A training that is finished already gets none: train it anew.",
         ),
     ]
 

@@ -126,6 +126,20 @@ def input_folder(name: str) -> Path:
     return folder
 
 
+def lora_files() -> list[str]:
+    """No file, and those of ComfyUI's loras folders."""
+    return [NO_FOLDER, *folder_paths.get_filename_list("loras")]
+
+
+def lora_file(name: str) -> str | None:
+    """Where the LoRA of that name is; None for no file.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    return None if name == NO_FOLDER else folder_paths.get_full_path_or_raise("loras", name)
+
+
 def work_folder() -> Path:
     """Where runs and what can be made again are kept."""
     return Path(folder_paths.get_output_directory()) / "cntlora"

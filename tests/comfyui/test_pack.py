@@ -24,6 +24,7 @@ NODE_IDS = (
     "CNTLoRAApply",
     "CNTLoRASample",
     "CNTLoRACompare",
+    "CNTLoRACompareSteps",
     "CNTLoRAEvaluate",
     "CNTLoRAInspect",
 )
