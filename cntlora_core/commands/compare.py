@@ -106,8 +106,11 @@ class Compare:
             reporter("notes", 0, 0, {"note": "the run kept no snapshots: only its LoRA is shown"})
         run = _Run.read(self.run_folder)
         asked = self._prompts(run)
-        resolution = self.sampling.resolution or run.resolution
-        sampling = dataclasses.replace(self.sampling, resolution=resolution)
+        sampling = dataclasses.replace(
+            self.sampling,
+            resolution=self.sampling.resolution or run.resolution,
+            clip_skip=max(self.sampling.clip_skip, run.clip_skip),
+        )
         settings = GenerationSettings(asked, self.per_prompt, sampling=sampling)
         require_writable_folder(self._sheet.parent)
         for _, use in loras:
@@ -121,6 +124,7 @@ class Compare:
             precision=self.precision or run.precision,
             device=self.device,
             scheduler=sampling.scheduler,
+            clip_skip=sampling.clip_skip,
         )
         reporter("loading the model", 1, 1, {})
         found = compare_steps(
@@ -204,6 +208,7 @@ class _Run:
     images: str
     resolution: int | None
     precision: Precision
+    clip_skip: int
 
     @classmethod
     def read(cls, folder: Path) -> _Run:
@@ -222,4 +227,5 @@ class _Run:
                 images=str(settings["subject"]["images"]),
                 resolution=settings["subject"]["resolution"],
                 precision=settings["training"]["precision"],
+                clip_skip=int(settings.get("clip_skip", 1)),
             )

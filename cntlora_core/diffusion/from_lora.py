@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from torch import nn
@@ -84,26 +83,27 @@ def points_of_layers(
         layers: By canonical names.
         source: What messages call the LoRA.
 
+    Returns:
+        The points, and the layers by their names. A layer that the models lack and that changes
+        nothing, as one behind the text encoder's last under clip_skip, is left away.
+
     Raises:
-        ValueError: for a layer that the models lack.
+        ValueError: for any other layer that the models lack.
     """
     modules = {
         f"{prefix}.{name.removeprefix(TEXT_MODEL)}": (f"{prefix}.{name}", module)
         for prefix, model in ((UNET, unet), (TEXT_ENCODER, text_encoder))
         for name, module in model.named_modules()
     }
-    _require_all(modules, layers, source)
+    missing = [n for n, layer in layers.items() if n not in modules and layer.up.any()]
+    if missing:
+        raise ValueError(
+            f"{source} changes {len(missing)} layers that this model has not, as {missing[0]}: is "
+            "it for another model, or another clip_skip?"
+        )
     found = {name: modules[name] for name in modules if name in layers}  # the models' own order
     points = [attachment_point(spelled, module) for spelled, module in found.values()]
     return points, {found[name][0]: layers[name] for name in found}
-
-
-def _require_all(modules: Mapping[str, object], layers: LoRALayers, source: str) -> None:
-    if missing := [name for name in layers if name not in modules]:
-        raise ValueError(
-            f"{source} changes {len(missing)} layers that this model has not, as {missing[0]}: is "
-            "it for another model?"
-        )
 
 
 def _place(given: str) -> Path:

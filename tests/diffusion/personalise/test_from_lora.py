@@ -129,7 +129,14 @@ def test_a_run_of_ours_goes_on_as_from_lora_and_resumes(exact, plain, layers, tm
 def test_what_a_lora_lacks_stays_as_it_is(exact, layers, tmp_path):
     path = tmp_path / "unet.safetensors"
     unet = {name: layer for name, layer in layers.items() if name.startswith("unet.")}
-    write_lora_file(path, unet)
+    name = next(name for name in unet if name.endswith("to_v"))
+    idle = {
+        name.replace("down_blocks.0", "down_blocks.9"): LoRALayer(
+            unet[name].down, torch.zeros_like(unet[name].up), 1.0
+        )
+    }
+    assert not idle.keys() & unet.keys()
+    write_lora_file(path, unet | idle)  # idle: a layer that this model lacks, and that does nothing
     result = personalise(change(exact, "adapter", from_lora=str(path)))
     assert read_lora_file(result.lora).layers.keys() == unet.keys()
     assert any("leaves the text encoder as it is" in note for note in result.notes)
@@ -202,7 +209,8 @@ def test_the_flag_is_the_method_and_other_models_are_told_that_there_is_no_file(
     assert AdapterSettings(from_lora="x").method == "from_lora"
     assert AdapterSettings(**vars(AdapterSettings(from_lora="x"))).method == "from_lora"
     arguments = ["train", "--model", "m", "--images", "i", "--output", "o", "--method", "eva"]
-    assert main([*arguments, "--from-lora", "x"]) == 2
+    with pytest.raises(SystemExit):
+        main([*arguments, "--from-lora", "x"])
     assert "give one of the two" in capsys.readouterr().err
     method = get_method("from_lora")
     assert method.plan is not None
