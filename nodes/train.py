@@ -307,6 +307,7 @@ def _main_inputs() -> list[io.Input]:
 
 
 def _advanced_inputs() -> list[io.Input]:
+    # New ones at the end: ComfyUI keeps the values of a saved workflow by place.
     return [
         io.Combo.Input(
             "trained_before",
@@ -368,41 +369,6 @@ def _advanced_inputs() -> list[io.Input]:
             tooltip="Steps over which the learning rate rises at first; not with a constant one.",
         ),
         io.Float.Input(
-            "text_encoder_lr",
-            default=0.0,
-            min=0.0,
-            max=1.0,
-            step=1e-6,
-            round=1e-9,
-            extra_dict=ADVANCED,
-            tooltip="Learning rate of the text encoder; 0 takes half of the other.",
-        ),
-        io.Int.Input(
-            "text_encoder_steps",
-            default=0,
-            min=0,
-            max=1_000_000,
-            extra_dict=ADVANCED,
-            tooltip="After how many steps the text encoder stops learning; 0 is never.",
-        ),
-        io.Float.Input(
-            "caption_dropout",
-            default=default_of(TrainingSettings, "caption_dropout"),
-            min=0.0,
-            max=0.99,
-            step=0.05,
-            extra_dict=ADVANCED,
-            tooltip="Share of the photos that are read without their prompt.",
-        ),
-        io.Combo.Input(
-            "optimizer",
-            options=list(get_args(OptimizerName)),
-            default=default_of(TrainingSettings, "optimizer"),
-            extra_dict=ADVANCED,
-            tooltip="adamw_8bit needs the package bitsandbytes, prodigy the package prodigyopt. "
-            "prodigy finds its learning rate: set learning_rate to 1.",
-        ),
-        io.Float.Input(
             "min_snr_gamma",
             default=0.0,
             min=0.0,
@@ -444,6 +410,41 @@ def _advanced_inputs() -> list[io.Input]:
             extra_dict=ADVANCED,
             tooltip="Half the file size where this loses at most 1 %. Initialisations from photos "
             "otherwise give files of twice the rank, which are exact.",
+        ),
+        io.Float.Input(
+            "text_encoder_lr",
+            default=0.0,
+            min=0.0,
+            max=1.0,
+            step=1e-6,
+            round=1e-9,
+            extra_dict=ADVANCED,
+            tooltip="Learning rate of the text encoder; 0 takes half of the other.",
+        ),
+        io.Int.Input(
+            "text_encoder_steps",
+            default=0,
+            min=0,
+            max=1_000_000,
+            extra_dict=ADVANCED,
+            tooltip="After how many steps the text encoder stops learning; 0 is never.",
+        ),
+        io.Float.Input(
+            "caption_dropout",
+            default=default_of(TrainingSettings, "caption_dropout"),
+            min=0.0,
+            max=0.99,
+            step=0.05,
+            extra_dict=ADVANCED,
+            tooltip="Share of the photos that are read without their prompt.",
+        ),
+        io.Combo.Input(
+            "optimizer",
+            options=list(get_args(OptimizerName)),
+            default=default_of(TrainingSettings, "optimizer"),
+            extra_dict=ADVANCED,
+            tooltip="adamw_8bit needs the package bitsandbytes, prodigy the package prodigyopt. "
+            "prodigy finds its learning rate: set learning_rate to 1.",
         ),
         io.Int.Input(
             "save_lora_every",
