@@ -169,6 +169,12 @@ class SubjectPhotos(io.ComfyNode):
                     tooltip="A mask for each connected image, white where the subject is. Load "
                     "Image gives the opposite for a cut-out: put Invert Mask between.",
                 ),
+                io.Image.Input(
+                    "held_out",
+                    optional=True,
+                    tooltip="Further photos of the subject that are not trained on. The loss on "
+                    "them is shown while training: where it rises, the photos are learnt by heart.",
+                ),
             ],
             outputs=[
                 SubjectSocket.Output(display_name="subject", tooltip="The subject, checked."),
@@ -199,6 +205,7 @@ class SubjectPhotos(io.ComfyNode):
         unmasked_weight: list[float],
         images: Any = None,
         masks: Any = None,
+        held_out: Any = None,
     ) -> str:
         """Changes with the content of the folder, not only with its name."""
         return "" if folder[0] == NO_FOLDER else folder_digest(input_folder(folder[0]))
@@ -216,6 +223,7 @@ class SubjectPhotos(io.ComfyNode):
         unmasked_weight: list[float],
         images: list[Tensor] | None = None,
         masks: list[Tensor] | None = None,
+        held_out: list[Tensor] | None = None,
     ) -> io.NodeOutput:
         from cntlora_core.diffusion.stages import read_subject
 
@@ -228,7 +236,8 @@ class SubjectPhotos(io.ComfyNode):
             crop=crop[0],
             unmasked_weight=unmasked_weight[0],
         )
-        subject = read_subject(settings, given_photos(images, folder[0], captions, masks))
+        others = None if held_out is None else photos_from_images(image_arrays(held_out))
+        subject = read_subject(settings, given_photos(images, folder[0], captions, masks), others)
         photos, side = subject.photos.photos, settings.resolution or PREVIEW_SIDE
         step = None if settings.crop else bucket_step(side, *PREVIEW_MODEL)
         frames = [

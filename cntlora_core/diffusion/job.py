@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +41,7 @@ from cntlora_core.diffusion.stages import (
     Initialization,
     Subject,
     encode_class_images,
+    encode_held_out,
     encode_subject,
     plan_initialization,
     read_subject,
@@ -49,6 +50,7 @@ from cntlora_core.diffusion.stages import (
 )
 from cntlora_core.diffusion.state import TrainingState
 from cntlora_core.diffusion.trainer import SubjectTrainer
+from cntlora_core.diffusion.watching import HeldOutLoss, Trackers
 from cntlora_core.figures.plots import plot_loss, plot_ranks
 from cntlora_core.figures.sheets import photo_sheet, save_image
 from cntlora_core.methods import get_method
@@ -203,6 +205,9 @@ def _personalise(
             run.note(initialization.report.summary())
         plan = initialization.plan
         report = initialization.report.to_dict() if initialization.report is not None else None
+    with run.timed("encoding"):
+        held_out = encode_held_out(parts, subject, cache=cache, reporter=reporter)
+    held_out_loss = None if held_out is None else HeldOutLoss(parts, held_out)
     del parts  # and with it the VAE, unless samples are generated
     masked = settings.subject.unmasked_weight < 1
     sheet = photo_sheet(subject.photos.photos, subject.names, encoded.frames, masked=masked)
@@ -254,17 +259,39 @@ def _personalise(
 
     target = lora_path(folder, settings, subject)
     keep = _snapshooter(export, settings, folder, target)
-    show = _previewer(preview, settings, folder, reporter)
+    trackers = Trackers(settings, folder, target.stem)
+    run.end.callback(trackers.finish)
+    show = _previewer(preview, settings, folder, trackers, reporter)
 
     def after_step(step: int) -> None:
+        record = trainer.history[-1]
+        due = step % training.held_out_every == 0 or step == training.steps
+        if held_out_loss is not None and due:
+            record["held_out_loss"] = held_out_loss()
+        trackers.step(step, record)
         keep(step)
         if show is not None:
             show(step)
 
     with run.timed("training"), freed_memory_kept(device.type == "cpu"):
         keep(trainer.step)  # it is missing where a run was stopped or ended at that step
+        untrained = held_out_loss() if held_out_loss is not None and trainer.step == 0 else None
         trainer.run(reporter=reporter, state_path=state_path, after_step=after_step)
+    run.note(*_held_out_note(trainer.history, untrained))
     return _finish(trainer, settings, subject, model, report, run, target, identity, export)
+
+
+def _held_out_note(history: Sequence[dict[str, float]], untrained: float | None) -> list[str]:
+    """Where the loss on held-out photos was lowest, for a person who asks which step to take."""
+    found = {i: r["held_out_loss"] for i, r in enumerate(history, 1) if "held_out_loss" in r}
+    if not found:
+        return []
+    best = min(found, key=found.__getitem__)
+    before = "" if untrained is None else f"{untrained:.4f} before training, "
+    return [
+        f"loss on the held-out photos: {before}lowest at step {best} ({found[best]:.4f}), "
+        f"{found[max(found)]:.4f} at the end"
+    ]
 
 
 def _class_photos(
@@ -333,6 +360,7 @@ def _previewer(
     pipeline: StableDiffusionPipeline | None,
     settings: JobSettings,
     folder: Path,
+    trackers: Trackers,
     reporter: Reporter,
 ):
     training = settings.training
@@ -364,5 +392,6 @@ def _previewer(
         names = sample_names(step, training.sample_prompts)
         for name, picture in zip(names, pictures, strict=True):
             save_image(picture, samples / name)
+        trackers.images(step, training.sample_prompts, pictures)
 
     return after_step

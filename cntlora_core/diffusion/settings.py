@@ -45,6 +45,7 @@ Schedule = Literal[
     "polynomial",
     "piecewise_constant",
 ]
+TrackerName = Literal["tensorboard", "wandb"]
 OptimizerName = Literal["adamw", "adamw_8bit", "prodigy"]
 
 
@@ -76,6 +77,8 @@ class SubjectSettings:
         resolution: Side of the square training images in pixels; default: the model's own. A photo
             of another shape is resized to about the same area.
         flip: Also train on mirrored photos.
+        held_out: Folder of further photos of the subject, which are not trained on: the loss on
+            them tells learning from learning by heart.
         crop: Crop photos to the square in their middle, in place of keeping their shape.
         unmasked_weight: What the loss outside a photo's mask (dog1.mask.png, or its transparency)
             weighs, from 0 to 1; 1 leaves masks out of account.
@@ -88,11 +91,12 @@ class SubjectSettings:
     class_prompt: str | None = None
     resolution: int | None = None
     flip: bool = False
+    held_out: str | None = None
     crop: bool = False
     unmasked_weight: float = 0.1
 
     def __post_init__(self) -> None:
-        store_as_text(self, "images")
+        store_as_text(self, "images", "held_out")
         require_resolution(self.resolution)
         require_between("unmasked_weight", self.unmasked_weight, 0, 1)
         for name in ("token", "class_name", "instance_prompt", "class_prompt"):
@@ -245,6 +249,8 @@ class TrainingSettings:
         sample_prompts: Prompts of images generated while training.
         sample_every: Steps between those samples; 0 generates them at the end only.
         sample_steps: Sampling steps of such a sample.
+        held_out_every: Steps between measurements of the loss on held-out photos.
+        log_with: Trackers that are told of every step: tensorboard, wandb.
     """
 
     steps: int = 1000
@@ -271,9 +277,17 @@ class TrainingSettings:
     sample_prompts: tuple[str, ...] = ()
     sample_every: int = 0
     sample_steps: int = 30
+    held_out_every: int = 50
+    log_with: tuple[TrackerName, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "gradient_accumulation", "save_every"):
+        for name in (
+            "steps",
+            "batch_size",
+            "gradient_accumulation",
+            "save_every",
+            "held_out_every",
+        ):
             require_between(name, getattr(self, name), 1, 10**9)
         require_between("sample_steps", self.sample_steps, 1, MOST_SAMPLING_STEPS)
         require_unicode("sample_prompts", *self.sample_prompts)
@@ -284,6 +298,8 @@ class TrainingSettings:
         for name in ("learning_rate", "weight_decay", "max_grad_norm"):
             require_finite(name, getattr(self, name), 0)
         require_choice("lr_schedule", self.lr_schedule, Schedule)
+        for name in self.log_with:
+            require_choice("log_with", name, TrackerName)
         require_choice("optimizer", self.optimizer, OptimizerName)
         require_between("lr_cycles", self.lr_cycles, 1, 10_000)
         require_finite("lr_power", self.lr_power, 0)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,12 +52,14 @@ class Subject:
         photos: The pictures with their own captions.
         prompts: The prompts of the subject and of its class.
         training_prompts: One prompt for each photo, captions filled in.
+        held_out: Photos of the same subject that are not trained on; None without any.
     """
 
     settings: SubjectSettings
     photos: PhotoSet
     prompts: SubjectPrompts
     training_prompts: TrainingPrompts
+    held_out: PhotoSet | None = None
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -80,12 +82,15 @@ class Subject:
         }
 
 
-def read_subject(settings: SubjectSettings, photos: PhotoSet | None = None) -> Subject:
+def read_subject(
+    settings: SubjectSettings, photos: PhotoSet | None = None, held_out: PhotoSet | None = None
+) -> Subject:
     """Photos and prompts, checked.
 
     Args:
         settings: Folder, token, class name and so on.
         photos: Pictures handed over in memory, in place of the folder's.
+        held_out: Likewise, of the subject but not to train on.
 
     Raises:
         ValueError, OSError: for photos, captions or prompts that cannot be used, in words.
@@ -96,7 +101,9 @@ def read_subject(settings: SubjectSettings, photos: PhotoSet | None = None) -> S
     photos = photos if photos is not None else load_photos(settings.images)
     captions = [photo.caption for photo in photos.photos]
     texts = training_prompts(captions, prompts, photo_names(photos.photos))
-    return Subject(settings, photos, prompts, texts)
+    if held_out is None and settings.held_out is not None:
+        held_out = load_photos(settings.held_out, read_captions=False)
+    return Subject(settings, photos, prompts, texts, held_out)
 
 
 def training_resolution(parts: StableDiffusionParts, settings: SubjectSettings) -> int:
@@ -185,6 +192,18 @@ def _mask_note(subject: Subject) -> str | None:
     if not masked or weight == 1:
         return None
     return f"outside the masks of {listed(masked)} the loss weighs {weight:g} of that inside"
+
+
+def encode_held_out(
+    parts: StableDiffusionParts, subject: Subject, *, cache: Path, reporter: Reporter = silent
+) -> EncodedSubject | None:
+    """The held-out photos under the subject's prompt, as :func:`encode_subject`, if any."""
+    if subject.held_out is None:
+        return None
+    photos = subject.held_out.photos
+    texts = training_prompts([None] * len(photos), subject.prompts, photo_names(photos))
+    others = replace(subject, photos=subject.held_out, training_prompts=texts)
+    return encode_subject(parts, others, cache=cache, reporter=reporter)
 
 
 def encode_class_images(

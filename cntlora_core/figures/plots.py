@@ -47,6 +47,11 @@ def _loss_figure(history: Sequence[Mapping[str, float]], title: str) -> Figure:
         if values.any():
             left.plot(steps, values, color=colour, alpha=0.18, linewidth=0.8)
             left.plot(steps, running_mean(values), color=colour, label=label)
+    held_out = [(i, r["held_out_loss"]) for i, r in enumerate(history, 1) if "held_out_loss" in r]
+    if held_out:
+        left.plot(
+            *zip(*held_out, strict=True), "o-", color="#3c8d40", markersize=3, label="held out"
+        )
     left.set(xlabel="step", ylabel="denoising loss", yscale="log", title=title or "loss")
     left.legend(frameon=False)
     norms = np.array([record["grad_norm"] for record in history])

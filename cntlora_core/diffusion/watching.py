@@ -1,0 +1,123 @@
+"""Watching a training: the loss on photos it does not see, and trackers such as TensorBoard."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+from PIL import Image
+
+from cntlora_core.diffusion.initialize import NoisedPhotos
+from cntlora_core.diffusion.objective import sample_errors
+from cntlora_core.diffusion.pipeline import StableDiffusionParts
+from cntlora_core.diffusion.settings import JobSettings
+from cntlora_core.diffusion.stages import EncodedSubject
+
+_PASSES = 4
+_SEED = 2026  # of noise and timesteps: not the run's, so that runs of any seed can be compared
+
+
+class HeldOutLoss:
+    """The denoising loss on photos that are not trained on, at fixed noise and timesteps.
+
+    Args:
+        parts: The model; its UNet and text encoder are those that are trained.
+        photos: The held-out photos and their prompts; each is read at four timesteps.
+    """
+
+    def __init__(self, parts: StableDiffusionParts, photos: EncodedSubject) -> None:
+        self._unet, self._text_encoder = parts.unet, parts.text_encoder
+        self._batches = list(
+            NoisedPhotos(
+                photos.latents, photos.tokens, parts.noise_scheduler, passes=_PASSES, seed=_SEED
+            )
+        )
+
+    @torch.no_grad()
+    def __call__(self) -> float:
+        """The mean squared error of the prediction, as the models are now."""
+        modules = (self._unet, self._text_encoder)
+        modes = [module.training for module in modules]
+        device, dtype = self._unet.device, self._unet.dtype
+        errors = []
+        for module in modules:
+            module.eval()
+        for batch in self._batches:
+            prediction = self._unet(
+                batch.latents.to(device, dtype),
+                batch.timesteps.to(device),
+                encoder_hidden_states=self._text_encoder(batch.tokens.to(device))[0],
+            ).sample
+            weights = None if batch.weights is None else batch.weights.to(device)
+            errors.append(sample_errors(prediction, batch.target.to(device), weights))
+        for module, mode in zip(modules, modes, strict=True):
+            module.train(mode)
+        return float(torch.cat(errors).mean())
+
+
+class Trackers:
+    """Trackers of accelerate's make, told of every step and preview; none is no error.
+
+    Args:
+        settings: Which ones (``training.log_with``), and what they note of the run.
+        folder: Where those that write files put them.
+        name: Of the run.
+
+    Raises:
+        ValueError: The package of a tracker is not installed, in words.
+    """
+
+    def __init__(self, settings: JobSettings, folder: Path, name: str) -> None:
+        self._trackers: list[GeneralTracker] = []
+        names = settings.training.log_with
+        if names:
+            PartialState(cpu=settings.training.device == "cpu")  # which process writes
+        for kind in names:
+            made: Any = LOGGER_TYPE_TO_CLASS[kind]
+            where = (str(folder / "logs"),) if made.requires_logging_directory else ()
+            try:
+                tracker = made(name, *where)
+                getattr(tracker, "start", lambda: None)()
+            except ImportError as error:
+                raise ValueError(f"log_with={kind} needs a package: pip install {kind}") from error
+            tracker.store_init_configuration(dict(_flat(settings.to_dict())))
+            self._trackers.append(tracker)
+
+    def step(self, step: int, record: Mapping[str, float]) -> None:
+        """Log the numbers of a step."""
+        for tracker in self._trackers:
+            tracker.log(dict(record), step=step)
+
+    def images(self, step: int, prompts: Sequence[str], images: Sequence[Image.Image]) -> None:
+        """Log generated images, each under its prompt."""
+        for tracker in self._trackers:
+            shown = [np.asarray(image.convert("RGB")) for image in images]
+            if tracker.name == "tensorboard":  # its images are arrays (n, height, width, channels)
+                values: dict[str, Any] = {
+                    prompt: image[None] for prompt, image in zip(prompts, shown, strict=True)
+                }
+                tracker.log_images(values, step=step, dataformats="NHWC")  # pyright: ignore
+            else:
+                values = {prompt: [image] for prompt, image in zip(prompts, shown, strict=True)}
+                tracker.log_images(values, step=step)  # pyright: ignore
+
+    def finish(self) -> None:
+        """Write what is left."""
+        for tracker in self._trackers:
+            tracker.finish()
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            rows += _flat(value, f"{prefix}{key}.")
+        else:
+            simple = isinstance(value, (bool, int, float, str))
+            rows.append((f"{prefix}{key}", value if simple else str(value)))
+    return rows

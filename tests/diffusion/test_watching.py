@@ -1,0 +1,99 @@
+"""What can be watched while a run trains: the loss on held-out photos, and trackers."""
+
+from __future__ import annotations
+
+import json
+import struct
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from cntlora_core.diffusion.job import personalise
+
+from .personalise.conftest import StopAt, change, settings  # noqa: F401
+
+
+@pytest.fixture
+def held_out(tmp_path):
+    folder = tmp_path / "held out"
+    folder.mkdir()
+    for i in range(2):
+        Image.new("RGB", (40, 48), (200 - 40 * i, 90, 30 * i)).save(folder / f"{i}.png")
+    return str(folder)
+
+
+def measured(result) -> dict[int, float]:
+    records = enumerate(result.history, 1)
+    return {i: r["held_out_loss"] for i, r in records if "held_out_loss" in r}
+
+
+@pytest.mark.plots
+def test_held_out_photos_are_measured_and_change_nothing(settings, held_out, tmp_path):  # noqa: F811
+    plain = personalise(settings)
+    watched = change(settings, "output", output=str(tmp_path / "watched"))
+    watched = change(change(watched, "training", held_out_every=4), "subject", held_out=held_out)
+    with pytest.raises(KeyboardInterrupt):
+        personalise(watched, reporter=StopAt(5))
+    result = personalise(watched, resume=True)
+    a, b = load_file(plain.lora), load_file(result.lora)
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    found = measured(result)
+    assert list(found) == [4, 6]
+    assert found[4] != found[6]
+    assert any("held-out photos: lowest at step" in note for note in result.notes)
+    record = json.loads((result.folder / "run.json").read_text())
+    assert record["history"][3]["held_out_loss"] == found[4]
+    again = change(watched, "output", output=str(tmp_path / "again"))
+    assert measured(personalise(change(again, "training", held_out_every=2)))[4] == found[4]
+
+
+def test_a_held_out_loss_falls_where_the_photos_are_those_trained_on(settings):  # noqa: F811
+    same = change(settings, "subject", held_out=settings.subject.images)
+    asked = change(same, "training", steps=30, learning_rate=5e-3, held_out_every=10)
+    result = personalise(change(asked, "prior", prior_weight=0.0))
+    found = measured(result)
+    assert found[30] < found[10]
+    assert any("before training" in note for note in result.notes)
+
+
+def events(folder) -> list:
+    """What TensorBoard reads: records of a length, a checksum, an event, and a checksum."""
+    proto = pytest.importorskip("tensorboardX.proto.event_pb2")
+    found = []
+    for path in sorted(folder.rglob("events.out.tfevents*")):
+        data, at = path.read_bytes(), 0
+        while at < len(data):
+            (length,) = struct.unpack_from("<Q", data, at)
+            event = proto.Event()
+            event.ParseFromString(data[at + 12 : at + 12 + length])
+            found.append(event)
+            at += length + 16
+    return found
+
+
+def test_tensorboard_is_told_of_steps_and_previews(settings):  # noqa: F811
+    pytest.importorskip("tensorboardX")
+    watched = {"log_with": ("tensorboard",), "sample_prompts": ("a dog",), "sample_steps": 1}
+    result = personalise(change(settings, "training", **watched))
+    told = events(result.folder / "logs")
+    losses = {
+        event.step: value.simple_value
+        for event in told
+        for value in event.summary.value
+        if value.tag == "loss"
+    }
+    wanted = {i: record["loss"] for i, record in enumerate(result.history, 1)}
+    assert losses == pytest.approx(wanted, rel=1e-6)
+    images = [v for event in told for v in event.summary.value if v.HasField("image")]
+    assert [value.tag.partition("/")[0] for value in images] == [
+        "a_dog"
+    ]  # TensorBoard takes no spaces
+
+
+def test_a_tracker_whose_package_is_missing_is_named(settings, monkeypatch):  # noqa: F811
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="pip install wandb"):
+        personalise(change(settings, "training", log_with=("wandb",)))
