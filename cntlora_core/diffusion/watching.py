@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from PIL import Image
 
 from cntlora_core.diffusion.initialize import NoisedPhotos
@@ -73,7 +73,7 @@ class Trackers:
     """
 
     def __init__(self, settings: JobSettings, folder: Path, name: str) -> None:
-        self._trackers: list[GeneralTracker] = []
+        self._trackers: list[Any] = []  # accelerate's GeneralTracker, which declares little
         names = settings.training.log_with
         if names:
             PartialState(cpu=settings.training.device == "cpu")  # which process writes
@@ -101,10 +101,10 @@ class Trackers:
                 values: dict[str, Any] = {
                     prompt: image[None] for prompt, image in zip(prompts, shown, strict=True)
                 }
-                tracker.log_images(values, step=step, dataformats="NHWC")  # pyright: ignore
+                tracker.log_images(values, step=step, dataformats="NHWC")
             else:
                 values = {prompt: [image] for prompt, image in zip(prompts, shown, strict=True)}
-                tracker.log_images(values, step=step)  # pyright: ignore
+                tracker.log_images(values, step=step)
 
     def finish(self) -> None:
         """Write what is left."""
