@@ -139,6 +139,9 @@ def make(node_modules: Path, output: Path, seed: int) -> None:
             path = folder / part / f"{index % 5}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             picture.save(path, optimize=True)
+            if part == "photos":  # the surroundings are named, so that they are not learnt with it
+                caption = f"a photo of {{token}} {{class}} {background.phrase}\n"
+                path.with_suffix(".txt").write_text(caption, encoding="utf-8")
             row[part].append(f"a photo of a {TOKEN} {subject.class_name} {background.phrase}")
         table[subject.name] = row
     value = {
