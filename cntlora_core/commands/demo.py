@@ -23,9 +23,13 @@ from cntlora_core.runtime.flags import UserPath
 from cntlora_core.runtime.progress import Reporter, silent
 
 SHEET_NAME = "before_and_after.png"
+BASELINE = "plain_lora"
 DEFAULT_SUBJECT = "penguin"
 PICTURES_PER_PROMPT = 3
 GUIDANCE = 2.5  # the small model: more makes colours glare
+LEARNING_RATES = {"lora": 1e-3}
+LEARNING_RATE = 5e-4
+"""Of all other methods; see docs/experiments/convergence.md."""
 
 
 @dataclass(frozen=True)
@@ -35,22 +39,33 @@ class Demo:
     Attributes:
         output: Folder for everything that the demo leaves.
         subject: Which of the embedded subjects; default: the penguin.
-        method: How the adapter is initialised; `cntlora methods` describes them.
+        images: Folder of your own pictures instead, of something that the small model can draw.
+        class_name: What they show, with images: "cat", "house", ....
+        method: How the adapter is initialised; `cntlora methods` describes them. Plain LoRA is
+            trained beside it.
         steps: Training steps.
     """
 
     output: UserPath = Path("demo_output")
     subject: str | None = None
+    images: UserPath | None = None
+    class_name: str | None = None
     method: Method = "cross"
-    steps: int = 1000
+    steps: int = 150
 
     def after_cancel(self) -> str:
         return "; the demo starts anew next time"
 
     def run(self, reporter: Reporter) -> None:
+        if (self.images is None) != (self.class_name is None):
+            raise ValueError("--images and --class-name belong together: give both, or neither")
+        if self.images is not None and self.subject is not None:
+            raise ValueError("--subject is one of the embedded ones: leave it out with --images")
         sheet = run_demo(
             self.output,
             subject_name=self.subject,
+            images=self.images,
+            class_name=self.class_name,
             method=self.method,
             steps=self.steps,
             reporter=reporter,
@@ -60,28 +75,35 @@ class Demo:
 
 def demo_settings(
     output: Path,
-    subject: mini.MiniSubject,
+    photos: Path,
+    class_name: str,
     *,
+    cache: Path,
     method: Method = "cross",
-    steps: int = 1000,
+    steps: int = 150,
     class_images: int = 50,
-    sampling_steps: int = 30,
+    class_steps: int = 15,
 ) -> JobSettings:
-    """The paper's settings, at a rank that fits the small model's widths of 64 to 192."""
+    """Few steps at a high learning rate that falls, and a rank that fits the model's widths of 64
+    to 192.
+    """
     return JobSettings(
         model=str(mini.model_path()),
-        subject=SubjectSettings(
-            images=str(subject.photos), token=subject.token, class_name=subject.class_name
-        ),
+        subject=SubjectSettings(images=str(photos), token="sks", class_name=class_name),
         output=OutputSettings(output=str(output), keep_state=False),
         prior=PriorSettings(
             num_class_images=class_images,
             class_guidance=GUIDANCE,
-            class_steps=sampling_steps,
-            cache=str(output / "cache"),
+            class_steps=class_steps,
+            cache=str(cache),
         ),
         adapter=AdapterSettings(method=method, rank=16, alpha=32, init_passes=8),
-        training=TrainingSettings(steps=steps, device="cpu"),
+        training=TrainingSettings(
+            steps=steps,
+            learning_rate=LEARNING_RATES.get(method, LEARNING_RATE),
+            lr_schedule="cosine",
+            device="cpu",
+        ),
     )
 
 
@@ -89,16 +111,29 @@ def run_demo(
     output: Path,
     *,
     subject_name: str | None = None,
+    images: Path | None = None,
+    class_name: str | None = None,
     method: Method = "cross",
-    steps: int = 1000,
+    steps: int = 150,
     class_images: int = 50,
-    sampling_steps: int = 30,
+    sampling_steps: int = 20,
     reporter: Reporter = silent,
 ) -> Path:
-    """Personalise the small model, generate with and without the LoRA, and put it side by side.
+    """Personalise the small model with plain LoRA and with a method, and put it side by side.
+
+    Args:
+        output: Folder for LoRA, plots and record of the method; plain LoRA's are in a folder of it.
+        subject_name: One of the embedded subjects.
+        images: Folder of other pictures.
+        class_name: Of what these show.
+        method: An initialisation of the registry; for ``lora`` nothing is trained beside it.
+        steps: Of each training.
+        class_images: Generated ones, for prior preservation.
+        sampling_steps: Of each generated picture on the sheet.
+        reporter: Told of what is being done.
 
     Returns:
-        The sheet: the subject's photos, the base model and the trained one, for several prompts.
+        The sheet: the photos, then for several prompts the base model, plain LoRA and the method.
 
     Raises:
         ValueError: for a subject that is not embedded, or settings that make no sense.
@@ -112,51 +147,65 @@ def run_demo(
         load_for_sampling,
     )
     from cntlora_core.figures.sheets import comparison_sheet, save_image
+    from cntlora_core.metrics import load_encoders, measure, subject_features
+    from cntlora_core.metrics.encoders import SMALL
 
     started = time.perf_counter()
     subject = mini.subject(subject_name or DEFAULT_SUBJECT)
-    settings = demo_settings(
-        output,
-        subject,
-        method=method,
-        steps=steps,
-        class_images=class_images,
-        sampling_steps=sampling_steps,
-    )
-    result = personalise(settings, overwrite=True, reporter=reporter)
+    folder, called = images or subject.photos, class_name or subject.class_name
+    known = load_photos(folder if images else subject.held_out, read_captions=False)
+    loras: dict[str, Path] = {}
+    for one in dict.fromkeys(("lora", method)):
+        settings = demo_settings(
+            output if one == method else output / BASELINE,
+            folder,
+            called,
+            cache=output / "cache",
+            method=one,
+            steps=steps,
+            class_images=class_images,
+        )
+        loras[one] = personalise(settings, overwrite=True, reporter=reporter).lora
 
-    pipeline = load_for_sampling(settings.model, device="cpu")
     sampling = SamplingSettings(steps=sampling_steps, guidance=GUIDANCE, batch_size=15)
-    prompts = demo_prompts(subject)
+    prompts = [f"a photo of sks {called}"]
+    prompts += [template.format(f"sks {called}") for template in subject.prompts[:4]]
     asked = [prompt for prompt in prompts for _ in range(PICTURES_PER_PROMPT)]
-    before = generate(pipeline, asked, sampling, reporter=reporter, stage="generating: base model")
-    apply_lora_files(pipeline, [LoRAUse(result.lora)])
-    after = generate(
-        pipeline, asked, sampling, reporter=reporter, stage="generating: trained model"
-    )
+    encoders = load_encoders(SMALL, SMALL)
+    features = subject_features(encoders, [photo.image for photo in known.photos])
+    columns, scores = [], {}
+    for name, lora in {"base model": None, **loras}.items():
+        pipeline = load_for_sampling(str(mini.model_path()), device="cpu")
+        apply_lora_files(pipeline, [] if lora is None else [LoRAUse(lora)])
+        pictures = generate(
+            pipeline, asked, sampling, reporter=reporter, stage=f"generating: {name}"
+        )
+        found = measure(encoders, features, pictures, asked, token="sks", label=name)
+        scores[name] = {"dino": found.dino, "clip_i": found.clip_i, "clip_t": found.clip_t}
+        steps_said = "" if lora is None else f", {steps} steps"
+        heading = (
+            f"{name}{steps_said}: DINO {100 * found.dino:.0f}, CLIP-I {100 * found.clip_i:.0f}"
+        )
+        columns.append((heading, pictures))
 
     count = PICTURES_PER_PROMPT
     rows = [
-        (prompt, [pictures[i * count : (i + 1) * count] for pictures in (before, after)])
+        (prompt, [pictures[i * count : (i + 1) * count] for _, pictures in columns])
         for i, prompt in enumerate(prompts)
     ]
-    photos = [photo.image for photo in load_photos(subject.photos).photos]
-    sheet = comparison_sheet(
-        photos, rows, ["base model", f"with the LoRA ({method}, {steps} steps)"], side=112
-    )
+    photos = [photo.image for photo in load_photos(folder).photos]
+    sheet = comparison_sheet(photos, rows, [heading for heading, _ in columns], side=128)
     save_image(sheet, output / SHEET_NAME)
-    _complete_record(output, sampling, asked, time.perf_counter() - started)
+    _complete_record(output, sampling, asked, scores, time.perf_counter() - started)
     return output / SHEET_NAME
 
 
-def demo_prompts(subject: mini.MiniSubject) -> list[str]:
-    """The instance prompt and four of the subject's own."""
-    name = f"{subject.token} {subject.class_name}"
-    return [f"a photo of {name}", *(text.format(name) for text in subject.prompts[:4])]
-
-
 def _complete_record(
-    output: Path, sampling: SamplingSettings, prompts: list[str], seconds: float
+    output: Path,
+    sampling: SamplingSettings,
+    prompts: list[str],
+    scores: dict[str, Any],
+    seconds: float,
 ) -> None:
     from cntlora_core.diffusion.job import RECORD_NAME
     from cntlora_core.runtime.files import write_json_atomic
@@ -166,6 +215,7 @@ def _complete_record(
         "prompts": prompts,
         "sampling": sampling.__dict__,
         "sheet": SHEET_NAME,
+        "scores": scores,
         "total_seconds": seconds,
     }
     write_json_atomic(output / RECORD_NAME, record)

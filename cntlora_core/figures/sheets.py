@@ -46,8 +46,8 @@ def comparison_sheet(
     pen = ImageDraw.Draw(sheet)
 
     def put(image: Image.Image, x: int, y: int) -> None:
-        resample = Image.Resampling.NEAREST if image.width < side else Image.Resampling.LANCZOS
-        sheet.paste(ImageOps.fit(image.convert("RGB"), (side, side), resample), (x, y))
+        fitted = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.LANCZOS)
+        sheet.paste(fitted, (x, y))
 
     y = gap
     if photos:
