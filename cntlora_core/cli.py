@@ -20,7 +20,7 @@ from cntlora_core.commands.compare import Compare
 from cntlora_core.commands.config_file import with_config
 from cntlora_core.commands.demo import Demo
 from cntlora_core.commands.evaluate import Evaluate
-from cntlora_core.commands.flags import registry
+from cntlora_core.commands.flags import RefusedError, registry
 from cntlora_core.commands.inspect import Inspect
 from cntlora_core.commands.methods import Methods
 from cntlora_core.commands.pick import Pick
@@ -67,7 +67,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command = tyro.extras.subcommand_cli_from_dict(
                 COMMANDS, prog="cntlora", args=arguments, registry=rules
             )
-    except (ValueError, TypeError, OSError) as error:  # a value that its settings refuse
+    except (
+        RefusedError,
+        ValueError,
+        TypeError,
+        OSError,
+    ) as error:  # a value that its settings refuse
         say(console, f"error: {error}", "red")
         return 2
     _quieten_libraries()

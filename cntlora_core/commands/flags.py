@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Any, get_type_hints
 
 import docstring_parser
@@ -25,6 +26,12 @@ from cntlora_core.diffusion.settings import (
 )
 
 HELP_ALL = "--help-all"
+
+
+class RefusedError(Exception):
+    """What settings say of a value that they refuse; tyro would put a ValueError into a frame."""
+
+
 SHOWN = {
     SubjectSettings: ("images", "token", "class_name", "resolution"),
     PriorSettings: ("class_images", "prior_weight"),
@@ -69,9 +76,16 @@ def registry(arguments: Sequence[str]) -> tuple[ConstructorRegistry, list[str]]:
             default = _default(field) if given is None else getattr(given, field.name)
             text = " ".join((texts.get(field.name) or "").split())
             fields.append(StructFieldSpec(field.name, kind, default, text))
-        return StructConstructorSpec(cls, tuple(fields))
+        return StructConstructorSpec(partial(_make, cls), tuple(fields))
 
     return rules, ["--help" if word == HELP_ALL else word for word in arguments]
+
+
+def _make(cls: Any, **values: Any) -> Any:
+    try:
+        return cls(**values)
+    except (ValueError, TypeError) as error:
+        raise RefusedError(str(error)) from error
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

@@ -118,7 +118,7 @@ class TrainingState:
 
 def _fits(tensor: Tensor, initial: Tensor) -> bool:
     """Whether shapes agree; a plan may hold the kernel of a convolution as a matrix."""
-    return tensor.ndim >= 2 and tensor.flatten(1).shape == initial.flatten(1).shape
+    return tensor.ndim in (2, 4) and tensor.flatten(1).shape == initial.flatten(1).shape
 
 
 def steps_done(path: Path) -> int:
