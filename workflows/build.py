@@ -235,8 +235,8 @@ def small_model() -> Graph:
         passes=8, tall=400,
     )  # fmt: skip
     lora = graph.add(
-        "CNTLoRATrain", (800, 40), start=initialized.out(), class_images=others.out(), steps=400,
-        preview_every=100, tall=830,
+        "CNTLoRATrain", (800, 40), start=initialized.out(), class_images=others.out(), steps=150,
+        learning_rate=1e-3, lr_schedule="cosine", preview_every=50, tall=830,
     )  # fmt: skip
     graph.add("CNTLoRASave", (1180, 40), lora=lora.out(), filename_prefix="small_penguin")
     prompts = "a photo of sks penguin\na photo of sks penguin on the beach"
@@ -314,11 +314,12 @@ def compare_initializations() -> Graph:
         y = 40 + i * 870
         initialized = graph.add(
             "CNTLoRAInitialize", (800, y), model=model.out(), subject=subject.out(), method=method,
-            rank=16, passes=8, title=f"Start: {method}", tall=400,
+            rank=16, passes=8, title=f"Initialise: {method}", tall=400,
         )  # fmt: skip
         lora = graph.add(
             "CNTLoRATrain", (1180, y), start=initialized.out(), class_images=others.out(),
-            steps=200, preview_every=0, title=f"Teach: {method}", tall=830,
+            steps=150, learning_rate=1e-3, lr_schedule="cosine", preview_every=0,
+            title=f"Teach: {method}", tall=830,
         )  # fmt: skip
         loras.append(lora.out())
     prompts = "a photo of sks clock\na photo of sks clock on the grass"
@@ -328,9 +329,9 @@ def compare_initializations() -> Graph:
     )  # fmt: skip
     graph.note(
         (40, 740),
-        "**One subject, three ways to start.** The same steps and seeds: an ordinary LoRA, and two "
-        "that start from the photos. With a checkpoint of SD1.5 in the first node, set *rank* to "
-        "128 and *guidance* to 7.5.",
+        "**One subject, three initialisations.** The same steps and seeds: an ordinary LoRA, and "
+        "two that are initialised from the photos. With a checkpoint of SD1.5 in the first node, "
+        "set *rank* to 128, *guidance* to 7.5, *steps* to 1000 and *learning_rate* to 0.0001.",
     )
     return graph
 
@@ -373,7 +374,7 @@ def _generate(
 GRAPHS = {
     "personalise_small_model": small_model,
     "personalise_sd15": sd15,
-    "compare_three_starts": compare_initializations,
+    "compare_initializations": compare_initializations,
     "use_a_saved_lora": use_saved,
 }
 

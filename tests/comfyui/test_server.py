@@ -115,8 +115,8 @@ def test_personalising_the_small_model_ends_well_and_is_cached(server: Server) -
     assert again.cached == set(graph)
 
 
-def test_comparing_three_starts_ends_well(server: Server) -> None:
-    outcome = server.run(workflow("compare_three_starts", few()))
+def test_comparing_initializations_ends_well(server: Server) -> None:
+    outcome = server.run(workflow("compare_initializations", few()))
     assert outcome.status == "success", outcome.messages
     for method in ("lora", "self", "cross"):
         assert len(runs_of(server, f"sks-clock-{method}")) == 1
