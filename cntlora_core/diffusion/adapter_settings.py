@@ -52,7 +52,6 @@ class AdapterSettings:
     """
 
     method: Method = "cross"
-    from_lora: str | None = None
     adapter: AdapterKind = "lora"
     rank: int = 128
     alpha: float | None = None
@@ -63,6 +62,7 @@ class AdapterSettings:
     init_passes: int = 4
     init_minutes: float = 60.0
     cntlora: CNTLoRAConfig = field(default_factory=CNTLoRAConfig)
+    from_lora: str | None = None
 
     def __post_init__(self) -> None:
         store_as_text(self, "from_lora")

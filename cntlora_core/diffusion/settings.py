@@ -173,19 +173,12 @@ class TrainingSettings:
 
     steps: int = 1000
     learning_rate: float = 1e-4
-    text_encoder_lr: float | None = None
-    text_encoder_steps: int | None = None
-    optimizer: OptimizerName = "adamw"
     batch_size: int = 1
     gradient_accumulation: int = 1
     weight_decay: float = 1e-2
     max_grad_norm: float = 1.0
     lr_schedule: Schedule = "constant"
     lr_warmup: int = 0
-    lr_cycles: int = 1
-    lr_power: float = 1.0
-    lr_step_rules: str = ""
-    caption_dropout: float = 0.0
     min_snr_gamma: float | None = None
     precision: Precision = "float32"
     gradient_checkpointing: bool = False
@@ -197,6 +190,13 @@ class TrainingSettings:
     sample_steps: int = 30
     held_out_every: int = 50
     log_with: tuple[TrackerName, ...] = ()
+    text_encoder_lr: float | None = None
+    text_encoder_steps: int | None = None
+    optimizer: OptimizerName = "adamw"
+    lr_cycles: int = 1
+    lr_power: float = 1.0
+    lr_step_rules: str = ""
+    caption_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         for name in (

@@ -48,7 +48,7 @@ def test_every_subject_has_five_pictures_of_each_part():
     for name in mini.subjects():
         subject = mini.subject(name)
         for folder in (subject.photos, subject.held_out):
-            pictures = sorted(folder.iterdir())
+            pictures = sorted(folder.glob("*.png"))
             assert [path.name for path in pictures] == [f"{i}.png" for i in range(5)]
             for path in pictures:
                 with Image.open(path) as picture:
@@ -56,11 +56,18 @@ def test_every_subject_has_five_pictures_of_each_part():
                     assert picture.size == (128, 128)
 
 
+def test_captions_name_the_backgrounds_of_the_photos():
+    for name in mini.subjects():
+        texts = {p.read_text("utf-8").strip() for p in mini.subject(name).photos.glob("*.txt")}
+        assert len(texts) == 5
+        assert all(text.startswith("a photo of {token} {class} ") for text in texts)
+
+
 def test_no_held_out_picture_is_a_training_picture():
     seen = {}
     for name in mini.subjects():
         subject = mini.subject(name)
-        for path in [*subject.photos.iterdir(), *subject.held_out.iterdir()]:
+        for path in [*subject.photos.glob("*.png"), *subject.held_out.glob("*.png")]:
             content = path.read_bytes()
             assert content not in seen, f"{path} repeats {seen.get(content)}"
             seen[content] = path
