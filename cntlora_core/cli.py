@@ -67,12 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command = tyro.extras.subcommand_cli_from_dict(
                 COMMANDS, prog="cntlora", args=arguments, registry=rules
             )
-    except (
-        RefusedError,
-        ValueError,
-        TypeError,
-        OSError,
-    ) as error:  # a value that its settings refuse
+    except (RefusedError, ValueError, TypeError, OSError) as error:
         say(console, f"error: {error}", "red")
         return 2
     _quieten_libraries()

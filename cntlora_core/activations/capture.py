@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from cntlora_core.activations.moments import Moment, SecondMoment
 from cntlora_core.activations.token_masks import MaskFn, TokenMasks
 from cntlora_core.layers.attachment import AttachmentPoint
+from cntlora_core.runtime.modes import evaluating
 from cntlora_core.runtime.reading import is_finite
 from cntlora_core.runtime.reading import reading as reading_file
 from cntlora_core.runtime.tensor_file import read_tensors, write_tensors
@@ -84,22 +85,11 @@ def reading(
     handles = [p.module.register_forward_pre_hook(hook_of(p), with_kwargs=True) for p in points]
     try:
         # Tensors of inference mode have no version counter to tell an in-place change by.
-        with masks.followed(), _evaluating(model), torch.inference_mode(False), torch.no_grad():
+        with masks.followed(), evaluating(model), torch.inference_mode(False), torch.no_grad():
             yield run
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = {name: module.training for name, module in model.named_modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for name, module in model.named_modules():
-            module.training = training.get(name, module.training)
 
 
 def _to(value: Any, device: torch.device) -> Any:

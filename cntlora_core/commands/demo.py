@@ -139,15 +139,11 @@ def run_demo(
     """
     from cntlora_core.data.photos import load_photos
     from cntlora_core.diffusion.job import personalise
-    from cntlora_core.diffusion.sampler import (
-        LoRAUse,
-        apply_lora_files,
-        generate,
-        load_for_sampling,
-    )
+    from cntlora_core.diffusion.sampler import LoRAUse, load_for_sampling
     from cntlora_core.figures.sheets import comparison_sheet, save_image
     from cntlora_core.metrics import load_encoders, measure, subject_features
     from cntlora_core.metrics.encoders import SMALL
+    from cntlora_core.metrics.generation import GenerationSettings, generate_each
 
     started = time.perf_counter()
     subject = mini.subject(subject_name or DEFAULT_SUBJECT)
@@ -166,26 +162,22 @@ def run_demo(
         )
         loras[one] = personalise(settings, overwrite=True, reporter=reporter).lora
 
-    sampling = SamplingSettings(steps=sampling_steps, guidance=GUIDANCE, batch_size=15)
+    sampling = SamplingSettings(steps=sampling_steps, guidance=GUIDANCE)
     prompts = [f"a photo of sks {called}"]
     prompts += [template.format(f"sks {called}") for template in subject.prompts[:4]]
-    asked = [prompt for prompt in prompts for _ in range(PICTURES_PER_PROMPT)]
+    drawn = GenerationSettings(tuple(prompts), PICTURES_PER_PROMPT, sampling=sampling)
     encoders = load_encoders(SMALL, SMALL)
     features = subject_features(encoders, [photo.image for photo in known.photos])
+    pipeline = load_for_sampling(str(mini.model_path()), device="cpu")
+    labels, uses = [f"{name}, {steps} steps" for name in loras], [*map(LoRAUse, loras.values())]
     columns, scores = [], {}
-    for name, lora in {"base model": None, **loras}.items():
-        pipeline = load_for_sampling(str(mini.model_path()), device="cpu")
-        apply_lora_files(pipeline, [] if lora is None else [LoRAUse(lora)])
-        pictures = generate(
-            pipeline, asked, sampling, reporter=reporter, stage=f"generating: {name}"
-        )
-        found = measure(encoders, features, pictures, asked, token="sks", label=name)
+    for name, (label, pictures) in zip(
+        ("base model", *loras), generate_each(pipeline, uses, drawn, reporter, labels), strict=True
+    ):
+        found = measure(encoders, features, pictures, drawn.all_prompts, token="sks", label=name)
         scores[name] = {"dino": found.dino, "clip_i": found.clip_i, "clip_t": found.clip_t}
-        steps_said = "" if lora is None else f", {steps} steps"
-        heading = (
-            f"{name}{steps_said}: DINO {100 * found.dino:.0f}, CLIP-I {100 * found.clip_i:.0f}"
-        )
-        columns.append((heading, pictures))
+        numbers = f"DINO {100 * found.dino:.0f}, CLIP-I {100 * found.clip_i:.0f}"
+        columns.append((f"{label}: {numbers}", pictures))
 
     count = PICTURES_PER_PROMPT
     rows = [
@@ -195,7 +187,7 @@ def run_demo(
     photos = [photo.image for photo in load_photos(folder).photos]
     sheet = comparison_sheet(photos, rows, [heading for heading, _ in columns], side=128)
     save_image(sheet, output / SHEET_NAME)
-    _complete_record(output, sampling, asked, scores, time.perf_counter() - started)
+    _complete_record(output, sampling, drawn.all_prompts, scores, time.perf_counter() - started)
     return output / SHEET_NAME
 
 

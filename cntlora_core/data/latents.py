@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,6 +26,7 @@ from cntlora_core.data.framing import frame, nearest_bucket
 from cntlora_core.data.masks import loss_weights
 from cntlora_core.data.photos import Photo, PhotoSet, to_model_tensor
 from cntlora_core.runtime.files import require_writable_folder, save_safetensors_atomic
+from cntlora_core.runtime.modes import evaluating
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -127,7 +127,7 @@ def encode_latents(
     from_cache = 0
     encoder: Any = vae if vae.dtype == torch.float32 else copy.deepcopy(vae).float()
     # Outside inference mode: what is encoded here is an input of training.
-    with torch.inference_mode(False), torch.no_grad(), _evaluating(encoder):
+    with torch.inference_mode(False), torch.no_grad(), evaluating(encoder):
         for count, (index, mirrored) in enumerate(entries):
             if progress is not None and count == 0:
                 progress(0, len(entries))
@@ -215,16 +215,6 @@ def _cache_folder(
         )
     numbers = 2 * vae.config["latent_channels"] * area
     return require_writable_folder(cache_dir, 4 * numbers + 1024 * n)
-
-
-@contextmanager
-def _evaluating(vae: AutoencoderKL) -> Iterator[None]:
-    was_training = vae.training
-    vae.eval()
-    try:
-        yield
-    finally:
-        vae.train(was_training)
 
 
 def _place(photo: Photo) -> torch.Generator:

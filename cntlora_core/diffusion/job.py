@@ -15,6 +15,7 @@ from diffusers import StableDiffusionPipeline
 from cntlora_core.data.photos import PhotoSet
 from cntlora_core.diffusion.export import ExportReport, export_lora
 from cntlora_core.diffusion.from_lora import fingerprint_from_lora
+from cntlora_core.diffusion.packages import require_packages
 from cntlora_core.diffusion.pipeline import StableDiffusionParts, load_stable_diffusion
 from cntlora_core.diffusion.prior import cache_folder, class_images
 from cntlora_core.diffusion.record import JobResult, ModelFacts, file_metadata, run_record
@@ -57,6 +58,7 @@ from cntlora_core.methods import get_method
 from cntlora_core.methods.peft_model import ROUNDING_TO_MENTION
 from cntlora_core.runtime.files import folder_within, require_writable_folder, write_json_atomic
 from cntlora_core.runtime.memory import freed_memory_kept
+from cntlora_core.runtime.modes import evaluating
 from cntlora_core.runtime.progress import Reporter, silent, stage_progress
 from cntlora_core.runtime.threads import threads, threads_for
 
@@ -109,8 +111,9 @@ def personalise(
         reporter: Told all along what is being done; what it raises ends the run cleanly.
 
     Raises:
-        ValueError: for photos, prompts, a model or settings that cannot be used, in words; if the
-            run to resume is another one, or has done more steps than are asked for.
+        ValueError: for photos, prompts, a model or settings that cannot be used, in words, a
+            package that is missing among them; if the run to resume is another one, or has done
+            more steps than are asked for.
         FileExistsError: if the output folder holds a run and neither flag is given.
         BlockingIOError: if another run is at work in the output folder.
         OSError: if the output folder cannot be written to.
@@ -120,6 +123,7 @@ def personalise(
         raise ValueError(
             "the initialisation was planned with other adapter settings than the run's"
         )
+    require_packages(settings.training)
     device = checked_device(settings.training.device)
     run = _Run(reporter)
     folder = require_writable_folder(settings.output.output)
@@ -371,27 +375,18 @@ def _previewer(
         due = training.sample_every and step % training.sample_every == 0
         if not due and step != training.steps:
             return
-        modules = (pipeline.unet, pipeline.text_encoder)
-        modes = [module.training for module in modules]
-        for module in modules:
-            module.eval()
-        pictures = generate(
-            pipeline,
-            training.sample_prompts,
-            SamplingSettings(
-                steps=training.sample_steps,
-                resolution=settings.subject.resolution,
-                seed=training.seed,
-            ),
-            reporter=reporter,
-            stage="generating samples",
+        sampling = SamplingSettings(
+            steps=training.sample_steps,
+            resolution=settings.subject.resolution,
+            seed=training.seed,
         )
-        for module, mode in zip(modules, modes, strict=True):
-            module.train(mode)
+        prompts, stage = training.sample_prompts, "generating samples"
+        with evaluating(pipeline.unet, pipeline.text_encoder):
+            pictures = generate(pipeline, prompts, sampling, reporter=reporter, stage=stage)
         samples = folder_within(folder, SAMPLES_NAME)
-        names = sample_names(step, training.sample_prompts)
+        names = sample_names(step, prompts)
         for name, picture in zip(names, pictures, strict=True):
             save_image(picture, samples / name)
-        trackers.images(step, training.sample_prompts, pictures)
+        trackers.images(step, prompts, pictures)
 
     return after_step

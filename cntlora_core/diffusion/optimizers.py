@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from cntlora_core.diffusion.settings import TrainingSettings
 
-_PACKAGES = {"adamw_8bit": "bitsandbytes", "prodigy": "prodigyopt"}
-
 
 def build_optimizer(
     unet: list[nn.Parameter], text_encoder: list[nn.Parameter], training: TrainingSettings
@@ -26,7 +24,7 @@ def build_optimizer(
         training: Kind of the optimiser and learning rates.
 
     Raises:
-        ValueError: The optimiser's package is not installed, in words.
+        ImportError: The optimiser's package is not installed; see ``require_packages``.
     """
     groups: list[dict[str, Any]] = [{"params": unet, "lr": training.learning_rate}]
     if text_encoder:
@@ -35,19 +33,13 @@ def build_optimizer(
     device = groups[0]["params"][0].device
     if training.optimizer == "adamw":
         return torch.optim.AdamW(groups, weight_decay=0.0, fused=device.type in ("cpu", "cuda"))
-    package = _PACKAGES[training.optimizer]
-    try:
-        if training.optimizer == "prodigy":
-            from prodigyopt import Prodigy
+    if training.optimizer == "prodigy":
+        from prodigyopt import Prodigy
 
-            return Prodigy(groups, use_bias_correction=True, safeguard_warmup=True)
-        from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
+        return Prodigy(groups, use_bias_correction=True, safeguard_warmup=True)
+    from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
 
-        return AdamW8bit(groups, weight_decay=0.0)
-    except ImportError as error:
-        raise ValueError(
-            f"optimizer={training.optimizer} needs a package: pip install {package}"
-        ) from error
+    return AdamW8bit(groups, weight_decay=0.0)
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, training: TrainingSettings) -> Any:

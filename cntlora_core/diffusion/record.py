@@ -113,6 +113,7 @@ def _shareable(settings: JobSettings) -> dict[str, Any]:
     values = settings.to_dict()
     values["model"] = Path(settings.model).name
     values["subject"].pop("images")
+    values["subject"].pop("held_out")
     values["output"].pop("output")
     if settings.adapter.from_lora is not None:
         values["adapter"]["from_lora"] = Path(settings.adapter.from_lora).name

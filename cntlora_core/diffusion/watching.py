@@ -17,6 +17,7 @@ from cntlora_core.diffusion.objective import sample_errors
 from cntlora_core.diffusion.pipeline import StableDiffusionParts
 from cntlora_core.diffusion.settings import JobSettings
 from cntlora_core.diffusion.stages import EncodedSubject
+from cntlora_core.runtime.modes import evaluating
 
 _PASSES = 4
 _SEED = 2026  # of noise and timesteps: not the run's, so that runs of any seed can be compared
@@ -32,6 +33,7 @@ class HeldOutLoss:
 
     def __init__(self, parts: StableDiffusionParts, photos: EncodedSubject) -> None:
         self._unet, self._text_encoder = parts.unet, parts.text_encoder
+        self._tokens = photos.tokens[:1]  # one prompt for all
         self._batches = list(
             NoisedPhotos(
                 photos.latents, photos.tokens, parts.noise_scheduler, passes=_PASSES, seed=_SEED
@@ -41,22 +43,18 @@ class HeldOutLoss:
     @torch.no_grad()
     def __call__(self) -> float:
         """The mean squared error of the prediction, as the models are now."""
-        modules = (self._unet, self._text_encoder)
-        modes = [module.training for module in modules]
         device, dtype = self._unet.device, self._unet.dtype
         errors = []
-        for module in modules:
-            module.eval()
-        for batch in self._batches:
-            prediction = self._unet(
-                batch.latents.to(device, dtype),
-                batch.timesteps.to(device),
-                encoder_hidden_states=self._text_encoder(batch.tokens.to(device))[0],
-            ).sample
-            weights = None if batch.weights is None else batch.weights.to(device)
-            errors.append(sample_errors(prediction, batch.target.to(device), weights))
-        for module, mode in zip(modules, modes, strict=True):
-            module.train(mode)
+        with evaluating(self._unet, self._text_encoder):
+            states = self._text_encoder(self._tokens.to(device))[0]
+            for batch in self._batches:
+                prediction = self._unet(
+                    batch.latents.to(device, dtype),
+                    batch.timesteps.to(device),
+                    encoder_hidden_states=states,
+                ).sample
+                weights = None if batch.weights is None else batch.weights.to(device)
+                errors.append(sample_errors(prediction, batch.target.to(device), weights))
         return float(torch.cat(errors).mean())
 
 
@@ -69,7 +67,7 @@ class Trackers:
         name: Of the run.
 
     Raises:
-        ValueError: The package of a tracker is not installed, in words.
+        ImportError: The package of a tracker is not installed; see ``require_packages``.
     """
 
     def __init__(self, settings: JobSettings, folder: Path, name: str) -> None:
@@ -80,11 +78,8 @@ class Trackers:
         for kind in names:
             made: Any = LOGGER_TYPE_TO_CLASS[kind]
             where = (str(folder / "logs"),) if made.requires_logging_directory else ()
-            try:
-                tracker = made(name, *where)
-                getattr(tracker, "start", lambda: None)()
-            except ImportError as error:
-                raise ValueError(f"log_with={kind} needs a package: pip install {kind}") from error
+            tracker = made(name, *where)
+            getattr(tracker, "start", lambda: None)()  # not in every version
             tracker.store_init_configuration(dict(_flat(settings.to_dict())))
             self._trackers.append(tracker)
 

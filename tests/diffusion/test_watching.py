@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from cntlora_core.diffusion.job import personalise
@@ -42,6 +43,8 @@ def test_held_out_photos_are_measured_and_change_nothing(settings, held_out, tmp
     assert all(torch.equal(a[key], b[key]) for key in a)
     found = measured(result)
     assert list(found) == [4, 6]
+    with safe_open(result.lora, "pt") as file:
+        assert "held out" not in str(file.metadata())  # files travel, folders stay
     assert found[4] != found[6]
     assert any("held-out photos: lowest at step" in note for note in result.notes)
     record = json.loads((result.folder / "run.json").read_text())
@@ -88,12 +91,12 @@ def test_tensorboard_is_told_of_steps_and_previews(settings):  # noqa: F811
     wanted = {i: record["loss"] for i, record in enumerate(result.history, 1)}
     assert losses == pytest.approx(wanted, rel=1e-6)
     images = [v for event in told for v in event.summary.value if v.HasField("image")]
-    assert [value.tag.partition("/")[0] for value in images] == [
-        "a_dog"
-    ]  # TensorBoard takes no spaces
+    assert [value.tag.partition("/")[0] for value in images] == ["a_dog"]
 
 
 def test_a_tracker_whose_package_is_missing_is_named(settings, monkeypatch):  # noqa: F811
     monkeypatch.setitem(sys.modules, "wandb", None)
+    stages = StopAt(-1)
     with pytest.raises(ValueError, match="pip install wandb"):
-        personalise(change(settings, "training", log_with=("wandb",)))
+        personalise(change(settings, "training", log_with=("wandb",)), reporter=stages)
+    assert stages.stages == []  # before any work

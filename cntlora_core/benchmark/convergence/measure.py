@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from cntlora_core.benchmark.convergence.grid import Bench, MeasureSettings
 from cntlora_core.benchmark.convergence.subjects import BenchSubject
@@ -19,6 +18,7 @@ from cntlora_core.diffusion.initialize import NoisedBatch, NoisedPhotos
 from cntlora_core.diffusion.pipeline import StableDiffusionParts
 from cntlora_core.diffusion.sampler import generate
 from cntlora_core.metrics import Encoders, load_encoders, measure, subject_features
+from cntlora_core.runtime.modes import evaluating
 from cntlora_core.runtime.progress import Reporter, silent
 
 NOISE_SEED = 2026
@@ -77,7 +77,7 @@ class Measurements:
         prompt; None without such photos. ``drift``: mean squared change of the prediction, against
         the base model, on class images under the other prompts, without the token.
         """
-        with self._evaluating():
+        with evaluating(self._unet, self._text_encoder):
             loss = _mean([(self._predict(b) - b.target).square() for b in self._held_out])
             pairs = zip(self._class_batches, self._before, strict=True)
             drift = _mean([(self._predict(batch) - before).square() for batch, before in pairs])
@@ -96,7 +96,7 @@ class Measurements:
             for _ in range(settings.per_prompt)
         ]
         seeds = list(range(settings.per_prompt)) * len(subject.templates)
-        with self._evaluating():
+        with evaluating(self._unet, self._text_encoder):
             images = generate(
                 self._pipeline, prompts, settings.sampling(), seeds=seeds, reporter=reporter
             )
@@ -123,18 +123,6 @@ class Measurements:
             .sample.float()
             .cpu()
         )
-
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        modules: tuple[nn.Module, ...] = (self._unet, self._text_encoder)
-        modes = [module.training for module in modules]
-        for module in modules:
-            module.eval()
-        try:
-            yield
-        finally:
-            for module, mode in zip(modules, modes, strict=True):
-                module.train(mode)
 
 
 def right_backgrounds(
