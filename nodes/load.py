@@ -1,15 +1,18 @@
-"""Choose the model that is to be taught."""
+"""Choose the model that is to be taught, once for the training and for ComfyUI's own nodes."""
 
 from __future__ import annotations
 
-from typing import get_args
+from pathlib import Path
+from typing import Any, get_args
 
 from comfy_api.latest import io  # pyright: ignore[reportMissingImports]
+from torch import Tensor
 
 from cntlora_core.diffusion.settings import JobSettings, Precision, TrainingSettings
 
+from .host import folder_paths
 from .sockets import ModelChoice, ModelSocket
-from .widgets import ADVANCED, CATEGORY, default_of, model_names, model_path
+from .widgets import ADVANCED, CATEGORY, SMALL_MODEL, default_of, model_names, model_path
 
 
 class LoadModel(io.ComfyNode):
@@ -46,7 +49,7 @@ class LoadModel(io.ComfyNode):
                     max=12,
                     extra_dict=ADVANCED,
                     tooltip="Which layer of the text encoder is read, from the last: 1 is that. "
-                    "Models of drawings often want 2 (CLIP Set Last Layer: -2).",
+                    "Models of drawings often want 2. Open Model for KSampler sets the same.",
                 ),
             ],
             outputs=[ModelSocket.Output(display_name="model", tooltip="The model to teach.")],
@@ -77,4 +80,70 @@ class LoadModel(io.ComfyNode):
         return io.NodeOutput(ModelChoice(checkpoint, model_path(checkpoint), precision, clip_skip))
 
 
-NODES = [LoadModel]
+class OpenModel(io.ComfyNode):
+    """The chosen model as ComfyUI's own MODEL, CLIP and VAE; loaded only where they are used."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CNTLoRAOpenModel",
+            display_name="Open Model for KSampler",
+            category=CATEGORY,
+            description="Opens the model that is taught for ComfyUI's own nodes, in place of Load "
+            "Checkpoint: the checkpoint is chosen once, for training and for sampling.",
+            inputs=[
+                ModelSocket.Input("model", tooltip="The chosen model, from Load SD1.5 to Teach."),
+            ],
+            outputs=[
+                io.Model.Output(display_name="MODEL", tooltip="To Apply Subject LoRA."),
+                io.Clip.Output(
+                    display_name="CLIP",
+                    tooltip="To Apply Subject LoRA; it reads the layer that clip_skip names.",
+                ),
+                io.Vae.Output(display_name="VAE", tooltip="To VAE Decode."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model: ModelChoice) -> io.NodeOutput:
+        if model.name == SMALL_MODEL:
+            raise ValueError(
+                "KSampler cannot use the small model: generate images with Generate Images "
+                "(diffusers), or choose a checkpoint of Stable Diffusion 1.5"
+            )
+        denoiser, clip, vae = _opened(model)
+        if model.clip_skip > 1:
+            clip = clip.clone()
+            clip.clip_layer(-model.clip_skip)
+        return io.NodeOutput(denoiser, clip, vae)
+
+
+def _opened(model: ModelChoice) -> tuple[Any, Any, Any]:
+    """MODEL, CLIP and VAE; of a diffusers folder from the files that the training reads."""
+    import comfy.sd  # pyright: ignore[reportMissingImports]
+
+    embeddings = folder_paths.get_folder_paths("embeddings")
+    if model.path.is_dir():
+        text_encoder = {
+            f"text_model.{name.removeprefix('text_model.')}": tensor  # transformers 5 leaves it out
+            for name, tensor in _weights(model.path, "text_encoder").items()
+        }
+        return (
+            comfy.sd.load_diffusion_model_state_dict(_weights(model.path, "unet")),
+            comfy.sd.load_text_encoder_state_dicts([text_encoder], embedding_directory=embeddings),
+            comfy.sd.VAE(sd=_weights(model.path, "vae")),
+        )
+    path = str(model.path)
+    return comfy.sd.load_checkpoint_guess_config(path, embedding_directory=embeddings)[:3]
+
+
+def _weights(folder: Path, part: str) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    from cntlora_core.diffusion.checkpoint import folder_weights
+
+    files = folder_weights(folder, part)
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+NODES = [LoadModel, OpenModel]

@@ -72,11 +72,11 @@ class ApplyLoRA(io.ComfyNode):
             description="Puts a LoRA that was just trained into a checkpoint's model and text "
             "encoder, for KSampler, without saving it first.",
             inputs=[
-                io.Model.Input("model", tooltip="From Load Checkpoint."),
+                io.Model.Input("model", tooltip="From Open Model for KSampler."),
                 io.Clip.Input(
                     "clip",
-                    tooltip="From Load Checkpoint. The LoRA changes how prompts are read, so both "
-                    "are needed.",
+                    tooltip="From Open Model for KSampler. The LoRA changes how prompts are read, "
+                    "so both are needed.",
                 ),
                 LoRASocket.Input("lora", tooltip="The LoRA."),
                 io.Float.Input(
@@ -114,9 +114,7 @@ class ApplyLoRA(io.ComfyNode):
         import comfy.sd  # pyright: ignore[reportMissingImports]
 
         if clip is None:
-            raise ValueError(
-                "there is no clip: use a checkpoint with a text encoder, as Load Checkpoint gives"
-            )
+            raise ValueError("there is no clip: use a checkpoint with a text encoder")
         tensors = dict(lora)
         patched = comfy.sd.load_lora_for_models(model, clip, tensors, strength_model, strength_clip)
         if patch_count(patched[0]) == patch_count(model):

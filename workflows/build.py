@@ -279,7 +279,7 @@ def sd15() -> Graph:
     )
     graph.add("CNTLoRASave", (1180, 40), lora=lora.out())
     graph.add("LossGraphNode", (1180, 220), loss=lora.out(1))
-    loaded = graph.add("CheckpointLoaderSimple", (800, 910), ckpt_name=CHECKPOINT)
+    loaded = graph.add("CNTLoRAOpenModel", (800, 910), model=model.out())
     applied = graph.add(
         "CNTLoRAApply", (1180, 620), model=loaded.out(), clip=loaded.out(1), lora=lora.out()
     )

@@ -472,6 +472,13 @@ def test_the_small_model_is_among_the_checkpoints(pack: Pack) -> None:
     assert pack.nodes["CNTLoRALoadModel"].validate_inputs(widgets.SMALL_MODEL) is True
 
 
+def test_the_small_model_is_refused_for_ksampler_in_words(pack: Pack) -> None:
+    small = pack.module("widgets").SMALL_MODEL
+    model = pack.run("CNTLoRALoadModel", checkpoint=small).args[0]
+    with pytest.raises(ValueError, match=r"generate images with Generate Images"):
+        pack.run("CNTLoRAOpenModel", model=model)
+
+
 def test_a_wrong_checkpoint_is_said_when_it_is_queued(pack: Pack, comfy: Path) -> None:
     from safetensors.torch import save_file
 

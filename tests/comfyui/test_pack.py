@@ -16,6 +16,7 @@ from .conftest import ROOT, Pack, load_pack
 
 NODE_IDS = (
     "CNTLoRALoadModel",
+    "CNTLoRAOpenModel",
     "CNTLoRASubject",
     "CNTLoRAClassImages",
     "CNTLoRAInitialize",
@@ -182,6 +183,13 @@ def test_both_layouts_of_a_workflow_agree_and_fit_the_nodes(pack: Pack, path: Pa
             options = getattr(widget, "options", None)
             if options and widget.id not in ("checkpoint", "lora_name"):
                 assert given[widget.id] in options, widget.id
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_workflow_has_one_choice_of_checkpoint(path: Path) -> None:
+    api = json.loads((path.parent / "api" / path.name).read_text("utf-8"))
+    choices = [n for n in api.values() if {"checkpoint", "ckpt_name"} & n["inputs"].keys()]
+    assert len(choices) == 1
 
 
 def test_there_are_four_workflows_in_both_layouts() -> None:

@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from .server import COMFYUI_PATH, ROOT, Server, number_of, workflow
+from .test_pack import NODE_IDS
 
 pytestmark = [
     pytest.mark.slow,
@@ -71,7 +72,7 @@ def test_the_pack_loads_without_a_warning(server: Server) -> None:
     assert "CNTLoRA" not in server.log
     info = server.get("/object_info")
     ours = {name: node for name, node in info.items() if name.startswith("CNTLoRA")}
-    assert len(ours) == 12
+    assert len(ours) == len(NODE_IDS)
     for node in ours.values():
         for group in ("required", "optional"):
             for name, (_, options) in node["input"].get(group, {}).items():
@@ -263,7 +264,7 @@ def test_any_folder_name_will_do_and_a_missing_package_is_one_line(tmp_path: Pat
     server = Server(tmp_path, "My pack - 1.0 (copy)")
     try:
         info = server.get("/object_info")
-        assert len([name for name in info if name.startswith("CNTLoRA")]) == 12
+        assert len([name for name in info if name.startswith("CNTLoRA")]) == len(NODE_IDS)
         assert "KSampler" in info
         (line,) = [line for line in server.log.splitlines() if "CNTLoRA" in line]
         assert "not-to-be-found>=2 (not installed)" in line

@@ -89,11 +89,11 @@ def teaching_alone(seed: int, name: str) -> dict[str, Any]:
     anew = {"training_seed": seed, "name": name, "trained_before": "train anew"}
     train = {**TAUGHT["CNTLoRATrain"], **anew}
     graph = workflow("personalise_sd15", {**TAUGHT, "CNTLoRATrain": train})
-    stock = {"CNTLoRAApply", "LossGraphNode"}
+    sampling = {"CNTLoRAOpenModel", "CNTLoRAApply"}
     ours = {
         number: node
         for number, node in graph.items()
-        if node["class_type"].startswith("CNTLoRA") and node["class_type"] not in stock
+        if node["class_type"].startswith("CNTLoRA") and node["class_type"] not in sampling
     }
     assert len(ours) == 6
     return ours
