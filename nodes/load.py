@@ -58,12 +58,12 @@ class LoadModel(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, checkpoint: str | None) -> bool | str:
         """Say at once, in words, if the file is no Stable Diffusion 1.5 model."""
-        from cntlora_core.diffusion.checkpoint import require_sd15
+        from cntlora_core.diffusion.family import family_of
 
         if checkpoint is None:  # it comes from another node, which has not run yet
             return True
         try:
-            require_sd15(model_path(checkpoint))
+            family_of(model_path(checkpoint))
         except (OSError, ValueError) as error:
             return str(error)
         return True

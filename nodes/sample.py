@@ -16,9 +16,9 @@ from .sockets import LoRAModel, LoRASocket, ModelChoice, ModelSocket
 from .widgets import ADVANCED, CATEGORY, LARGEST_SEED, lines, numbers
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
     from PIL import Image
 
+    from cntlora_core.diffusion.pipeline import Pipeline
     from cntlora_core.diffusion.sampler import LoRAUse
     from cntlora_core.diffusion.settings import SamplingSettings
 
@@ -71,7 +71,7 @@ def sampling_settings(
 
 def load_pipeline(
     model: ModelChoice, loras: list[LoRAUse], scheduler: str | None, reporter: HostReporter
-) -> StableDiffusionPipeline:
+) -> Pipeline:
     from cntlora_core.diffusion.sampler import load_for_sampling
 
     reporter("loading the model", 0, 1, {})

@@ -216,9 +216,9 @@ def train(tiny_model: Path, photo_folder: Path, tmp_path: Path, monkeypatch):
     finish = job._finish
 
     def keep(trainer, *rest):
-        kept["prediction"] = prediction(trainer.unet, trainer.text_encoder)
+        kept["prediction"] = prediction(*trainer.networks.values())
         kept["trainer"] = trainer
-        kept["exact"] = export.trained_layers(trainer.unet, trainer.text_encoder, trainer.plan)[0]
+        kept["exact"] = export.trained_layers(trainer.networks, trainer.plan)[0]
         return finish(trainer, *rest)
 
     monkeypatch.setattr(job, "_finish", keep)

@@ -67,14 +67,15 @@ class TextToNoise(nn.Module):
 
 
 def _stable_diffusion(checkpoint: Path | None, quick: bool) -> nn.Module:
-    from cntlora_core.diffusion.pipeline import SD15_CONFIGS, build_model, load_stable_diffusion
+    from cntlora_core.diffusion.family import SD15
+    from cntlora_core.diffusion.pipeline import build_model, load_stable_diffusion
 
     if checkpoint is not None:
         parts = load_stable_diffusion(checkpoint)
         return TextToNoise(parts.text_encoder, parts.unet)
     if not quick:
         return TextToNoise(
-            build_model("text_encoder", SD15_CONFIGS), build_model("unet", SD15_CONFIGS)
+            build_model("text_encoder", SD15.configs), build_model("unet", SD15.configs)
         )
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel

@@ -45,6 +45,13 @@ class Frame:
         return 1 - (right - left) / width, 1 - (bottom - top) / height
 
     @property
+    def offset(self) -> tuple[int, int]:
+        """Left and top of the part in pixels of the resized picture."""
+        whole = covering(self.picture, self.size)
+        left, top = (round(s * w / p) for s, w, p in zip(self.box, whole, self.picture))
+        return left, top
+
+    @property
     def size_text(self) -> str:
         """The size in words: "448 x 576", of a square its side."""
         width, height = self.size

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from peft import LoraConfig
 from torch import Tensor, nn
 
 from cntlora_core.adapter.inject import AdapterPlan, adapter_layers, adapter_weights, inject_adapter
+from cntlora_core.diffusion.family import UNET, Networks
 from cntlora_core.diffusion.settings import AdapterSettings
 
 if TYPE_CHECKING:
@@ -24,21 +25,17 @@ UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
-def unet_lora_config(settings: AdapterSettings) -> LoraConfig:
-    """peft's configuration for the denoiser's attention."""
-    return _lora_config(settings, UNET_TARGETS)
+def targets(component: str) -> tuple[str, ...]:
+    """What names of adapted modules end in: the attention of the denoiser or a text encoder."""
+    return UNET_TARGETS if component == UNET else TEXT_ENCODER_TARGETS
 
 
-def text_encoder_lora_config(settings: AdapterSettings) -> LoraConfig:
-    """peft's configuration for the text encoder's attention."""
-    return _lora_config(settings, TEXT_ENCODER_TARGETS)
-
-
-def _lora_config(settings: AdapterSettings, targets: Sequence[str]) -> LoraConfig:
+def lora_config(component: str, settings: AdapterSettings) -> LoraConfig:
+    """peft's configuration for the attention of the denoiser or of a text encoder."""
     return LoraConfig(
         r=settings.rank,
         lora_alpha=settings.lora_alpha,  # pyright: ignore[reportArgumentType]
-        target_modules=list(targets),
+        target_modules=list(targets(component)),
     )
 
 
@@ -54,53 +51,47 @@ def lava_config(settings: AdapterSettings) -> LavaConfig:
     )
 
 
-def inject_plan(
-    unet: nn.Module, text_encoder: nn.Module, settings: AdapterSettings, plan: Plan
-) -> dict[str, float]:
-    """Put a run's plan into its models.
+def inject_plan(networks: Networks, settings: AdapterSettings, plan: Plan) -> dict[str, float]:
+    """Put a run's plan into its networks.
 
     Returns:
         By attachment point: what rounding a rewritten base weight lost, relative to its norm.
     """
-    parts = [(unet, "unet."), (text_encoder, "text_encoder.")]
     rounding: dict[str, float] = {}
-    for model, prefix in parts:
-        part = plan.for_prefix(prefix)
+    for component, network in networks.items():
+        part = plan.for_prefix(f"{component}.")
         if not part.factors:
             continue
         if isinstance(part, AdapterPlan):
-            config = (unet_lora_config if model is unet else text_encoder_lora_config)(settings)
-            rounding |= inject_adapter(model, config, part)[1]
+            rounding |= inject_adapter(network, lora_config(component, settings), part)[1]
         else:
             from cntlora_core.lava.inject import inject_lava
 
-            rounding |= inject_lava(model, lava_config(settings), part)[1]
+            rounding |= inject_lava(network, lava_config(settings), part)[1]
     return rounding
 
 
-def trained_parameters(
-    unet: nn.Module, text_encoder: nn.Module, plan: Plan
-) -> Iterator[tuple[str, nn.Parameter]]:
+def trained_parameters(networks: Networks, plan: Plan) -> Iterator[tuple[str, nn.Parameter]]:
     """The trained tensors: ``<point>.down`` and ``.up``; with LAVA ``<point>.U``, ``.V``, ...."""
-    for prefix, model in (("unet.", unet), ("text_encoder.", text_encoder)):
+    for component, network in networks.items():
         if isinstance(plan, AdapterPlan):
-            for name, layer in adapter_layers(model).items():
+            for name, layer in adapter_layers(network).items():
                 down, up = adapter_weights(layer)
-                yield f"{prefix}{name}.down", down
-                yield f"{prefix}{name}.up", up
+                yield f"{component}.{name}.down", down
+                yield f"{component}.{name}.up", up
         else:
             from cntlora_core.lava.inject import lava_layers
 
-            for name, layer in lava_layers(model).items():
+            for name, layer in lava_layers(network).items():
                 for key, factor in layer.factors("default").items():
-                    yield f"{prefix}{name}.{key}", factor
+                    yield f"{component}.{name}.{key}", factor
 
 
-def extra_loss(unet: nn.Module, text_encoder: nn.Module, plan: Plan) -> Callable[[], Tensor] | None:
+def extra_loss(networks: Networks, plan: Plan) -> Callable[[], Tensor] | None:
     """What the adapters themselves add to the loss of a step; None where that is nothing."""
     if isinstance(plan, AdapterPlan):
         return None
     from cntlora_core.lava.orthogonality import OrthogonalityLoss
 
-    term = OrthogonalityLoss(nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}))
+    term = OrthogonalityLoss(nn.ModuleDict(networks))
     return term if term.factors and term().requires_grad else None

@@ -23,6 +23,8 @@ class TrainingData:
         class_images: The class images' latents, or None.
         class_tokens: (1, length) tokens of the class prompt, or None.
         empty_tokens: (length,) tokens of the empty prompt, which caption dropout needs.
+        photo_time_ids: (n, 6) the photos' sizes, where the model reads them.
+        class_time_ids: (1, 6) those of every class image, likewise.
     """
 
     photos: LatentSet
@@ -30,6 +32,8 @@ class TrainingData:
     class_images: LatentSet | None = None
     class_tokens: Tensor | None = None
     empty_tokens: Tensor | None = None
+    photo_time_ids: Tensor | None = None
+    class_time_ids: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -48,12 +52,14 @@ class SameShape:
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples of one shape or of several: ``timesteps`` (n,), ``tokens`` (n, length)."""
+    """Samples of one shape or of several: ``timesteps`` (n,), ``tokens`` (n, length), and
+    ``time_ids`` (n, 6) where the model reads sizes."""
 
     shapes: tuple[SameShape, ...]
     timesteps: Tensor
     tokens: Tensor
     instances: int
+    time_ids: Tensor | None = None
 
 
 def draw_batch(
@@ -84,6 +90,9 @@ def draw_batch(
     latents = [data.photos.sample(i, generator) for i in photos]
     weights = [data.photos.weights[i] for i in photos]
     tokens = [data.photo_tokens[data.photos.photo_index[i]] for i in photos]
+    sizes = data.photo_time_ids
+    if sizes is not None:
+        sizes = sizes[[data.photos.photo_index[i] for i in photos]]
     if share := training.caption_dropout:
         assert data.empty_tokens is not None
         chances = torch.rand(size, generator=_generator(training.seed, 4, step, micro))
@@ -98,9 +107,12 @@ def draw_batch(
         latents += [data.class_images.sample(i, generator) for i in others]
         weights += [None] * size
         tokens += [data.class_tokens[0]] * size
+        if sizes is not None:
+            assert data.class_time_ids is not None
+            sizes = torch.cat([sizes, data.class_time_ids.expand(size, -1)])
     shapes = _by_shape(latents, weights, generator, device)
     timesteps = torch.randint(horizon, (len(latents),), generator=generator)
-    return Batch(shapes, timesteps.to(device), torch.stack(tokens), size)
+    return Batch(shapes, timesteps.to(device), torch.stack(tokens), size, sizes)
 
 
 def _shuffled_items(count: int, start: int, size: int, seed: int, stream: int) -> Sequence[int]:

@@ -133,17 +133,6 @@ def identify(path: str | Path) -> CheckpointKind:
     return _identify_tensors(read_header(path))
 
 
-def require_sd15(path: str | Path) -> None:
-    """Checks that ``path`` holds a whole model of SD1.5's make.
-
-    Raises:
-        CheckpointError: it does not.
-    """
-    kind = identify(path)
-    if kind is not CheckpointKind.SD15:
-        raise CheckpointError(path, f"this is {kind.value}.")
-
-
 def _identify_tensors(entries: Mapping[str, TensorEntry]) -> CheckpointKind:
     kind = CheckpointKind
 
@@ -257,7 +246,7 @@ def folder_weights(folder: Path, part: str) -> list[Path]:
     Raises:
         CheckpointError: there are none, or only pickles.
     """
-    base = "model" if part == "text_encoder" else "diffusion_pytorch_model"
+    base = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
     inside = folder / part
     if not (inside / "config.json").is_file():
         raise CheckpointError(folder, f"the folder has no {part}/config.json.")
@@ -286,6 +275,3 @@ def _all_present(folder: Path, files: Iterable[Path]) -> list[Path]:
         if not file.is_file():
             raise CheckpointError(folder, f"{file.relative_to(folder)} is missing.")
     return files
-
-
-PARTS = ("unet", "vae", "text_encoder")

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from cntlora_core.diffusion.sampler import LoRAUse, apply_lora_files, generate
 from cntlora_core.diffusion.settings import SamplingSettings
 from cntlora_core.figures.sheets import comparison_sheet
 from cntlora_core.runtime.progress import Reporter, silent
+
+if TYPE_CHECKING:
+    from cntlora_core.diffusion.pipeline import Pipeline
 
 BASE_LABEL = "without a LoRA"
 LARGEST_SIDE = 256
@@ -42,7 +45,7 @@ class Comparison:
 
 
 def compare(
-    pipeline: StableDiffusionPipeline,
+    pipeline: Pipeline,
     loras: Sequence[tuple[str, LoRAUse]],
     comparison: Comparison,
     reporter: Reporter = silent,

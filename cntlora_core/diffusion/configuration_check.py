@@ -1,4 +1,4 @@
-"""Configurations that are not Stable Diffusion 1.5's own are tried on the smallest input."""
+"""Configurations that are not a family's own are tried on the smallest input."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ import torch
 
 from cntlora_core.diffusion.checkpoint import read_json
 
-SD15_CONFIGS = Path(__file__).parent / "sd15"
 _LARGEST_SAMPLE = 4096
 _NO_SHAPE = ("architectures", "dtype", "torch_dtype", "transformers_version")
 """Fields of a configuration that change nothing of what is built."""
 
 
-def is_stock(config: Path, part: str) -> bool:
-    """Whether a configuration describes SD1.5's own part, which needs no trial."""
-    stock, given = read_json(SD15_CONFIGS / part / "config.json"), read_json(config)
+def is_stock(config: Path, stock_config: Path) -> bool:
+    """Whether a configuration describes the family's own part, which needs no trial."""
+    stock, given = read_json(stock_config), read_json(config)
     return all(
         stock.get(key) == value
         for key, value in given.items()
@@ -36,7 +35,7 @@ def require_working(part: str, model: Any) -> None:
     weight = next(model.parameters())
     new = functools.partial(torch.zeros, device=weight.device, dtype=weight.dtype)
     with torch.no_grad():
-        if part == "text_encoder":
+        if part.startswith("text_encoder"):
             length = model.config.max_position_embeddings
             model(torch.zeros(1, length, dtype=torch.long, device=weight.device))
             return

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from torch import nn
-
 from cntlora_core.adapter.inject import AdapterPlan
+from cntlora_core.diffusion.family import Networks
 from cntlora_core.diffusion.settings import OutputSettings, torch_dtype
 from cntlora_core.lora_file.algebra import (
     alpha_for,
@@ -19,6 +18,7 @@ from cntlora_core.lora_file.algebra import (
     truncate,
     without_mid,
 )
+from cntlora_core.lora_file.names import TEXT_MODEL
 from cntlora_core.lora_file.writing import (
     LoRALayer,
     LoRALayers,
@@ -30,7 +30,7 @@ from cntlora_core.runtime.thread_pool import map_in_threads
 
 if TYPE_CHECKING:
     from cntlora_core.diffusion.adapters import Plan
-    from cntlora_core.lava.factors import LavaPlan
+    from cntlora_core.lava.factors import LavaFactors, LavaPlan
 
 Value = TypeVar("Value")
 
@@ -77,9 +77,7 @@ class ExportReport:
         return f"the LoRA file is {ranks}; relative error with rounding {self.relative_error:.2e}"
 
 
-def trained_layers(
-    unet: nn.Module, text_encoder: nn.Module, plan: Plan
-) -> tuple[LoRALayers, dict[str, int]]:
+def trained_layers(networks: Networks, plan: Plan) -> tuple[LoRALayers, dict[str, int]]:
     """What the adapters add to the stock checkpoint, exactly, and the ranks that were trained.
 
     Where the frozen weight became ``W - s B0 A0`` the initialisation is subtracted, which doubles
@@ -88,10 +86,11 @@ def trained_layers(
     if not isinstance(plan, AdapterPlan):
         from cntlora_core.lava.image_file import lora_layers
 
-        return lora_layers(_lava_factors(unet, text_encoder, plan)), _canonical(plan.ranks)
-    layers = collect_adapter(unet, prefix="unet")
-    if plan.for_prefix("text_encoder.").factors:
-        layers |= collect_adapter(text_encoder, prefix="text_encoder")
+        return lora_layers(_lava_factors(networks, plan)), _canonical(plan.ranks)
+    layers: LoRALayers = {}
+    for component, network in networks.items():
+        if plan.for_prefix(f"{component}.").factors:
+            layers |= collect_adapter(network, prefix=component)
     ranks = {name: layer.rank for name, layer in layers.items()}
     if plan.rewrites_base:
         layers = subtract_initial_layers(layers, _initial_layers(plan))
@@ -99,8 +98,7 @@ def trained_layers(
 
 
 def export_lora(
-    unet: nn.Module,
-    text_encoder: nn.Module,
+    networks: Networks,
     plan: Plan,
     path: Path,
     settings: OutputSettings,
@@ -118,7 +116,7 @@ def export_lora(
     other layouts, which know no mid, it is contracted into the down kernel, at the same rank and
     exactly. So it is where an initialisation was subtracted, if the file is not truncated.
     """
-    exact, trained_ranks = trained_layers(unet, text_encoder, plan)
+    exact, trained_ranks = trained_layers(networks, plan)
     doubled = [name for name, layer in exact.items() if layer.rank > trained_ranks[name]]
     balanced = map_in_threads(lambda name: balance(exact[name]), doubled, progress)
     layers = exact | dict(zip(doubled, balanced, strict=True))
@@ -127,7 +125,7 @@ def export_lora(
         if isinstance(plan, AdapterPlan):
             small = {name: truncate(layer, trained_ranks[name]) for name, layer in layers.items()}
         else:
-            small = _lava_compressed(unet, text_encoder, plan, trained_ranks, progress)
+            small = _lava_compressed(networks, plan, trained_ranks, progress)
         lost = total_relative_error(small, exact)
         if lost <= TRUNCATION_BOUND:
             layers = small
@@ -157,23 +155,24 @@ def export_lora(
     return report
 
 
-def _lava_factors(unet: nn.Module, text_encoder: nn.Module, plan: LavaPlan):
+def _lava_factors(networks: Networks, plan: LavaPlan) -> dict[str, LavaFactors]:
     from cntlora_core.lava.image_file import collect_lava
 
-    found = collect_lava(unet, plan.for_prefix("unet."), "unet")
-    return found | collect_lava(text_encoder, plan.for_prefix("text_encoder."), "text_encoder")
+    found = {}
+    for component, network in networks.items():
+        found |= collect_lava(network, plan.for_prefix(f"{component}."), component)
+    return found
 
 
 def _lava_compressed(
-    unet: nn.Module,
-    text_encoder: nn.Module,
+    networks: Networks,
     plan: LavaPlan,
     ranks: Mapping[str, int],
     progress: Callable[[int, int], None] | None,
 ) -> LoRALayers:
     from cntlora_core.lava.image_file import lora_layers, with_trained_rank
 
-    found = _lava_factors(unet, text_encoder, plan)
+    found = _lava_factors(networks, plan)
     names = list(found)
     smaller = map_in_threads(lambda n: with_trained_rank(found[n], ranks[n]), names, progress)
     return lora_layers(dict(zip(names, smaller, strict=True)))
@@ -189,7 +188,4 @@ def _initial_layers(plan: AdapterPlan) -> LoRALayers:
 
 
 def _canonical(by_name: Mapping[str, Value]) -> dict[str, Value]:
-    return {
-        name.replace("text_encoder.text_model.", "text_encoder."): value
-        for name, value in by_name.items()
-    }
+    return {name.replace(f".{TEXT_MODEL}", "."): value for name, value in by_name.items()}

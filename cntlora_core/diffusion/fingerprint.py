@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from cntlora_core.diffusion.checkpoint import PARTS, folder_weights
+from cntlora_core.diffusion.checkpoint import folder_weights
+from cntlora_core.diffusion.family import family_of
 from cntlora_core.runtime.files import user_cache, write_json_atomic
 from cntlora_core.runtime.progress import Reporter, silent
 
@@ -33,13 +34,14 @@ def fingerprint_model(path: str | Path, reporter: Reporter = silent) -> str:
         reporter: Told the megabytes read, where that takes more than two seconds.
 
     Raises:
-        CheckpointError: a part of the folder is missing.
+        CheckpointError: it is no model of a known family, or a part of the folder is missing.
     """
     path = Path(path)
+    family = family_of(path)
     if not path.is_dir():
         return fingerprint_files([path], reporter)
-    used = {file for part in PARTS for file in folder_weights(path, part)}
-    used |= {path / part / "config.json" for part in PARTS}
+    used = {file for part in family.parts for file in folder_weights(path, part)}
+    used |= {path / part / "config.json" for part in family.parts}
     return fingerprint_files(sorted(used), reporter)
 
 

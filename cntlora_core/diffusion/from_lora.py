@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import nn
-
+from cntlora_core.diffusion.family import Networks
 from cntlora_core.diffusion.fingerprint import fingerprint_files
 from cntlora_core.diffusion.settings import AdapterSettings
 from cntlora_core.layers.attachment import AttachmentPoint, attachment_point
 from cntlora_core.lora_file.find_lora import find_lora
-from cntlora_core.lora_file.names import TEXT_ENCODER, TEXT_MODEL, UNET
+from cntlora_core.lora_file.names import TEXT_MODEL, UNET
 from cntlora_core.lora_file.reading import (
     PEFT_CONFIG,
     LoRALayers,
@@ -51,7 +50,7 @@ def layers_to_go_on_from(settings: AdapterSettings) -> LoRALayers:
     layers = read_lora_file(path).layers
     if not any(name.startswith(f"{UNET}.") for name in layers):
         raise ValueError(f"{path} changes nothing of the UNet: a training cannot go on from it")
-    texts = [name for name in layers if name.startswith(f"{TEXT_ENCODER}.")]
+    texts = [name for name in layers if not name.startswith(f"{UNET}.")]
     if texts and not settings.train_text_encoder:
         raise ValueError(
             f"{path} changes {len(texts)} layers of the text encoder, which would be lost: leave "
@@ -73,13 +72,12 @@ def layers_to_go_on_from(settings: AdapterSettings) -> LoRALayers:
 
 
 def points_of_layers(
-    unet: nn.Module, text_encoder: nn.Module, layers: LoRALayers, source: str
+    networks: Networks, layers: LoRALayers, source: str
 ) -> tuple[list[AttachmentPoint], LoRALayers]:
-    """Where each layer of a LoRA belongs: attachment points of both models, layers by their names.
+    """Where each layer of a LoRA belongs: attachment points of the networks, layers by their names.
 
     Args:
-        unet: The denoiser; its points have the prefix ``unet.``.
-        text_encoder: The text encoder, likewise.
+        networks: Denoiser and text encoders.
         layers: By canonical names.
         source: What messages call the LoRA.
 
@@ -91,9 +89,9 @@ def points_of_layers(
         ValueError: for any other layer that the models lack.
     """
     modules = {
-        f"{prefix}.{name.removeprefix(TEXT_MODEL)}": (f"{prefix}.{name}", module)
-        for prefix, model in ((UNET, unet), (TEXT_ENCODER, text_encoder))
-        for name, module in model.named_modules()
+        f"{component}.{name.removeprefix(TEXT_MODEL)}": (f"{component}.{name}", module)
+        for component, network in networks.items()
+        for name, module in network.named_modules()
     }
     missing = [n for n, layer in layers.items() if n not in modules and layer.up.any()]
     if missing:

@@ -1,26 +1,18 @@
-"""Initialise a diffusion adapter from data: noised photos through text encoder and denoiser."""
+"""Initialise a diffusion adapter from data: noised photos through text encoders and denoiser."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
-from cntlora_core.data.captions import encode_prompts
 from cntlora_core.data.latents import LatentSet
-from cntlora_core.diffusion.adapters import (
-    TEXT_ENCODER_TARGETS,
-    UNET_TARGETS,
-    Plan,
-    lava_config,
-    text_encoder_lora_config,
-    unet_lora_config,
-)
+from cntlora_core.diffusion.adapters import Plan, lava_config, lora_config
+from cntlora_core.diffusion.family import UNET, Family, Networks, predict
 from cntlora_core.diffusion.from_lora import layers_to_go_on_from, points_of_layers
 from cntlora_core.diffusion.objective import sample_errors, training_target
 from cntlora_core.diffusion.settings import AdapterSettings
@@ -32,28 +24,29 @@ from cntlora_core.runtime.seeds import torch_seed
 
 
 def diffusion_attachment_points(
-    unet: nn.Module, text_encoder: nn.Module, settings: AdapterSettings
+    networks: Networks, family: Family, settings: AdapterSettings
 ) -> list[AttachmentPoint]:
-    """Points of both models under the prefixes ``unet.`` and ``text_encoder.``."""
-    points = find_attachment_points(unet, unet_lora_config(settings), "unet.")
-    if settings.train_text_encoder:
-        points += find_attachment_points(
-            text_encoder, text_encoder_lora_config(settings), "text_encoder."
-        )
-    return points
+    """Points of the networks, each name beginning with its component's."""
+    points = []
+    for component in networks if settings.train_text_encoder else (UNET,):
+        config = lora_config(component, settings)
+        points += find_attachment_points(networks[component], config, f"{component}.")
+    unread = family.unread(networks)
+    return [point for point in points if not point.name.startswith(unread)]
 
 
 @dataclass(frozen=True)
 class NoisedBatch:
     """One forward pass: noised latents (n, c, h, w), timesteps (n,) and prompt tokens (n, length);
     ``target`` (n, c, h, w) is what the denoiser is to predict, ``weights`` (n, h, w) what each
-    latent counts in the loss, or None."""
+    latent counts in the loss, or None, ``time_ids`` (n, 6) the sizes that it reads, or None."""
 
     latents: Tensor
     timesteps: Tensor
     tokens: Tensor
     target: Tensor
     weights: Tensor | None = None
+    time_ids: Tensor | None = None
 
 
 class NoisedPhotos:
@@ -71,8 +64,10 @@ class NoisedPhotos:
         *,
         passes: int,
         seed: int,
+        time_ids: Tensor | None = None,
     ) -> None:
         self._latents, self._tokens, self._scheduler = latents, tokens, noise_scheduler
+        self._time_ids = time_ids
         self._passes, self._seed = passes, seed
 
     def __len__(self) -> int:
@@ -94,49 +89,56 @@ class NoisedPhotos:
             target = training_target(self._scheduler, latent, noise, timestep)
             weights = self._latents.weights[photo]
             weights = None if weights is None else weights[None]
-            yield NoisedBatch(noised, timestep, self._tokens[photo][None], target, weights)
+            sizes = None if self._time_ids is None else self._time_ids[photo][None]
+            yield NoisedBatch(noised, timestep, self._tokens[photo][None], target, weights, sizes)
 
 
 def plan_adapter(
-    unet: nn.Module,
-    text_encoder: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    networks: Networks,
+    family: Family,
     noise_scheduler: Any,
     latents: LatentSet,
-    prompts: Sequence[str],
+    tokens: Tensor,
     settings: AdapterSettings,
     *,
+    time_ids: Tensor | None = None,
     seed: int = 0,
     reporter: Reporter = silent,
 ) -> tuple[Plan, InitializationReport | None]:
-    """Plan the adapter of both models under one rank budget, on the base models as they are.
+    """Plan the adapter of all networks under one rank budget, on the base models as they are.
 
     Args:
-        unet: The denoiser, frozen.
-        text_encoder: The text encoder, frozen.
-        tokenizer: Its tokenizer.
+        networks: Denoiser and text encoders, frozen.
+        family: What they are.
         noise_scheduler: The training noise schedule.
         latents: The photos, encoded.
-        prompts: One for each photo.
+        tokens: (n, length) prompt tokens, one row for each photo.
         settings: Method, rank and so on.
+        time_ids: (n, 6) the photos' sizes, where the family reads them.
         seed: Seed of timesteps and noise.
 
     Returns:
         The plan, and a report (None for the plain initialisation, which reads nothing).
     """
     method = get_method(settings.method)
-    tokens = encode_prompts(prompts, tokenizer).input_ids
-    batches = NoisedPhotos(latents, tokens, noise_scheduler, passes=settings.init_passes, seed=seed)
-    models = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
+    batches = NoisedPhotos(
+        latents,
+        tokens,
+        noise_scheduler,
+        passes=settings.init_passes,
+        seed=seed,
+        time_ids=time_ids,
+    )
+    models, unet = nn.ModuleDict(networks), networks[UNET]
     parameter = next(unet.parameters())
 
     def forward(_models: nn.Module, batch: NoisedBatch) -> Tensor:
-        states = text_encoder(batch.tokens.to(parameter.device))[0]
-        return unet(
+        return predict(
+            unet,
             batch.latents.to(parameter.device, parameter.dtype),
             batch.timesteps.to(parameter.device),
-            encoder_hidden_states=states,
-        ).sample
+            family.encode(networks, batch.tokens, batch.time_ids),
+        )
 
     def loss(models: nn.Module, batch: NoisedBatch) -> Tensor:
         predicted, target = forward(models, batch).float(), batch.target.to(parameter.device)
@@ -152,7 +154,7 @@ def plan_adapter(
 
         plan, report = plan_lava(
             models,
-            lava_modules(unet, text_encoder, settings, UNET_TARGETS, TEXT_ENCODER_TARGETS),
+            lava_modules(networks, family, settings),
             None if method.name == "lora" else batches,
             lava_config(settings),
             dataclasses.replace(settings.cntlora, seed=settings.cntlora.seed + seed),
@@ -164,12 +166,12 @@ def plan_adapter(
         assert method.plan is not None
         lora, note = None, ""
         if settings.from_lora is None:
-            points = diffusion_attachment_points(unet, text_encoder, settings)
+            points = diffusion_attachment_points(networks, family, settings)
         else:
             layers = layers_to_go_on_from(settings)
-            points, lora = points_of_layers(unet, text_encoder, layers, settings.from_lora)
+            points, lora = points_of_layers(networks, layers, settings.from_lora)
             note = f"goes on from {settings.from_lora}"
-            if not any(point.name.startswith("text_encoder.") for point in points):
+            if all(point.name.startswith(f"{UNET}.") for point in points):
                 note += ", which leaves the text encoder as it is"
         request = InitializationRequest(
             model=models,

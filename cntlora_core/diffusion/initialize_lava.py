@@ -4,30 +4,27 @@ from __future__ import annotations
 
 from torch import nn
 
+from cntlora_core.diffusion.adapters import targets
+from cntlora_core.diffusion.family import UNET, Family, Networks
 from cntlora_core.diffusion.settings import AdapterSettings
 from cntlora_core.lava.layer import check_adaptable
 
 
 def lava_modules(
-    unet: nn.Module,
-    text_encoder: nn.Module,
-    settings: AdapterSettings,
-    unet_targets: tuple[str, ...],
-    text_encoder_targets: tuple[str, ...],
+    networks: Networks, family: Family, settings: AdapterSettings
 ) -> dict[str, nn.Module]:
-    """What gets an adapter, under the prefixes ``unet.`` and ``text_encoder.``."""
-
-    def chosen(model: nn.Module, prefix: str, targets: tuple[str, ...], convolutions: bool):
-        endings = tuple(f".{target}" for target in targets)
-        return {
-            prefix + name: module
-            for name, module in model.named_modules()
+    """What gets an adapter, by component and path."""
+    modules = {}
+    for component in networks if settings.train_text_encoder else (UNET,):
+        endings = tuple(f".{target}" for target in targets(component))
+        convolutions = component == UNET and settings.convolutions
+        modules |= {
+            f"{component}.{name}": module
+            for name, module in networks[component].named_modules()
             if name.endswith(endings) or (convolutions and isinstance(module, nn.Conv2d))
         }
-
-    modules = chosen(unet, "unet.", unet_targets, settings.convolutions)
-    if settings.train_text_encoder:
-        modules |= chosen(text_encoder, "text_encoder.", text_encoder_targets, False)
+    unread = family.unread(networks)
+    modules = {name: m for name, m in modules.items() if not name.startswith(unread)}
     for name, module in modules.items():
         check_adaptable(name, module)
     return modules

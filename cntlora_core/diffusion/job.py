@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import StableDiffusionPipeline
 
 from cntlora_core.data.photos import PhotoSet
 from cntlora_core.diffusion.export import ExportReport, export_lora
+from cntlora_core.diffusion.family import Networks
 from cntlora_core.diffusion.from_lora import fingerprint_from_lora
 from cntlora_core.diffusion.packages import require_packages
 from cntlora_core.diffusion.pipeline import StableDiffusionParts, load_stable_diffusion
@@ -62,6 +62,9 @@ from cntlora_core.runtime.modes import evaluating
 from cntlora_core.runtime.progress import Reporter, silent, stage_progress
 from cntlora_core.runtime.threads import threads, threads_for
 
+if TYPE_CHECKING:
+    from cntlora_core.diffusion.pipeline import Pipeline
+
 
 @dataclass
 class _Run:
@@ -96,7 +99,7 @@ def personalise(
     overwrite: bool = False,
     reporter: Reporter = silent,
 ) -> JobResult:
-    """Teach a Stable Diffusion 1.5 model a subject.
+    """Teach a Stable Diffusion model a subject.
 
     Args:
         settings: All there is to decide.
@@ -191,7 +194,7 @@ def _personalise(
     data = training_data(encoded, others)
     seed = training.seed if initialization is None else initialization.seed
     identity = run_identity(parts.fingerprint, subject, class_photos, seed, from_lora)
-    model, unet, text_encoder = ModelFacts.of(parts), parts.unet, parts.text_encoder
+    model, networks, family = ModelFacts.of(parts), parts.networks, parts.family
     noise_scheduler = parts.noise_scheduler
     preview = parts.pipeline() if training.sample_prompts else None
 
@@ -218,8 +221,8 @@ def _personalise(
     save_image(sheet, folder / PHOTOS_NAME)
 
     trainer = SubjectTrainer(
-        unet,
-        text_encoder,
+        networks,
+        family,
         noise_scheduler,
         plan,
         data,
@@ -252,8 +255,7 @@ def _personalise(
     def export(path: Path) -> ExportReport:
         stem = path.name if settings.output.layout == "peft" else path.stem
         return export_lora(
-            unet,
-            text_encoder,
+            networks,
             plan,
             path,
             settings.output,
@@ -265,7 +267,7 @@ def _personalise(
     keep = _snapshooter(export, settings, folder, target)
     trackers = Trackers(settings, folder, target.stem)
     run.end.callback(trackers.finish)
-    show = _previewer(preview, settings, folder, trackers, reporter)
+    show = _previewer(preview, networks, settings, folder, trackers, reporter)
 
     def after_step(step: int) -> None:
         record = trainer.history[-1]
@@ -361,7 +363,8 @@ def _snapshooter(
 
 
 def _previewer(
-    pipeline: StableDiffusionPipeline | None,
+    pipeline: Pipeline | None,
+    networks: Networks,
     settings: JobSettings,
     folder: Path,
     trackers: Trackers,
@@ -381,7 +384,7 @@ def _previewer(
             seed=training.seed,
         )
         prompts, stage = training.sample_prompts, "generating samples"
-        with evaluating(pipeline.unet, pipeline.text_encoder):
+        with evaluating(*networks.values()):
             pictures = generate(pipeline, prompts, sampling, reporter=reporter, stage=stage)
         samples = folder_within(folder, SAMPLES_NAME)
         names = sample_names(step, prompts)

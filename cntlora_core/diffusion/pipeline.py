@@ -1,4 +1,4 @@
-"""The parts of a Stable Diffusion 1.5 model, from a single file, a diffusers folder or the hub.
+"""The parts of a Stable Diffusion model, from a single file, a diffusers folder or the hub.
 
 Weights are read tensor by tensor into memory of their own, in the wanted dtype: the peak is the
 model plus one tensor. (Mapping the file, as the stock loaders do, holds up to two models, and the
@@ -10,25 +10,22 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import diffusers
 import torch
+import transformers
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from cntlora_core.diffusion.checkpoint import (
-    PARTS,
-    CheckpointError,
-    folder_weights,
-    read_json,
-    require_sd15,
-)
-from cntlora_core.diffusion.configuration_check import SD15_CONFIGS, is_stock, require_working
+from cntlora_core.data.captions import EncodedPrompts, encode_prompts
+from cntlora_core.diffusion.checkpoint import CheckpointError, folder_weights, read_json
+from cntlora_core.diffusion.configuration_check import is_stock, require_working
+from cntlora_core.diffusion.family import SD15, UNET, Family, Networks, family_of, text_layers
 from cntlora_core.diffusion.fingerprint import fingerprint_model
 from cntlora_core.diffusion.settings import SchedulerName
 from cntlora_core.diffusion.weights import fill_from_files, names_in_file
@@ -37,7 +34,9 @@ from cntlora_core.runtime.progress import Reporter, silent
 from cntlora_core.runtime.reading import reading, user_path
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+    Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
 
 _SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
@@ -65,12 +64,11 @@ class StableDiffusionParts:
     """A Stable Diffusion model, frozen and in eval mode.
 
     Attributes:
-        unet: predicts noise from latents (n, in_channels, h, w), timesteps (n,) and text states
-            (n, tokens, cross_attention_dim).
+        family: what kind of model it is, and how it reads prompts.
+        networks: the denoiser and the text encoders, by component.
         vae: images (n, 3, H, W) in [-1, 1] to latents (n, in_channels, H / latent_scale,
             W / latent_scale), and back; float32, since half precision spoils what it encodes.
-        text_encoder: token ids (n, tokens) to text states.
-        tokenizer: prompts to token ids.
+        tokenizers: prompts to token ids, one for each text encoder.
         noise_scheduler: the noise schedule for training, made from ``scheduler_config``.
         scheduler_config: the model's own sampler settings; every scheduler made here honours its
             noise schedule and prediction type.
@@ -79,14 +77,39 @@ class StableDiffusionParts:
             ``fingerprint_files``.
     """
 
-    unet: UNet2DConditionModel
+    family: Family
+    networks: dict[str, Any]
     vae: AutoencoderKL
-    text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer
+    tokenizers: tuple[CLIPTokenizer, ...]
     noise_scheduler: DDPMScheduler
     scheduler_config: dict[str, Any]
     source: str
     fingerprint: str
+
+    @property
+    def unet(self) -> UNet2DConditionModel:
+        """Predicts noise from latents (n, in_channels, h, w), timesteps (n,) and what the family
+        makes of prompts, text states (n, tokens, cross_attention_dim) among it."""
+        return self.networks[UNET]
+
+    @property
+    def text_encoder(self) -> CLIPTextModel:
+        """The first text encoder: token ids (n, tokens) to text states."""
+        return self.networks["text_encoder"]
+
+    @property
+    def tokenizer(self) -> CLIPTokenizer:
+        """The first tokenizer."""
+        return self.tokenizers[0]
+
+    def tokens(self, prompts: Sequence[str]) -> EncodedPrompts:
+        """Token ids of prompts (n, length), those of each tokenizer one after another.
+
+        Raises:
+            TypeError: as :func:`~cntlora_core.data.captions.encode_prompts`.
+        """
+        encoded = [encode_prompts(prompts, tokenizer) for tokenizer in self.tokenizers]
+        return replace(encoded[0], input_ids=torch.cat([e.input_ids for e in encoded], dim=1))
 
     @property
     def latent_scale(self) -> int:
@@ -95,10 +118,10 @@ class StableDiffusionParts:
 
     @property
     def default_resolution(self) -> int:
-        """Side of the image in pixels that the model was trained for: 512 for SD1.5."""
+        """Side of the image in pixels that the model was trained for, 512 for SD1.5."""
         return self.unet.config["sample_size"] * self.latent_scale
 
-    def pipeline(self, scheduler: SchedulerName | None = None) -> StableDiffusionPipeline:
+    def pipeline(self, scheduler: SchedulerName | None = None) -> Pipeline:
         """A stock pipeline for sampling that shares these modules, with a scheduler of its own.
 
         Its VAE has the UNet's dtype, as stock pipelines need it: a copy where that is not float32.
@@ -109,8 +132,6 @@ class StableDiffusionParts:
         Raises:
             ValueError: there is no sampler of that name.
         """
-        from diffusers import StableDiffusionPipeline  # slow to import, and chatty
-
         if scheduler is None:
             name, settings = self.scheduler_config["_class_name"], {}
         elif scheduler in _SCHEDULERS:
@@ -122,15 +143,13 @@ class StableDiffusionParts:
         vae: Any = self.vae
         if vae.dtype != self.unet.dtype:
             vae = torch.nn.Module.to(copy.deepcopy(vae), self.unet.dtype)
-        pipeline = StableDiffusionPipeline(
+        family = self.family
+        pipeline = getattr(diffusers, family.pipeline)(  # slow to import, and chatty
             vae=vae,
-            text_encoder=self.text_encoder,
-            tokenizer=self.tokenizer,
-            unet=self.unet,
+            **self.networks,
+            **dict(zip(family.tokenizers, self.tokenizers, strict=True)),
             scheduler=_scheduler(name, self.scheduler_config, settings),
-            safety_checker=None,  # pyright: ignore[reportArgumentType]
-            feature_extractor=None,  # pyright: ignore[reportArgumentType]
-            requires_safety_checker=False,
+            **family.pipeline_options,
         )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
@@ -145,14 +164,14 @@ def load_stable_diffusion(
     local_files_only: bool | None = None,
     reporter: Reporter = silent,
 ) -> StableDiffusionParts:
-    """Loads a model of SD1.5's make, frozen and in eval mode.
+    """Loads a model of a known family, frozen and in eval mode.
 
     Args:
         model: a ``.safetensors`` file in the original layout, a diffusers folder (full precision or
             fp16 files), or a hub id (``owner/name``). What exists on disk is never looked up on the
             hub, and loading it touches no network.
-        dtype: of UNet and text encoder; the VAE is float32.
-        device: of all three parts.
+        dtype: of UNet and text encoders; the VAE is float32.
+        device: of all parts.
         clip_skip: which layer of the text encoder is its last; those behind it are left away, and
             the fingerprint says so.
         local_files_only: for a hub id, use what is in the hub's cache and no network; by default
@@ -160,40 +179,46 @@ def load_stable_diffusion(
         reporter: told of the reading of the weights for their fingerprint, where that takes long.
 
     Raises:
-        CheckpointError: what was given is not a model of SD1.5's make; the message says what it is.
+        CheckpointError: what was given is no model of a known family; the message says what it is.
         ValueError: the text encoder has fewer layers than are left away.
     """
     path = _locate(model, local_files_only)
-    require_sd15(path)
-    configs = path if path.is_dir() else SD15_CONFIGS
+    family = family_of(path)
     parts = load_parts(
-        path, configs, source=str(model), dtype=dtype, device=device, reporter=reporter
+        path,
+        path if path.is_dir() else family.configs,
+        family,
+        source=str(model),
+        dtype=dtype,
+        device=device,
+        reporter=reporter,
     )
-    skip_last_layers(parts.text_encoder, clip_skip)
+    skip_last_layers(parts.networks, clip_skip)
     name = parts.fingerprint if clip_skip == 1 else f"{parts.fingerprint}-clip-skip-{clip_skip}"
     return replace(parts, fingerprint=name)
 
 
-def skip_last_layers(text_encoder: CLIPTextModel, clip_skip: int) -> None:
-    """Take layers from a text encoder's end, so that its final norm reads one before them.
+def skip_last_layers(networks: Networks, clip_skip: int) -> None:
+    """Take layers from the text encoder's end, so that its final norm reads one before them.
 
     Pipelines of diffusers have an argument of that name, which leaves negative prompts as they are.
 
     Args:
-        text_encoder: Changed in place.
+        networks: With the text encoder, which is changed in place.
         clip_skip: Which layer becomes the last, counted from the end; 1 changes nothing.
 
     Raises:
         ValueError: No layer would be left.
     """
-    encoder: Any = next(m for m in text_encoder.modules() if hasattr(m, "layers"))
-    kept = len(encoder.layers) - clip_skip + 1
+    text_encoder = networks["text_encoder"]
+    path, layers = text_layers(text_encoder)
+    kept = len(layers) - clip_skip + 1
     if kept < 1:
         raise ValueError(
-            f"clip_skip={clip_skip} leaves no layer of the text encoder's {len(encoder.layers)}: "
-            f"use at most {len(encoder.layers)}"
+            f"clip_skip={clip_skip} leaves no layer of the text encoder's {len(layers)}: "
+            f"use at most {len(layers)}"
         )
-    encoder.layers = encoder.layers[:kept]
+    text_encoder.get_submodule(path.rpartition(".")[0]).layers = layers[:kept]
     text_encoder.config.num_hidden_layers = kept
 
 
@@ -204,13 +229,13 @@ def model_fingerprint(model: str | Path, reporter: Reporter = silent) -> str:
         CheckpointError: what was given is not there, or no model.
     """
     path = _locate(model, None)
-    require_sd15(path)
     return fingerprint_model(path, reporter)
 
 
 def load_parts(
     path: Path,
     configs: Path,
+    family: Family = SD15,
     *,
     source: str,
     dtype: torch.dtype = torch.float32,
@@ -225,68 +250,72 @@ def load_parts(
         CheckpointError: weights are missing or have other shapes.
     """
     models = {}
-    for part in PARTS:
+    for part in family.parts:
         files = folder_weights(path, part) if path.is_dir() else [path]
         described = configs / part / "config.json"
-        what = f"the configuration of a {_NAMES[part]}"
+        what = f"the configuration of a {_NAMES.get(part, _NAMES['text_encoder'])}"
         with reading(described, what, _OTHER_MODEL), init_empty_weights():
-            models[part] = build_model(part, configs)
+            models[part] = build_model(part, configs, family)
         names = names_in_file(path, part, models[part].config)
         fill_from_files(
             models[part], files, names, torch.float32 if part == "vae" else dtype, device
         )
-        if not is_stock(described, part):
+        if not is_stock(described, family.configs / part / "config.json"):
             with reading(described, what, _OTHER_MODEL):
                 require_working(part, models[part].eval())
-    return assemble(
-        **models, configs=configs, source=source, fingerprint=fingerprint_model(path, reporter)
-    )
+    fingerprint = fingerprint_model(path, reporter)
+    return assemble(models, configs, family, source=source, fingerprint=fingerprint)
 
 
 def assemble(
-    unet: UNet2DConditionModel,
-    vae: AutoencoderKL,
-    text_encoder: CLIPTextModel,
+    models: Mapping[str, Any],
     configs: Path,
+    family: Family = SD15,
     *,
     source: str,
     fingerprint: str,
 ) -> StableDiffusionParts:
-    """Freezes the models and adds the tokenizer and the noise schedule of the folder ``configs``.
+    """Freezes the models and adds the tokenizers and the noise schedule of the folder ``configs``.
 
     Raises:
         CheckpointError: the parts do not fit together, or a file is missing.
     """
-    wants, gives = unet.config["cross_attention_dim"], text_encoder.config.hidden_size
+    unet, vae = models[UNET], models["vae"]
+    encoders = [models[name] for name in family.text_encoders]
+    wants = unet.config["cross_attention_dim"]
+    gives = sum(encoder.config.hidden_size for encoder in encoders)
     if wants != gives:
+        make = "text encoder makes" if len(encoders) == 1 else "text encoders make"
         raise CheckpointError(
-            source, f"the UNet reads text states of width {wants}, the text encoder makes {gives}."
+            source, f"the UNet reads text states of width {wants}, the {make} {gives}."
         )
     wants, gives = unet.config["in_channels"], vae.config["latent_channels"]
     if wants != gives:
         raise CheckpointError(
             source, f"the UNet reads {wants} latent channels, the VAE makes {gives}."
         )
-    words = configs / "tokenizer"
-    if not (words / "tokenizer.json").is_file() and not (
-        (words / "vocab.json").is_file() and (words / "merges.txt").is_file()
-    ):
-        raise CheckpointError(
-            configs, "tokenizer/ has neither vocab.json and merges.txt nor tokenizer.json."
-        )
     schedule = configs / "scheduler" / "scheduler_config.json"
     scheduler_config = read_json(schedule)
     with reading(schedule, "the settings of a scheduler", _OTHER_MODEL):
         noise_scheduler = _noise_scheduler(scheduler_config)
-    with reading(words, "a tokenizer of CLIP's make", _OTHER_MODEL):
-        tokenizer = _tokenizer(words, text_encoder.config)
-    for model in (unet, vae, text_encoder):
+    tokenizers = []
+    for name, encoder in zip(family.tokenizers, encoders, strict=True):
+        words = configs / name
+        if not (words / "tokenizer.json").is_file() and not (
+            (words / "vocab.json").is_file() and (words / "merges.txt").is_file()
+        ):
+            raise CheckpointError(
+                configs, f"{name}/ has neither vocab.json and merges.txt nor tokenizer.json."
+            )
+        with reading(words, "a tokenizer of CLIP's make", _OTHER_MODEL):
+            tokenizers.append(_tokenizer(words, encoder.config))
+    for model in models.values():
         model.requires_grad_(False).eval()
     return StableDiffusionParts(
-        unet=unet,
+        family=family,
+        networks={UNET: unet, **{name: models[name] for name in family.text_encoders}},
         vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
+        tokenizers=tuple(tokenizers),
         noise_scheduler=noise_scheduler,
         scheduler_config=scheduler_config,
         source=source,
@@ -335,7 +364,7 @@ def _tokenizer(folder: Path, config: CLIPTextConfig) -> CLIPTokenizer:
     return tokenizer
 
 
-def build_model(part: str, configs: Path) -> Any:
+def build_model(part: str, configs: Path, family: Family = SD15) -> Any:
     """The model that ``configs/<part>/config.json`` describes, freshly initialised."""
     config = read_json(configs / part / "config.json")
     for key, value in config.items():
@@ -349,8 +378,9 @@ def build_model(part: str, configs: Path) -> Any:
     types, widths = config.get("down_block_types"), config.get("block_out_channels")
     if part == "vae" and types is not None and widths is not None and len(types) != len(widths):
         raise ValueError("down_block_types and block_out_channels must have the same length")
-    if part == "text_encoder":
-        return CLIPTextModel(CLIPTextConfig.from_dict(config))
+    if part in family.text_encoders:
+        make = getattr(transformers, family.text_encoders[part])
+        return make(CLIPTextConfig.from_dict(config))
     kind = UNet2DConditionModel if part == "unet" else AutoencoderKL
     return kind.from_config(config)
 
@@ -368,11 +398,9 @@ def _locate(model: str | Path, local_files_only: bool | None) -> Path:
             return path
     if not _HUB_ID.fullmatch(text) or Path(text).suffix in _FILE_SUFFIXES:
         raise CheckpointError(text or "''", "there is no such file or folder.")
-    from diffusers import StableDiffusionPipeline
-
     try:
         return Path(
-            StableDiffusionPipeline.download(
+            diffusers.DiffusionPipeline.download(
                 text,
                 use_safetensors=True,
                 local_files_only=local_files_only,

@@ -20,30 +20,27 @@ from typing import Literal
 
 import torch
 
-from cntlora_core.diffusion.checkpoint import PARTS
-from cntlora_core.diffusion.pipeline import (
-    SD15_CONFIGS,
-    StableDiffusionParts,
-    assemble,
-    build_model,
-)
+from cntlora_core.diffusion.family import SD15, family_of
+from cntlora_core.diffusion.pipeline import StableDiffusionParts, assemble, build_model
 from cntlora_core.diffusion.single_file import save_single_file
 
 Layout = Literal["single", "diffusers", "both"]
 
 
-def random_parts(configs: Path = SD15_CONFIGS, *, seed: int = 0) -> StableDiffusionParts:
+def random_parts(configs: Path = SD15.configs, *, seed: int = 0) -> StableDiffusionParts:
     """The parts that a folder of configurations describes, float32, freshly initialised.
 
     The modules' own initialisation is used under the seed; the global random state is left as it
     was. No weight matrix starts at zero, and the activations stay within float16's range.
     """
+    family = family_of(configs)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        models = {part: build_model(part, configs) for part in PARTS}
+        models = {part: build_model(part, configs, family) for part in family.parts}
     return assemble(
-        **models,
-        configs=configs,
+        models,
+        configs,
+        family,
         source=f"random weights, seed {seed}",
         fingerprint=f"random-{seed}",
     )
@@ -64,8 +61,8 @@ def save_diffusers_folder(parts: StableDiffusionParts, configs: Path, folder: Pa
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         new = Path(scratch) / folder.name
         shutil.copytree(configs, new, copy_function=shutil.copyfile)
-        for part in PARTS:
-            getattr(parts, part).save_pretrained(new / part, safe_serialization=True)
+        for part, model in {**parts.networks, "vae": parts.vae}.items():
+            model.save_pretrained(new / part, safe_serialization=True)
         for file in new.rglob("*.safetensors"):  # safetensors 0.8 leaves 0600 whatever the umask
             file.chmod((new / "model_index.json").stat().st_mode)
         new.rename(folder)
@@ -77,7 +74,7 @@ def write_random_checkpoint(
     layout: Layout = "both",
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
-    configs: Path = SD15_CONFIGS,
+    configs: Path = SD15.configs,
     report: Callable[[str], None] = lambda line: None,
 ) -> list[Path]:
     """Writes a checkpoint with random weights and returns the paths written.
@@ -102,8 +99,8 @@ def write_random_checkpoint(
             raise FileExistsError(f"{path} exists: delete it or choose another name")
     report(f"drawing weights, seed {seed}")
     parts = random_parts(configs, seed=seed)
-    for part in PARTS:  # diffusers' own `to` warns about every cast
-        torch.nn.Module.to(getattr(parts, part), dtype=dtype)
+    for model in (*parts.networks.values(), parts.vae):  # diffusers' own `to` warns at every cast
+        torch.nn.Module.to(model, dtype=dtype)
     for path in wanted:
         report(f"writing {path}")
         if path == single:

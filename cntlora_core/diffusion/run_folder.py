@@ -9,6 +9,7 @@ from cntlora_core.diffusion.run_identity import RECORD_NAME, STATE_NAME, finishe
 from cntlora_core.diffusion.settings import JobSettings
 from cntlora_core.diffusion.snapshots import SNAPSHOTS_NAME
 from cntlora_core.diffusion.stages import Subject
+from cntlora_core.lora_file.names import COMPONENTS
 from cntlora_core.runtime.file_names import distinct_names, safe_name
 from cntlora_core.runtime.files import path_within
 
@@ -37,7 +38,7 @@ def lora_path(folder: Path, settings: JobSettings, subject: Subject) -> Path:
             "own: choose another --name"
         )
     if output.layout == "peft":
-        for part in ("unet", "text_encoder"):
+        for part in COMPONENTS:
             path_within(folder, target.name, part)
     elif target.is_dir():
         raise ValueError(f"{target} is a folder: choose another --name for the LoRA file")

@@ -6,10 +6,9 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
 
@@ -35,6 +34,9 @@ from cntlora_core.runtime.progress import Reporter, silent
 from cntlora_core.runtime.reading import reason, require_file, user_path
 from cntlora_core.runtime.seeds import torch_seed
 from cntlora_core.runtime.threads import threads, threads_for
+
+if TYPE_CHECKING:
+    from cntlora_core.diffusion.pipeline import Pipeline
 
 MID = ".lora_mid."
 LARGEST_STRENGTH = 1000.0
@@ -149,7 +151,7 @@ def load_for_sampling(
     scheduler: str | None = None,
     clip_skip: int = 1,
     reporter: Reporter = silent,
-) -> StableDiffusionPipeline:
+) -> Pipeline:
     """A stock diffusers pipeline with LoRA files loaded and weighted.
 
     Notes to ``reporter`` say what of a LoRA is left out.
@@ -165,11 +167,11 @@ def load_for_sampling(
     parts = load_stable_diffusion(model, dtype=torch_dtype(precision), device=place)
     pipeline = parts.pipeline(scheduler)  # pyright: ignore[reportArgumentType]
     _load_lora_files(pipeline, loras)
-    skip_last_layers(parts.text_encoder, clip_skip)
+    skip_last_layers(parts.networks, clip_skip)
     return pipeline
 
 
-def apply_lora_files(pipeline: StableDiffusionPipeline, loras: Sequence[LoRAUse]) -> None:
+def apply_lora_files(pipeline: Pipeline, loras: Sequence[LoRAUse]) -> None:
     """Load LoRA files into a pipeline side by side, each with its strength.
 
     Raises:
@@ -180,7 +182,7 @@ def apply_lora_files(pipeline: StableDiffusionPipeline, loras: Sequence[LoRAUse]
     _load_lora_files(pipeline, loras)
 
 
-def _load_lora_files(pipeline: StableDiffusionPipeline, loras: Sequence[LoRAUse]) -> None:
+def _load_lora_files(pipeline: Pipeline, loras: Sequence[LoRAUse]) -> None:
     """As :func:`apply_lora_files`, of files that were checked already."""
     names = [f"lora_{i}" for i in range(len(loras))]
     for name, lora in zip(names, loras, strict=True):
@@ -234,7 +236,7 @@ def _ranks_without_alphas(shapes: Mapping[str, Sequence[int]]) -> bool:
 
 
 def generate(
-    pipeline: StableDiffusionPipeline,
+    pipeline: Pipeline,
     prompts: Sequence[str],
     settings: SamplingSettings | None = None,
     *,

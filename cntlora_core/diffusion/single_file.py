@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from cntlora_core.diffusion.checkpoint import PARTS
 from cntlora_core.diffusion.original_layout import original_key
 from cntlora_core.diffusion.pipeline import StableDiffusionParts
 from cntlora_core.runtime.files import atomic_write
@@ -24,8 +23,7 @@ def to_original_layout(parts: StableDiffusionParts) -> dict[str, torch.Tensor]:
         ValueError: a part is built differently from SD1.5's, and the layout has no place for it.
     """
     tensors: dict[str, torch.Tensor] = {}
-    for part in PARTS:
-        model = getattr(parts, part)
+    for part, model in {**parts.networks, "vae": parts.vae}.items():
         for name, tensor in model.state_dict().items():
             if name.endswith("position_ids"):
                 continue

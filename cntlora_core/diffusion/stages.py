@@ -15,7 +15,6 @@ from torch import Tensor
 from cntlora_core.data.captions import (
     SubjectPrompts,
     TrainingPrompts,
-    encode_prompts,
     subject_prompts,
     token_note,
     training_prompts,
@@ -130,6 +129,7 @@ class EncodedSubject:
         notes: What a person should know: cut prompts, odd tokens, small and cropped photos, masks.
         frames: The part of each picture that is trained on.
         empty_tokens: (length,) tokens of the empty prompt.
+        time_ids: (n, 6) what the model reads of the photos' sizes, see ``Family.time_ids``.
     """
 
     latents: LatentSet
@@ -138,6 +138,7 @@ class EncodedSubject:
     notes: tuple[str, ...]
     frames: tuple[Frame, ...] = ()
     empty_tokens: Tensor | None = None
+    time_ids: Tensor | None = None
 
 
 def encode_subject(
@@ -151,7 +152,7 @@ def encode_subject(
     photos, token, settings = subject.photos.photos, subject.prompts.token, subject.settings
     resolution = training_resolution(parts, settings)
     step = training_bucket_step(parts, settings)
-    tokens = encode_prompts(subject.training_prompts.prompts, parts.tokenizer)
+    tokens = parts.tokens(subject.training_prompts.prompts)
     odd_token = token_note(token, parts.tokenizer) if token else None
     with threads(threads_for(parts.unet)):
         latents = encode_latents(
@@ -182,7 +183,8 @@ def encode_subject(
         subject.training_prompts.prompts,
         tuple(filter(None, notes)),
         frames,
-        encode_prompts([""], parts.tokenizer).input_ids[0],
+        parts.tokens([""]).input_ids[0],
+        parts.family.time_ids(frames),
     )
 
 
@@ -215,19 +217,27 @@ def encode_class_images(
     reporter: Reporter = silent,
 ) -> EncodedSubject:
     """Class images to latents, and the class prompt, (1, length), to tokens."""
-    tokens = encode_prompts([subject.prompts.class_prompt], parts.tokenizer)
+    tokens = parts.tokens([subject.prompts.class_prompt])
+    resolution = training_resolution(parts, subject.settings)
+    size = (resolution, resolution)
     with threads(threads_for(parts.unet)):
         latents = encode_latents(
             photos.photos,
             parts.vae,
-            resolution=training_resolution(parts, subject.settings),
+            resolution=resolution,
             cache_dir=folder_within(cache, "latents"),
             vae_fingerprint=parts.fingerprint,
             progress=stage_progress(reporter, "encoding class images"),
         )
     skipped = (f"skipped {s.path.name}: {s.reason}" for s in photos.skipped)
     notes = (*skipped, *tokens.messages)
-    return EncodedSubject(latents, tokens.input_ids, (subject.prompts.class_prompt,), notes)
+    return EncodedSubject(
+        latents,
+        tokens.input_ids,
+        (subject.prompts.class_prompt,),
+        notes,
+        time_ids=parts.family.time_ids([frame(size, size)]),
+    )
 
 
 def training_data(photos: EncodedSubject, others: EncodedSubject | None) -> TrainingData:
@@ -238,6 +248,8 @@ def training_data(photos: EncodedSubject, others: EncodedSubject | None) -> Trai
         None if others is None else others.latents,
         None if others is None else others.tokens,
         photos.empty_tokens,
+        photos.time_ids,
+        None if others is None else others.time_ids,
     )
 
 
@@ -291,13 +303,13 @@ def plan_initialization(
     count = threads_for(parts.unet)
     with torch.inference_mode(False), freed_memory_kept(on_cpu), threads(count):
         plan, report = plan_adapter(
-            parts.unet,
-            parts.text_encoder,
-            parts.tokenizer,
+            parts.networks,
+            parts.family,
             parts.noise_scheduler,
             encoded.latents,
-            encoded.prompts,
+            encoded.tokens,
             adapter,
+            time_ids=encoded.time_ids,
             seed=seed,
             reporter=reporter,
         )

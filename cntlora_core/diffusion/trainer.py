@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from cntlora_core.diffusion.adapters import (
     trained_parameters,
 )
 from cntlora_core.diffusion.batches import Batch, SameShape, TrainingData, draw_batch
+from cntlora_core.diffusion.family import UNET, Conditioning, Family, Networks, predict
 from cntlora_core.diffusion.objective import (
     dreambooth_loss,
     min_snr_weights,
@@ -41,7 +43,7 @@ class NonFiniteLossError(FloatingPointError):
 
 
 class SubjectTrainer:
-    """Trains the adapter of a denoiser and, if planned, of its text encoder.
+    """Trains the adapter of a denoiser and, if planned, of its text encoders.
 
     All randomness comes from ``seed`` and the number of the step, so a run that goes on from a
     saved state is the run that was never interrupted.
@@ -55,8 +57,9 @@ class SubjectTrainer:
             relative to its norm.
 
     Args:
-        unet: The frozen denoiser; it gets the adapter, and its weights are rewritten if planned.
-        text_encoder: The frozen text encoder, likewise.
+        networks: The frozen denoiser and text encoders; they get the adapter, and their weights
+            are rewritten if planned.
+        family: What they are.
         noise_scheduler: The training noise schedule.
         plan: Where adapters go and how they are initialised.
         data: Encoded photos and class images.
@@ -68,8 +71,8 @@ class SubjectTrainer:
 
     def __init__(
         self,
-        unet: nn.Module,
-        text_encoder: nn.Module,
+        networks: Networks,
+        family: Family,
         noise_scheduler: Any,
         plan: Plan,
         data: TrainingData,
@@ -79,36 +82,37 @@ class SubjectTrainer:
         prior_weight: float,
         settings: dict[str, Any] | None = None,
     ) -> None:
-        self.unet, self.text_encoder = unet, text_encoder
+        self.networks, self.family, self.unet = networks, family, networks[UNET]
         self.plan, self.data, self.training = plan, data, training
         self.prior_weight = prior_weight if data.class_images is not None else 0.0
         self.step = 0
         self.history: list[dict[str, float]] = []
         self._scheduler = noise_scheduler
         self._settings = settings or {}
-        self._device = next(unet.parameters()).device
-        self._dtype = next(unet.parameters()).dtype
-        self._trains_text = bool(plan.for_prefix("text_encoder.").factors)
-        rounding = inject_plan(unet, text_encoder, adapter, plan)
+        self._device = next(self.unet.parameters()).device
+        self._dtype = next(self.unet.parameters()).dtype
+        self._text_encoders = [networks[name] for name in family.text_encoders]
+        rounding = inject_plan(networks, adapter, plan)
         self.largest_rounding = max(rounding.values())
         if training.gradient_checkpointing:
-            _checkpoint_gradients(unet, text_encoder)
-        self.parameters = dict(trained_parameters(unet, text_encoder, plan))
-        self._extra_loss: Callable[[], Tensor] | None = extra_loss(unet, text_encoder, plan)
+            _checkpoint_gradients(self.unet, self._text_encoders)
+        self.parameters = dict(trained_parameters(networks, plan))
+        self._extra_loss: Callable[[], Tensor] | None = extra_loss(networks, plan)
         self._initial = (
             {p: p.detach().clone() for p in self.parameters.values()}
             if training.weight_decay
             else {}
         )
-        self._text = [p for n, p in self.parameters.items() if n.startswith("text_encoder.")]
-        denoiser = [p for n, p in self.parameters.items() if not n.startswith("text_encoder.")]
+        self._text = [p for n, p in self.parameters.items() if not n.startswith(f"{UNET}.")]
+        self._trains_text = bool(self._text)
+        denoiser = [p for n, p in self.parameters.items() if n.startswith(f"{UNET}.")]
         self.optimizer = build_optimizer(denoiser, self._text, training)
         self._lr_schedule = build_schedule(self.optimizer, training)
         self._scaler = torch.amp.GradScaler(  # pyright: ignore[reportPrivateImportUsage]
             self._device.type, enabled=self._dtype == torch.float16
         )
         self._between_steps = True
-        self._fixed_states: dict[tuple[int, ...], Tensor] = {}
+        self._fixed: dict[tuple[int, ...], Conditioning] = {}
 
     def run(
         self,
@@ -128,7 +132,8 @@ class SubjectTrainer:
             NonFiniteLossError: naming the step; the last good state has been kept.
         """
         self.unet.train()
-        self.text_encoder.train(self._trains_text)
+        for text_encoder in self._text_encoders:
+            text_encoder.train(self._trains_text)
         total = self.training.steps
         saved_at = self.step if state_path is not None and state_path.is_file() else -1
         try:
@@ -155,8 +160,8 @@ class SubjectTrainer:
                 ) from error
             raise
         finally:
-            self.unet.eval()
-            self.text_encoder.eval()
+            for network in self.networks.values():
+                network.eval()
 
     def _one_step(self) -> dict[str, float]:
         started = time.perf_counter()
@@ -218,11 +223,12 @@ class SubjectTrainer:
                     parameter.lerp_(self._initial[parameter], share)
 
     def _stop_text_encoder(self) -> None:
-        """From its last step on the text encoder stays as it is, and is not differentiated."""
+        """From their last step on the text encoders stay as they are, without gradients."""
         last = self.training.text_encoder_steps
         if self._trains_text and last is not None and self.step >= last:
             self._trains_text = False
-            self.text_encoder.eval()
+            for text_encoder in self._text_encoders:
+                text_encoder.eval()
             for parameter in self._text:
                 parameter.requires_grad_(False)
 
@@ -249,8 +255,8 @@ class SubjectTrainer:
         )
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        states = self._text_states(batch.tokens)
-        errors = [self._errors(shape, batch.timesteps, states) for shape in batch.shapes]
+        conditioning = self._conditioning(batch)
+        errors = [self._errors(shape, batch.timesteps, conditioning) for shape in batch.shapes]
         if len(errors) > 1:  # in the batch's order
             order = torch.cat([shape.items for shape in batch.shapes]).argsort()
             errors = [torch.cat(errors)[order]]
@@ -265,32 +271,32 @@ class SubjectTrainer:
             weights=weights,
         )
 
-    def _errors(self, shape: SameShape, timesteps: Tensor, states: Tensor) -> Tensor:
+    def _errors(self, shape: SameShape, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """(m,): the errors of the samples of one shape."""
         if len(shape.items) < len(timesteps):
-            timesteps, states = timesteps[shape.items], states[shape.items]
+            timesteps, conditioning = timesteps[shape.items], conditioning.rows(shape.items)
         noised = self._scheduler.add_noise(shape.latents, shape.noise, timesteps)
         target = training_target(self._scheduler, shape.latents, shape.noise, timesteps)
-        prediction = self.unet(
-            noised.to(self._dtype), timesteps, encoder_hidden_states=states
-        ).sample
+        prediction = predict(self.unet, noised.to(self._dtype), timesteps, conditioning)
         return sample_errors(prediction, target, shape.weights)
 
-    def _text_states(self, tokens: Tensor) -> Tensor:
-        """(n, length, width): each different prompt is read once."""
-        unique, inverse = tokens.unique(dim=0, return_inverse=True)
+    def _conditioning(self, batch: Batch) -> Conditioning:
+        """That of each sample; each different prompt is read once."""
+        unique, inverse = batch.tokens.unique(dim=0, return_inverse=True)
         if self._trains_text:
-            states = self.text_encoder(unique.to(self._device))[0]
+            prompts = self.family.encode(self.networks, unique)
         else:
-            states = torch.cat([self._fixed_state(row) for row in unique])
-        return states[inverse.to(self._device)]
+            prompts = Conditioning.joined([self._fixed_prompt(row) for row in unique])
+        time_ids = None if batch.time_ids is None else batch.time_ids.to(self._device)
+        rows = prompts.rows(inverse.to(self._device))
+        return dataclasses.replace(rows, time_ids=time_ids)
 
     @torch.no_grad()
-    def _fixed_state(self, row: Tensor) -> Tensor:
+    def _fixed_prompt(self, row: Tensor) -> Conditioning:
         key = tuple(row.tolist())
-        if key not in self._fixed_states:
-            self._fixed_states[key] = self.text_encoder(row[None].to(self._device))[0]
-        return self._fixed_states[key]
+        if key not in self._fixed:
+            self._fixed[key] = self.family.encode(self.networks, row[None])
+        return self._fixed[key]
 
     def state(self) -> TrainingState:
         """What it takes to go on from here."""
@@ -325,8 +331,9 @@ class SubjectTrainer:
             group["lr"] = learning_rate
 
 
-def _checkpoint_gradients(unet: Any, text_encoder: Any) -> None:
+def _checkpoint_gradients(unet: Any, text_encoders: Sequence[Any]) -> None:
     unet.enable_gradient_checkpointing()
-    renamed = getattr(text_encoder, "activation_checkpointing_enable", None)  # transformers 5
-    # The reentrant kind gives no gradients where the input (the frozen embeddings) needs none.
-    (renamed or text_encoder.gradient_checkpointing_enable)({"use_reentrant": False})
+    for text_encoder in text_encoders:
+        renamed = getattr(text_encoder, "activation_checkpointing_enable", None)  # transformers 5
+        # The reentrant kind gives no gradients where the input (the frozen embeddings) needs none.
+        (renamed or text_encoder.gradient_checkpointing_enable)({"use_reentrant": False})

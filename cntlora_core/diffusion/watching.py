@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from accelerate import PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from PIL import Image
 
+from cntlora_core.diffusion.family import UNET, predict
 from cntlora_core.diffusion.initialize import NoisedPhotos
 from cntlora_core.diffusion.objective import sample_errors
 from cntlora_core.diffusion.pipeline import StableDiffusionParts
@@ -27,32 +29,39 @@ class HeldOutLoss:
     """The denoising loss on photos that are not trained on, at fixed noise and timesteps.
 
     Args:
-        parts: The model; its UNet and text encoder are those that are trained.
+        parts: The model; its UNet and text encoders are those that are trained.
         photos: The held-out photos and their prompts; each is read at four timesteps.
     """
 
     def __init__(self, parts: StableDiffusionParts, photos: EncodedSubject) -> None:
-        self._unet, self._text_encoder = parts.unet, parts.text_encoder
+        self._networks, self._family = parts.networks, parts.family
         self._tokens = photos.tokens[:1]  # one prompt for all
         self._batches = list(
             NoisedPhotos(
-                photos.latents, photos.tokens, parts.noise_scheduler, passes=_PASSES, seed=_SEED
+                photos.latents,
+                photos.tokens,
+                parts.noise_scheduler,
+                passes=_PASSES,
+                seed=_SEED,
+                time_ids=photos.time_ids,
             )
         )
 
     @torch.no_grad()
     def __call__(self) -> float:
         """The mean squared error of the prediction, as the models are now."""
-        device, dtype = self._unet.device, self._unet.dtype
+        unet = self._networks[UNET]
+        device, dtype = unet.device, unet.dtype
         errors = []
-        with evaluating(self._unet, self._text_encoder):
-            states = self._text_encoder(self._tokens.to(device))[0]
+        with evaluating(*self._networks.values()):
+            prompt = self._family.encode(self._networks, self._tokens)
             for batch in self._batches:
-                prediction = self._unet(
+                prediction = predict(
+                    unet,
                     batch.latents.to(device, dtype),
                     batch.timesteps.to(device),
-                    encoder_hidden_states=states,
-                ).sample
+                    dataclasses.replace(prompt, time_ids=batch.time_ids),
+                )
                 weights = None if batch.weights is None else batch.weights.to(device)
                 errors.append(sample_errors(prediction, batch.target.to(device), weights))
         return float(torch.cat(errors).mean())

@@ -122,10 +122,10 @@ class _Index:
 
 
 def _original(component: str, path: str) -> str | None:
-    from cntlora_core.diffusion.pipeline import SD15_CONFIGS
+    from cntlora_core.diffusion.family import SD15
 
     try:
-        config = read_json(SD15_CONFIGS / component / "config.json")
+        config = read_json(SD15.configs / component / "config.json")
         return original_key(component, path + _WEIGHT, config).removesuffix(_WEIGHT)
     except ValueError:
         return None

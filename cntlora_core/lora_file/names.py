@@ -15,7 +15,8 @@ from typing import Literal, NamedTuple
 Layout = Literal["kohya", "diffusers", "peft"]
 Role = Literal["down", "up", "mid", "alpha"]
 
-UNET, TEXT_ENCODER = "unet", "text_encoder"
+UNET, TEXT_ENCODER, SECOND_TEXT_ENCODER = "unet", "text_encoder", "text_encoder_2"
+COMPONENTS = (UNET, TEXT_ENCODER, SECOND_TEXT_ENCODER)
 KOHYA_PREFIXES = {"lora_unet_": UNET, "lora_te1_": TEXT_ENCODER, "lora_te_": TEXT_ENCODER}
 PEFT_PREFIX = "base_model.model."
 TEXT_MODEL = "text_model."

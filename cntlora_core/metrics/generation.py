@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from cntlora_core.diffusion.compare import BASE_LABEL
@@ -17,6 +17,9 @@ from cntlora_core.metrics.pictures import write_prompts
 from cntlora_core.runtime.file_names import distinct_names, safe_name
 from cntlora_core.runtime.files import require_writable_folder
 from cntlora_core.runtime.progress import Reporter, silent
+
+if TYPE_CHECKING:
+    from cntlora_core.diffusion.pipeline import Pipeline
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class GenerationSettings:
 
 
 def generate_each(
-    pipeline: StableDiffusionPipeline,
+    pipeline: Pipeline,
     loras: Sequence[LoRAUse],
     settings: GenerationSettings,
     reporter: Reporter = silent,

@@ -18,9 +18,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from diffusers import StableDiffusionPipeline
 from PIL import Image
 from rich.table import Table
 
@@ -37,6 +36,9 @@ from cntlora_core.metrics.fidelity import (
 from cntlora_core.metrics.generation import GenerationSettings, generate_each
 from cntlora_core.metrics.view import fidelity_table, fidelity_text, pictures_sheet
 from cntlora_core.runtime.progress import Reporter, silent
+
+if TYPE_CHECKING:
+    from cntlora_core.diffusion.pipeline import Pipeline
 
 NO_STEP = "no step shows the subject better than the model without a LoRA"
 
@@ -133,7 +135,7 @@ class StepComparison:
 
 
 def compare_steps(
-    pipeline: StableDiffusionPipeline,
+    pipeline: Pipeline,
     loras: Sequence[tuple[int, LoRAUse]],
     settings: GenerationSettings,
     *,

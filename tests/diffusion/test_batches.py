@@ -59,7 +59,7 @@ def trainer_of(tiny_model, tmp_path_factory):
         adapter = AdapterSettings(method=method, rank=2, init_passes=1)
         plan = plan_initialization(parts, encoded, adapter).plan
         trainer = SubjectTrainer(
-            parts.unet, parts.text_encoder, parts.noise_scheduler, plan,
+            parts.networks, parts.family, parts.noise_scheduler, plan,
             training_data(encoded, others), adapter=adapter,
             training=TrainingSettings(**{"steps": 3, "device": "cpu", **training}),
             prior_weight=prior,
@@ -85,7 +85,7 @@ def plain_loss(trainer, step, prior_weight):
     unique, inverse = torch.stack(tokens + [data.class_tokens[0]] * size).unique(
         dim=0, return_inverse=True
     )
-    states = trainer.text_encoder(unique)[0][inverse]
+    states = trainer.networks["text_encoder"](unique)[0][inverse]
     prediction = trainer.unet(noised, timesteps, encoder_hidden_states=states).sample
     errors = (prediction - target).square().flatten(1).mean(1)
     return errors[:size].mean() + prior_weight * errors[size:].mean()
@@ -110,13 +110,13 @@ def test_a_batch_of_several_shapes_is_the_mean_over_its_samples(trainer_of):
     sizes = [part.size for part in made.encoded.frames]
     assert sizes == [(24, 44), (32, 32), (40, 24)]
     trainer.unet.eval()
-    trainer.text_encoder.eval()
+    trainer.networks["text_encoder"].eval()
     batch = trainer._batch(0)
     assert sorted(len(shape.items) for shape in batch.shapes) == [1, 1, 4]
     assert sorted(torch.cat([shape.items for shape in batch.shapes]).tolist()) == list(range(6))
     total, instance, prior = trainer._loss(batch)
     one_by_one: dict[int, float] = {}
-    states = trainer._text_states(batch.tokens)
+    conditioning = trainer._conditioning(batch)
     for shape in batch.shapes:
         for row, item in enumerate(shape.items.tolist()):
             alone = dataclasses.replace(
@@ -125,7 +125,7 @@ def test_a_batch_of_several_shapes_is_the_mean_over_its_samples(trainer_of):
                 latents=shape.latents[row : row + 1],
                 noise=shape.noise[row : row + 1],
             )
-            error = trainer._errors(alone, batch.timesteps, states)
+            error = trainer._errors(alone, batch.timesteps, conditioning)
             one_by_one[item] = float(error.detach())
     mean = [sum(one_by_one[i] for i in part) / 3 for part in (range(3), range(3, 6))]
     assert float(instance.detach()) == pytest.approx(mean[0], rel=1e-5)

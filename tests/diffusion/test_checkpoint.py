@@ -22,8 +22,8 @@ from cntlora_core.diffusion.checkpoint import (
     folder_weights,
     identify,
     read_header,
-    require_sd15,
 )
+from cntlora_core.diffusion.family import family_of
 from cntlora_core.diffusion.original_layout import original_key
 from cntlora_core.diffusion.single_file import to_original_layout
 
@@ -149,10 +149,10 @@ def test_files_are_told_apart(tmp_path: Path, kind: CheckpointKind, shapes: Shap
     path = write(tmp_path / "a model.safetensors", shapes)
     assert identify(path) is kind
     if kind is CheckpointKind.SD15:
-        require_sd15(path)
+        assert family_of(path).kind is kind
     else:
         with pytest.raises(CheckpointError) as caught:
-            require_sd15(path)
+            family_of(path)
         for piece in (str(path), kind.value, "Needed: a Stable Diffusion 1.5 model"):
             assert piece in str(caught.value)
 
@@ -317,6 +317,6 @@ def test_a_model_of_another_build_has_no_place_in_the_single_file() -> None:
     part = SimpleNamespace(
         state_dict=lambda: {"class_embedding.linear_1.weight": torch.zeros(1)}, config=config
     )
-    parts = SimpleNamespace(unet=part, vae=part, text_encoder=part)
+    parts = SimpleNamespace(networks={"unet": part}, vae=part)
     with pytest.raises(ValueError, match="Save it as a diffusers folder instead"):
         to_original_layout(parts)  # type: ignore[arg-type]

@@ -43,7 +43,7 @@ def test_a_file_on_the_stock_model_equals_the_trained_model(
     run = job.SubjectTrainer.run
 
     def keep_initialization(trainer, **options):
-        kept["initial"] = prediction(trainer.unet, trainer.text_encoder)
+        kept["initial"] = prediction(*trainer.networks.values())
         run(trainer, **options)
 
     # Up to where the file is written, which is done here, in two layouts.
@@ -62,12 +62,12 @@ def test_a_file_on_the_stock_model_equals_the_trained_model(
     base = prediction(stock.unet, stock.text_encoder)
     assert (relative(kept["initial"], base) < 1e-4) == method.preserves_output
     assert trainer.plan.rewrites_base == method.rewrites_base
-    in_memory = prediction(trainer.unet, trainer.text_encoder)
+    in_memory = prediction(*trainer.networks.values())
     assert relative(in_memory, base) > 1e-2
     for layout in ("kohya", "diffusers"):
         output = dataclasses.replace(settings.output, layout=layout)
         path = tmp_path / f"{layout}.safetensors"
-        report = export_lora(trainer.unet, trainer.text_encoder, trainer.plan, path, output, {})
+        report = export_lora(trainer.networks, trainer.plan, path, output, {})
         stock.load_lora_weights(str(path))
         after = prediction(stock.unet, stock.text_encoder)
         stock.unload_lora_weights()

@@ -96,13 +96,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one(settings, tmp_path, training)
 
 def test_dropped_captions_are_read_as_the_empty_prompt(settings, monkeypatch):  # noqa: F811
     read = []
-    states = job.SubjectTrainer._text_states
+    conditioning = job.SubjectTrainer._conditioning
 
-    def keep(trainer, tokens):
-        read.append((trainer.data.empty_tokens == tokens[0]).all().item())
-        return states(trainer, tokens)
+    def keep(trainer, batch):
+        read.append((trainer.data.empty_tokens == batch.tokens[0]).all().item())
+        return conditioning(trainer, batch)
 
-    monkeypatch.setattr(job.SubjectTrainer, "_text_states", keep)
+    monkeypatch.setattr(job.SubjectTrainer, "_conditioning", keep)
     personalise(change(settings, "training", steps=30, caption_dropout=0.5))
     assert 5 <= sum(read) <= 25
     read.clear()

@@ -57,7 +57,7 @@ def test_an_adapter_that_learns_nothing_exports_nothing(trained, kind, method):
     # Clipped to this norm, a gradient is far below AdamW's epsilon.
     trainer, _ = trained(adapter, steps=3, weight_decay=10.0, max_grad_norm=1e-30)
     assert trainer.step == 3
-    layers, _ = trained_layers(trainer.unet, trainer.text_encoder, trainer.plan)
+    layers, _ = trained_layers(trainer.networks, trainer.plan)
     assert max(norm(layer) for layer in layers.values()) < 1e-6
 
 

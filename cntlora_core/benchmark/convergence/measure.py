@@ -12,8 +12,8 @@ from torch import Tensor
 
 from cntlora_core.benchmark.convergence.grid import Bench, MeasureSettings
 from cntlora_core.benchmark.convergence.subjects import BenchSubject
-from cntlora_core.data.captions import encode_prompts
 from cntlora_core.data.latents import LatentSet
+from cntlora_core.diffusion.family import predict
 from cntlora_core.diffusion.initialize import NoisedBatch, NoisedPhotos
 from cntlora_core.diffusion.pipeline import StableDiffusionParts
 from cntlora_core.diffusion.sampler import generate
@@ -48,11 +48,11 @@ class Measurements:
     ) -> None:
         self.settings: MeasureSettings = bench.measure
         self._bench, self._subject = bench, subject
-        self._unet, self._text_encoder = parts.unet, parts.text_encoder
+        self._networks, self._family, self._unet = parts.networks, parts.family, parts.unet
         self._pipeline = parts.pipeline(self.settings.scheduler)  # pyright: ignore[reportArgumentType]
 
         def noised(latents: LatentSet, prompts: Sequence[str], passes: int) -> list[NoisedBatch]:
-            tokens = encode_prompts(prompts, parts.tokenizer).input_ids
+            tokens = parts.tokens(prompts).input_ids
             batches = NoisedPhotos(
                 latents, tokens, parts.noise_scheduler, passes=passes, seed=NOISE_SEED
             )
@@ -77,7 +77,7 @@ class Measurements:
         prompt; None without such photos. ``drift``: mean squared change of the prediction, against
         the base model, on class images under the other prompts, without the token.
         """
-        with evaluating(self._unet, self._text_encoder):
+        with evaluating(*self._networks.values()):
             loss = _mean([(self._predict(b) - b.target).square() for b in self._held_out])
             pairs = zip(self._class_batches, self._before, strict=True)
             drift = _mean([(self._predict(batch) - before).square() for batch, before in pairs])
@@ -96,7 +96,7 @@ class Measurements:
             for _ in range(settings.per_prompt)
         ]
         seeds = list(range(settings.per_prompt)) * len(subject.templates)
-        with evaluating(self._unet, self._text_encoder):
+        with evaluating(*self._networks.values()):
             images = generate(
                 self._pipeline, prompts, settings.sampling(), seeds=seeds, reporter=reporter
             )
@@ -113,16 +113,13 @@ class Measurements:
     @torch.no_grad()
     def _predict(self, batch: NoisedBatch) -> Tensor:
         device, dtype = self._unet.device, self._unet.dtype
-        states = self._text_encoder(batch.tokens.to(device))[0]
-        return (
-            self._unet(
-                batch.latents.to(device, dtype),
-                batch.timesteps.to(device),
-                encoder_hidden_states=states,
-            )
-            .sample.float()
-            .cpu()
+        prediction = predict(
+            self._unet,
+            batch.latents.to(device, dtype),
+            batch.timesteps.to(device),
+            self._family.encode(self._networks, batch.tokens),
         )
+        return prediction.float().cpu()
 
 
 def right_backgrounds(

@@ -183,11 +183,11 @@ def _execute(task: Task, folder: Path, reporter: Reporter) -> None:
         del initialization
     else:
         plan = state.plan
-    scheduler, unet, text_encoder = parts.noise_scheduler, parts.unet, parts.text_encoder
+    scheduler, networks, family = parts.noise_scheduler, parts.networks, parts.family
     del parts
     trainer = SubjectTrainer(
-        unet,
-        text_encoder,
+        networks,
+        family,
         scheduler,
         plan,
         training_data(encoded, others if run.prior.prior_weight > 0 else None),

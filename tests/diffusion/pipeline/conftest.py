@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from cntlora_core.diffusion.checkpoint import PARTS
-from cntlora_core.diffusion.pipeline import SD15_CONFIGS, StableDiffusionParts, load_parts
+from cntlora_core.diffusion.family import SD15
+from cntlora_core.diffusion.pipeline import StableDiffusionParts, load_parts
 from cntlora_core.diffusion.random_checkpoint import random_parts, save_diffusers_folder
 from cntlora_core.diffusion.single_file import save_single_file
 
@@ -38,14 +38,14 @@ def change_json(path: Path, **changes: object) -> None:
 
 
 def make_configs(folder: Path, changes: dict[str, dict[str, object]]) -> Path:
-    shutil.copytree(SD15_CONFIGS, folder)
+    shutil.copytree(SD15.configs, folder)
     for part, values in changes.items():
         change_json(folder / part / "config.json", **values)
     return folder
 
 
 def assert_same(one: StableDiffusionParts, other: object) -> None:
-    for part in PARTS:
+    for part in SD15.parts:
         left, right = getattr(one, part).state_dict(), getattr(other, part).state_dict()
         assert left.keys() == right.keys()
         for name, tensor in left.items():

@@ -13,8 +13,8 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from cntlora_core.diffusion.checkpoint import CheckpointError
+from cntlora_core.diffusion.family import SD15
 from cntlora_core.diffusion.pipeline import (
-    SD15_CONFIGS,
     StableDiffusionParts,
     load_stable_diffusion,
 )
@@ -99,7 +99,7 @@ def test_small_model_of_another_make(tmp_path: Path) -> None:
             },
         },
     )
-    names = list(json.loads((SD15_CONFIGS / "tokenizer" / "vocab.json").read_text("utf-8")))[:512]
+    names = list(json.loads((SD15.configs / "tokenizer" / "vocab.json").read_text("utf-8")))[:512]
     names += ["ca", "cat</w>", "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {name: number for number, name in enumerate(names)}
     (configs / "tokenizer" / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")

@@ -10,7 +10,8 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from cntlora_core.diffusion.pipeline import SD15_CONFIGS, load_stable_diffusion
+from cntlora_core.diffusion.family import SD15
+from cntlora_core.diffusion.pipeline import load_stable_diffusion
 from cntlora_core.diffusion.random_checkpoint import write_random_checkpoint
 
 from .conftest import assert_same
@@ -46,7 +47,7 @@ def test_full_size_in_both_layouts_and_in_little_memory(tmp_path: Path) -> None:
     one.vae.half()
     stock = StableDiffusionPipeline.from_single_file(
         str(file),
-        config=str(SD15_CONFIGS),
+        config=str(SD15.configs),
         torch_dtype=torch.float16,
         local_files_only=True,
         safety_checker=None,

@@ -9,7 +9,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import huggingface_hub.utils
 import pytest
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 
 from cntlora_core.diffusion.checkpoint import CheckpointError
 from cntlora_core.diffusion.pipeline import StableDiffusionParts, load_stable_diffusion
@@ -77,7 +77,7 @@ def test_a_hub_id_is_downloaded_without_what_is_not_needed(
         asked.update(options, name=name)
         return str(folder)
 
-    monkeypatch.setattr(StableDiffusionPipeline, "download", download)
+    monkeypatch.setattr(DiffusionPipeline, "download", download)
     parts = load_stable_diffusion("owner/model-1.5")
     assert_same(made, parts)
     assert parts.source == "owner/model-1.5"

@@ -11,7 +11,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from cntlora_core.diffusion.checkpoint import PARTS, CheckpointError
+from cntlora_core.diffusion.checkpoint import CheckpointError
+from cntlora_core.diffusion.family import SD15
 from cntlora_core.diffusion.pipeline import StableDiffusionParts, load_stable_diffusion
 from cntlora_core.diffusion.single_file import save_single_file, to_original_layout
 
@@ -31,7 +32,7 @@ def test_single_file_loads_in_diffusers_bit_for_bit(
 def test_single_file_round_trip(made: StableDiffusionParts, single: Path, narrow: Path) -> None:
     loaded = load_narrow(single, narrow)
     assert_same(made, loaded)
-    for part in PARTS:
+    for part in SD15.parts:
         model = getattr(loaded, part)
         assert not model.training
         assert not any(parameter.requires_grad for parameter in model.parameters())
@@ -96,7 +97,7 @@ def test_any_dtype_is_cast_on_load(
     tensors = {name: tensor.to(stored) for name, tensor in load_file(single).items()}
     save_file(tensors, tmp_path / "cast.safetensors")
     loaded = load_narrow(tmp_path / "cast.safetensors", narrow, dtype=wanted)
-    for part in PARTS:
+    for part in SD15.parts:
         expected = torch.float32 if part == "vae" else wanted
         assert {p.dtype for p in getattr(loaded, part).parameters()} == {expected}
     assert {m.dtype for m in loaded.pipeline().components.values() if hasattr(m, "dtype")} == {

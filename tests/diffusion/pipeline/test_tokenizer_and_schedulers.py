@@ -13,8 +13,8 @@ import torch
 from transformers import CLIPTokenizer
 
 from cntlora_core.diffusion.checkpoint import read_json
+from cntlora_core.diffusion.family import SD15
 from cntlora_core.diffusion.pipeline import (
-    SD15_CONFIGS,
     SchedulerName,
     StableDiffusionParts,
     load_stable_diffusion,
@@ -22,7 +22,7 @@ from cntlora_core.diffusion.pipeline import (
 
 
 def test_tokenizer_gives_the_known_ids() -> None:
-    tokenizer = CLIPTokenizer.from_pretrained(str(SD15_CONFIGS / "tokenizer"))
+    tokenizer = CLIPTokenizer.from_pretrained(str(SD15.configs / "tokenizer"))
     assert tokenizer("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
     assert tokenizer("A Photo of\n a   CAT").input_ids == tokenizer("a photo of a cat").input_ids
     assert tokenizer("").input_ids == [49406, 49407]
@@ -32,7 +32,7 @@ def test_tokenizer_gives_the_known_ids() -> None:
 
 
 def test_vocabulary_follows_the_published_construction() -> None:
-    folder = SD15_CONFIGS / "tokenizer"
+    folder = SD15.configs / "tokenizer"
     vocabulary = json.loads((folder / "vocab.json").read_text("utf-8"))
     merges = (folder / "merges.txt").read_text("utf-8").splitlines()
     assert merges[0].startswith("#version")
@@ -47,7 +47,7 @@ def test_vocabulary_follows_the_published_construction() -> None:
 @pytest.mark.skipif("COMFYUI_PATH" not in os.environ, reason="COMFYUI_PATH is not set")
 def test_vocabulary_is_that_of_comfyui() -> None:
     theirs = Path(os.environ["COMFYUI_PATH"]) / "comfy" / "sd1_tokenizer"
-    ours = SD15_CONFIGS / "tokenizer"
+    ours = SD15.configs / "tokenizer"
     assert read_json(ours / "vocab.json") == read_json(theirs / "vocab.json")
     merges = [(folder / "merges.txt").read_text("utf-8").split() for folder in (ours, theirs)]
     assert merges[0] == merges[1]
