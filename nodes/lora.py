@@ -13,7 +13,9 @@ from cntlora_core.runtime.files import save_safetensors_atomic
 from .host import folder_paths
 from .runtime import tell
 from .sockets import LoRAModel, LoRASocket
+from .thumbnail import copy_thumbnail
 from .widgets import CATEGORY
+from .workflow import shareable_header
 
 SUBFOLDER = "loras"
 
@@ -27,8 +29,8 @@ class SaveLoRA(io.ComfyNode):
             node_id="CNTLoRASave",
             display_name="Save Subject LoRA",
             category=CATEGORY,
-            description="Saves the LoRA with all that is known of it (trigger word, settings) into "
-            "output/loras, where Load LoRA finds it after a refresh (R).",
+            description="Saves the LoRA with all that is known of it (trigger word, settings, "
+            "workflow, a picture) into output/loras, where Load LoRA finds it after a refresh (R).",
             is_output_node=True,
             inputs=[
                 LoRASocket.Input("lora", tooltip="The LoRA to save."),
@@ -55,7 +57,9 @@ class SaveLoRA(io.ComfyNode):
         root.mkdir(parents=True, exist_ok=True)
         folder, name, counter, *_ = folder_paths.get_save_image_path(filename_prefix, str(root))
         path = Path(folder) / f"{name}_{counter:05}_.safetensors"
-        save_safetensors_atomic(lora, path, lora.metadata)
+        save_safetensors_atomic(lora, path, shareable_header(lora.metadata))
+        if lora.path is not None:
+            copy_thumbnail(lora.path, path)
         tell(f"saved {path.name}")
         return io.NodeOutput(listed_name(path, root), str(path))
 

@@ -15,6 +15,12 @@ from torch import Tensor
 from .host import folder_paths
 
 
+def read_picture(path: Path) -> Image.Image:
+    """A picture file, in memory."""
+    with Image.open(path) as picture:
+        return picture.convert("RGB")
+
+
 def image_tensor(pictures: Sequence[Image.Image]) -> Tensor:
     """Pictures of one size as an IMAGE: (n, height, width, 3), float32 in [0, 1]."""
     arrays = [np.asarray(picture.convert("RGB"), dtype=np.float32) / 255.0 for picture in pictures]

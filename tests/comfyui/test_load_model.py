@@ -1,0 +1,48 @@
+"""Choosing the model that is taught."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from .conftest import Pack
+
+
+def test_a_replaced_checkpoint_changes_the_fingerprint(
+    pack: Pack, comfy: Path, tiny_model: Path
+) -> None:
+    copy = comfy / "models" / "diffusers" / "copy"
+    shutil.copytree(tiny_model, copy)
+    fingerprint = pack.nodes["CNTLoRALoadModel"].fingerprint_inputs
+    tiny = fingerprint("diffusers/tiny", "float32")
+    assert fingerprint("diffusers/copy", "float32") == tiny
+    config = copy / "unet" / "config.json"
+    config.write_text(config.read_text("utf-8") + "\n", "utf-8")
+    assert fingerprint("diffusers/copy", "float32") != tiny
+    assert fingerprint("diffusers/tiny", "bfloat16") != tiny
+
+
+def test_the_small_model_is_among_the_checkpoints(pack: Pack) -> None:
+    widgets = pack.module("widgets")
+    assert widgets.SMALL_MODEL in widgets.model_names()
+    assert pack.nodes["CNTLoRALoadModel"].validate_inputs(widgets.SMALL_MODEL) is True
+
+
+def test_the_small_model_is_refused_for_ksampler_in_words(pack: Pack) -> None:
+    small = pack.module("widgets").SMALL_MODEL
+    model = pack.run("CNTLoRALoadModel", checkpoint=small).args[0]
+    with pytest.raises(ValueError, match=r"generate images with Generate Images"):
+        pack.run("CNTLoRAOpenModel", model=model)
+
+
+def test_a_wrong_checkpoint_is_said_when_it_is_queued(pack: Pack, comfy: Path) -> None:
+    from safetensors.torch import save_file
+
+    path = comfy / "models" / "checkpoints" / "sdxl.safetensors"
+    save_file({"conditioner.embedders.0.x": torch.zeros(1)}, path)
+    validate = pack.nodes["CNTLoRALoadModel"].validate_inputs
+    assert "Stable Diffusion XL" in validate("sdxl.safetensors")
+    assert "no checkpoint" in validate("../../etc/passwd")
