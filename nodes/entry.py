@@ -14,8 +14,8 @@ from comfy_api.latest import ComfyExtension  # pyright: ignore[reportMissingImpo
 
 CORE = "cntlora_core"
 MODULES = (
-    "load", "subject", "class_images", "initialize", "train", "lora", "sample", "compare_steps",
-    "evaluate", "inspect",
+    "load", "subject", "class_images", "initialization_options", "initialize", "train", "lora",
+    "sample", "compare_steps", "evaluate", "inspect",
 )  # fmt: skip
 
 logger = logging.getLogger(__name__)

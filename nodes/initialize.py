@@ -9,9 +9,17 @@ from comfy_api.latest import io  # pyright: ignore[reportMissingImports]
 from cntlora_core.config import CNTLoRAConfig, Factorization, RankBudget, Solver, Subspace, Unit
 from cntlora_core.diffusion.settings import AdapterKind, AdapterSettings, Method, torch_dtype
 
+from .initialization_options import (
+    SHIFT_KINDS,
+    initialization_options,
+    not_the_defaults,
+    option_inputs,
+)
 from .pictures import image_tensor, shown
 from .runtime import HostReporter, device_name, run_heavy, tell
 from .sockets import (
+    InitializationOptions,
+    InitializationOptionsSocket,
     InitializationSocket,
     ModelChoice,
     ModelSocket,
@@ -21,6 +29,7 @@ from .sockets import (
 from .widgets import (
     ADVANCED,
     CATEGORY,
+    HIDDEN,
     LARGEST_SEED,
     NO_FOLDER,
     default_method,
@@ -34,7 +43,11 @@ from .widgets import (
 if TYPE_CHECKING:
     from cntlora_core.diffusion.stages import Initialization, Subject
 
-SHIFT_KINDS = ("a number", "random (normal)")
+SAVED_ORDER = (
+    "rank_budget", "split", "shift", "shift_kind", "factorization", "subspace",
+    "damping", "preserve_output", "min_rank", "rho", "passes", "start_seed",
+    "adapter", "convolutions", "orthogonality", "unit", "solver", "from_lora",
+)  # fmt: skip
 
 
 def make_initialization(
@@ -72,7 +85,12 @@ class Initialize(io.ComfyNode):
                 ModelSocket.Input("model", tooltip="The model that is to learn."),
                 SubjectSocket.Input("subject", tooltip="What it is to learn."),
                 *_main_inputs(),
-                *_advanced_inputs(),
+                InitializationOptionsSocket.Input(
+                    "options",
+                    optional=True,
+                    tooltip="What few people change, from Initialisation Options.",
+                ),
+                *_later_inputs(),
             ],
             outputs=[
                 InitializationSocket.Output(
@@ -94,50 +112,45 @@ class Initialize(io.ComfyNode):
         rank: int,
         alpha: float,
         train_text_encoder: bool,
-        rank_budget: RankBudget,
-        split: float,
-        shift: float,
-        shift_kind: str,
-        factorization: Factorization,
-        subspace: Subspace,
-        damping: float,
-        preserve_output: bool,
-        min_rank: int,
-        rho: float,
-        passes: int,
-        start_seed: int,
-        adapter: AdapterKind,
-        convolutions: bool,
-        orthogonality: float,
-        unit: Unit,
-        solver: Solver,
-        from_lora: str,
+        options: InitializationOptions | None = None,
+        rank_budget: RankBudget = CNTLoRAConfig.rank_budget,
+        split: float = CNTLoRAConfig.split,
+        shift: float = default_of(CNTLoRAConfig, "shift"),
+        shift_kind: str = SHIFT_KINDS[0],
+        factorization: Factorization = CNTLoRAConfig.factorization,
+        subspace: Subspace = CNTLoRAConfig.subspace,
+        damping: float = CNTLoRAConfig.damping,
+        preserve_output: bool = CNTLoRAConfig.preserve_output,
+        min_rank: int = CNTLoRAConfig.min_rank,
+        rho: float = CNTLoRAConfig.rho,
+        passes: int = AdapterSettings.init_passes,
+        start_seed: int = 0,
+        adapter: AdapterKind = AdapterSettings.adapter,
+        convolutions: bool = AdapterSettings.convolutions,
+        orthogonality: float = AdapterSettings.orthogonality,
+        unit: Unit = CNTLoRAConfig.unit,
+        solver: Solver = CNTLoRAConfig.solver,
+        from_lora: str = NO_FOLDER,
     ) -> io.NodeOutput:
         from cntlora_core.figures.plots import rank_picture
 
-        cntlora = CNTLoRAConfig(
-            rank_budget=rank_budget,
-            split=split,
-            shift=shift if shift_kind == SHIFT_KINDS[0] else "normal",
-            factorization=factorization,
-            subspace=subspace,
-            unit=unit,
-            damping=damping,
-            solver=solver,
-            preserve_output=preserve_output,
-            min_rank=min_rank,
-            rho=rho,
-        )
+        unseen = ""
+        if options is None:  # what a graph holds that was saved before these had their own node
+            options = initialization_options(
+                rank_budget, split, shift, shift_kind, factorization, subspace, damping,
+                preserve_output, min_rank, rho, convolutions, orthogonality, unit, solver,
+            )  # fmt: skip
+            unseen = not_the_defaults(options)
         settings = AdapterSettings(
             method=method,
             adapter=adapter,
             rank=rank,
             alpha=alpha or None,
             train_text_encoder=train_text_encoder,
-            convolutions=convolutions,
-            orthogonality=orthogonality,
+            convolutions=options.convolutions,
+            orthogonality=options.orthogonality,
             init_passes=passes,
-            cntlora=cntlora,
+            cntlora=options.cntlora,
         )
         if file := lora_file(from_lora):  # it brings method, rank and alpha
             settings = AdapterSettings(from_lora=file, train_text_encoder=train_text_encoder)
@@ -148,6 +161,8 @@ class Initialize(io.ComfyNode):
             if initialization.report is not None
             else f"{method}, rank {rank}"
         )
+        if unseen:
+            text += f"\nThis graph was saved with {unseen}. Initialisation Options takes its place."
         tell(text)
         return io.NodeOutput(
             TrainingInitialization(model, subject, initialization),
@@ -194,99 +209,24 @@ def _main_inputs() -> list[io.Input]:
     ]
 
 
+def _later_inputs() -> list[io.Input]:
+    """In the order of the graphs that were saved before some of them moved to a node of their own.
+
+    ComfyUI keeps the values of a saved graph by place. Those that moved still count, unseen.
+    """
+    moved = {widget.id: widget for widget in option_inputs(optional=True, extra_dict=HIDDEN)}
+    widgets = moved | {widget.id: widget for widget in _advanced_inputs()}
+    return [widgets[name] for name in SAVED_ORDER]
+
+
 def _advanced_inputs() -> list[io.Input]:
     return [
-        io.Combo.Input(
-            "rank_budget",
-            options=list(get_args(RankBudget)),
-            default=default_of(CNTLoRAConfig, "rank_budget"),
-            extra_dict=ADVANCED,
-            tooltip="ranks: layers that need more get more, at the same total of ranks. "
-            "parameters: at the same size of the LoRA. fixed: every layer gets the same rank.",
-        ),
-        io.Float.Input(
-            "split",
-            default=default_of(CNTLoRAConfig, "split"),
-            min=0.0,
-            max=1.0,
-            step=0.05,
-            extra_dict=ADVANCED,
-            tooltip="Which of the two matrices carries the initialisation. More than 0.5 brings "
-            "the subject out more, less keeps closer to the prompt.",
-        ),
-        io.Float.Input(
-            "shift",
-            default=default_of(CNTLoRAConfig, "shift"),
-            min=-1000.0,
-            max=1000.0,
-            step=0.1,
-            extra_dict=ADVANCED,
-            tooltip="Only for the method shift: how far what the model knew is taken to be from "
-            "your photos.",
-        ),
-        io.Combo.Input(
-            "shift_kind",
-            options=list(SHIFT_KINDS),
-            default=SHIFT_KINDS[0],
-            extra_dict=ADVANCED,
-            tooltip="Only for the method shift: the number above, or a random matrix in its place.",
-        ),
-        io.Combo.Input(
-            "factorization",
-            options=list(get_args(Factorization)),
-            default=default_of(CNTLoRAConfig, "factorization"),
-            extra_dict=ADVANCED,
-            tooltip="How the initialisation is divided into two matrices. qr has no split "
-            "to choose.",
-        ),
-        io.Combo.Input(
-            "subspace",
-            options=list(get_args(Subspace)),
-            default=default_of(CNTLoRAConfig, "subspace"),
-            extra_dict=ADVANCED,
-            tooltip="principal uses what your photos show most of; full uses all, noise too.",
-        ),
-        io.Float.Input(
-            "damping",
-            default=default_of(CNTLoRAConfig, "damping"),
-            min=0.0,
-            max=100.0,
-            step=0.001,
-            round=0.0001,
-            extra_dict=ADVANCED,
-            tooltip="Only for the unit mean: holds back directions that your photos hardly show; "
-            "more is gentler.",
-        ),
-        io.Boolean.Input(
-            "preserve_output",
-            default=default_of(CNTLoRAConfig, "preserve_output"),
-            label_on="yes",
-            label_off="no",
-            extra_dict=ADVANCED,
-            tooltip="Begin the training at exactly the pre-trained model.",
-        ),
-        io.Int.Input(
-            "min_rank",
-            default=default_of(CNTLoRAConfig, "min_rank"),
-            min=1,
-            max=1280,
-            extra_dict=ADVANCED,
-            tooltip="No layer gets less than this where ranks vary.",
-        ),
-        io.Float.Input(
-            "rho",
-            default=default_of(CNTLoRAConfig, "rho"),
-            min=1.0,
-            max=100.0,
-            step=0.1,
-            extra_dict=ADVANCED,
-            tooltip="No layer gets more than this many times the rank where ranks vary.",
-        ),
         io.Int.Input(
             "passes",
             default=default_of(AdapterSettings, "init_passes"),
             min=1,
             max=1000,
+            optional=True,
             extra_dict=ADVANCED,
             tooltip="How often each photo is read, each time with other noise. More is steadier "
             "and slower.",
@@ -298,6 +238,7 @@ def _advanced_inputs() -> list[io.Input]:
             min=0,
             max=LARGEST_SEED,
             control_after_generate=False,
+            optional=True,
             extra_dict=ADVANCED,
             tooltip="Seed of the noise in which the photos are read, and of random "
             "initialisations.",
@@ -306,49 +247,17 @@ def _advanced_inputs() -> list[io.Input]:
             "adapter",
             options=list(get_args(AdapterKind)),
             default=default_of(AdapterSettings, "adapter"),
+            optional=True,
             extra_dict=ADVANCED,
             tooltip="lora: two matrices for each attention layer. lava: the UNet's "
             "convolutions learn too, with few weights for each; its methods are cross, self, shift "
             "and lora.",
         ),
-        io.Boolean.Input(
-            "convolutions",
-            default=default_of(AdapterSettings, "convolutions"),
-            label_on="yes",
-            label_off="no",
-            extra_dict=ADVANCED,
-            tooltip="Only for lava: teach the convolutions, or the attention alone.",
-        ),
-        io.Float.Input(
-            "orthogonality",
-            default=default_of(AdapterSettings, "orthogonality"),
-            min=0.0,
-            max=100.0,
-            step=0.01,
-            round=1e-6,
-            extra_dict=ADVANCED,
-            tooltip="Only for lava: how strongly the training keeps what it learns in directions "
-            "of their own; 0 is off.",
-        ),
-        io.Combo.Input(
-            "unit",
-            options=list(get_args(Unit)),
-            default=default_of(CNTLoRAConfig, "unit"),
-            extra_dict=ADVANCED,
-            tooltip="least-change measures what the photos show such that each layer changes "
-            "least; mean measures all layers alike, and changes those that read text much more.",
-        ),
-        io.Combo.Input(
-            "solver",
-            options=list(get_args(Solver)),
-            default=default_of(CNTLoRAConfig, "solver"),
-            extra_dict=ADVANCED,
-            tooltip="exact takes longer in wide layers; the report says how far off fast may be.",
-        ),
         io.Combo.Input(
             "from_lora",
             options=lora_files(),
             default=NO_FOLDER,
+            optional=True,
             extra_dict=ADVANCED,
             tooltip="Train this LoRA of ComfyUI's loras folder further, whoever made it. Its "
             "layers, ranks and alphas stay: of the other widgets, only train_text_encoder counts.",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from comfy_api.latest import io  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
+from cntlora_core.config import CNTLoRAConfig
 from cntlora_core.data.captions import SubjectPrompts, subject_prompts
 from cntlora_core.data.photos import PhotoSet
 from cntlora_core.diffusion.settings import Precision
@@ -22,6 +23,7 @@ ModelSocket = io.Custom("CNTLORA_MODEL")
 SubjectSocket = io.Custom("CNTLORA_SUBJECT")
 ClassImagesSocket = io.Custom("CNTLORA_CLASS_IMAGES")
 InitializationSocket = io.Custom("CNTLORA_START")
+InitializationOptionsSocket = io.Custom("CNTLORA_INITIALIZATION_OPTIONS")
 LoRASocket = io.Custom("LORA_MODEL")  # ComfyUI's own: its Save LoRA Weights takes it too
 LossSocket = io.Custom("LOSS_MAP")  # likewise, its Plot Loss Graph
 
@@ -49,6 +51,21 @@ class ClassImages:
 
     photos: PhotoSet
     prompt: str
+
+
+@dataclass(frozen=True)
+class InitializationOptions:
+    """What few people change in an initialisation.
+
+    Attributes:
+        cntlora: Settings of the closed form.
+        convolutions: Whether LAVA adapts convolutions too.
+        orthogonality: Weight of LAVA's penalty.
+    """
+
+    cntlora: CNTLoRAConfig
+    convolutions: bool
+    orthogonality: float
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,6 +17,8 @@ from .host import folder_paths
 CATEGORY = "CNTLoRA"
 ADVANCED = {"advanced": True}
 """For ``extra_dict``: the widget shows after "Show Advanced" in the node's menu."""
+HIDDEN = {"hidden": True}
+"""Likewise: the widget never shows, and keeps the value that a saved graph has for it."""
 
 SMALL_MODEL = "small model (built in, 64 px)"
 SMALL_ENCODER = "small (built in, for 64 px)"

@@ -1,5 +1,6 @@
-// Hides widgets that are marked as advanced until "Show Advanced" is chosen in the node's menu.
-// ComfyUI's front end of v0.8.0 has that menu, but does not hand the mark on to the widgets.
+// Hides widgets that are marked as advanced until "Show Advanced" is chosen in the node's menu, and
+// for good those that are marked as hidden. ComfyUI's front end of v0.8.0 has that menu, but does
+// not hand the marks on to the widgets.
 import { app } from "../../scripts/app.js";
 
 app.registerExtension({
@@ -8,6 +9,7 @@ app.registerExtension({
     if (!node.comfyClass?.startsWith("CNTLoRA")) return;
     for (const widget of node.widgets ?? []) {
       if (widget.options?.advanced) widget.advanced = true;
+      if (widget.options?.hidden) widget.hidden = true;
     }
     node.setSize([node.size[0], node.computeSize()[1]]);
   },

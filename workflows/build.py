@@ -192,7 +192,8 @@ def _canvas_node(
     for name, value in widget_values(info, node).items():
         kind, options = inputs_of(info, node.kind)[name]
         values.append(value)
-        shown += 0 if options.get("advanced") else 4 if options.get("multiline") else 1
+        unseen = options.get("advanced") or options.get("hidden")
+        shown += 0 if unseen else 4 if options.get("multiline") else 1
         fixed = options.get("control_after_generate", name in ("seed", "noise_seed"))
         if kind == "INT" and fixed:
             values.append("fixed")

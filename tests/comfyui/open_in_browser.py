@@ -3,10 +3,11 @@
     python open_in_browser.py JOB.json
 
 Runs in ComfyUI's environment, for aiohttp. The job names ``browser`` (a program), ``address`` (of
-the server), ``pack``, ``workflows`` (names of its templates), ``pictures`` (a folder for a JPEG of
-each graph, as the template browser shows it), ``runs`` (workflows for which Run is pressed first,
-with values of widgets by kind of node) and ``report`` (JSON to write: for each workflow its nodes,
-the prompt that the front end makes of it, and messages in the console).
+the server), ``pack``, ``workflows`` (names of its templates), ``files`` (paths of further ones by
+name, opened as if they were dropped on the canvas), ``pictures`` (a folder for a JPEG of each
+graph, as the template browser shows it), ``runs`` (workflows for which Run is pressed first, with
+values of widgets by kind of node) and ``report`` (JSON to write: for each workflow its nodes, the
+prompt that the front end makes of it, and messages in the console).
 """
 
 from __future__ import annotations
@@ -58,6 +59,10 @@ SET_WIDGETS = """(() => {
       node.widgets.find((widget) => widget.name === name).value = value;
     }
   }
+})()"""
+OPEN = """(async () => {
+  const bytes = Uint8Array.from(atob("%s"), (letter) => letter.charCodeAt(0));
+  await window.app.handleFile(new File([bytes], "%s"));
 })()"""
 PLACE = """(() => {
   const canvas = window.app.canvas;
@@ -143,9 +148,13 @@ async def look(page: Page, job: dict[str, Any], name: str) -> dict[str, Any]:
     """Open one workflow from the template browser's address."""
     page.console.clear()
     await page.call("Page.navigate", url="about:blank")
-    query = urlencode({"template": name, "source": job["pack"]})
-    await page.call("Page.navigate", url=f"{job['address']}/?{query}")
+    file = job["files"].get(name)
+    query = "" if file else f"?{urlencode({'template': name, 'source': job['pack']})}"
+    await page.call("Page.navigate", url=f"{job['address']}/{query}")
     await page.until(READY)
+    if file:
+        content = base64.b64encode(Path(file).read_bytes()).decode("ascii")
+        await page.evaluate(OPEN % (content, Path(file).name))
     await asyncio.sleep(1)
     if name in job["runs"]:
         await fit(page)  # nodes out of sight load no pictures
@@ -199,7 +208,8 @@ async def main(job: dict[str, Any]) -> None:
                     page = Page(socket)
                     await page.call("Page.enable")
                     await page.call("Runtime.enable")
-                    report = {name: await look(page, job, name) for name in job["workflows"]}
+                    names = (*job["workflows"], *job["files"])
+                    report = {name: await look(page, job, name) for name in names}
             finally:
                 browser.terminate()
                 browser.wait(60)

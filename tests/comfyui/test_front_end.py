@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from .server import COMFYUI_PATH, COMFYUI_PYTHON, ROOT, Server
+from .test_initialization_options import BEFORE
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
@@ -38,7 +41,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server.stop()
 
 
-def browse(server: Server, workflows: list[str], runs: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def browse(
+    server: Server,
+    workflows: list[str],
+    runs: dict[str, Any],
+    files: dict[str, Path] | None = None,
+) -> dict[str, dict[str, Any]]:
     """What the browser sees of each workflow; the pictures are beside the report."""
     folder = server.base.parent
     job = {
@@ -47,6 +55,7 @@ def browse(server: Server, workflows: list[str], runs: dict[str, Any]) -> dict[s
         "pack": server.pack_name,
         "workflows": workflows,
         "runs": runs,
+        "files": {name: str(path) for name, path in (files or {}).items()},
         "pictures": str(folder),
         "report": str(folder / "report.json"),
     }
@@ -86,6 +95,35 @@ def test_run_would_post_what_the_api_file_holds(seen: dict[str, dict[str, Any]],
     assert {number: node["inputs"] for number, node in posted.items()} == {
         number: node["inputs"] for number, node in api.items()
     }
+
+
+def test_a_graph_that_was_saved_before_opens_and_posts_its_values(server: Server) -> None:
+    path = Path(__file__).parent / "saved" / "personalise_sd15.json"
+    canvas = json.loads(path.read_text("utf-8"))
+    node = next(node for node in canvas["nodes"] if node["type"] == "CNTLoRAInitialize")
+    node["widgets_values"][BEFORE.index("rank_budget")] = "fixed"
+    node["widgets_values"][BEFORE.index("passes")] = 3
+    changed = server.base.parent / "saved.json"
+    changed.write_text(json.dumps(canvas), "utf-8")
+    found = browse(server, [], {}, {"saved": changed})["saved"]
+    assert len(found["nodes"]) == len(canvas["nodes"])
+    assert not [node["type"] for node in found["nodes"] if not node["known"] or node["red"]]
+    posted = found["prompt"][str(node["id"])]["inputs"]
+    assert [posted[name] for name in BEFORE] == node["widgets_values"]
+
+
+def test_a_lora_that_is_dropped_opens_as_its_workflow(server: Server) -> None:
+    name = "use_a_saved_lora"
+    header = {
+        key: (ROOT / "workflows" / folder / f"{name}.json").read_text("utf-8")
+        for key, folder in (("workflow", ""), ("prompt", "api"))
+    }
+    path = server.base.parent / "rex.safetensors"
+    save_file({"lora": torch.zeros(2)}, path, header)
+    found = browse(server, [], {}, {"rex": path})["rex"]
+    assert [node["type"] for node in found["nodes"]] == [
+        node["type"] for node in json.loads(header["workflow"])["nodes"]
+    ]
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)

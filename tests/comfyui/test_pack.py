@@ -19,6 +19,7 @@ NODE_IDS = (
     "CNTLoRAOpenModel",
     "CNTLoRASubject",
     "CNTLoRAClassImages",
+    "CNTLoRAInitializationOptions",
     "CNTLoRAInitialize",
     "CNTLoRATrain",
     "CNTLoRASave",
@@ -62,9 +63,10 @@ def test_defaults_are_the_core_s(pack: Pack) -> None:
         assert bool(widgets[name].extra_dict.get("advanced")) == (name not in widgets_first())
     widgets = {i.id: i for i in pack.nodes["CNTLoRAInitialize"].GET_SCHEMA().inputs}
     assert widgets["rank"].default == AdapterSettings().rank
+    assert "lora" in widgets["method"].options
+    widgets = {i.id: i for i in pack.nodes["CNTLoRAInitializationOptions"].GET_SCHEMA().inputs}
     for name in ("damping", "unit", "solver"):
         assert widgets[name].default == getattr(CNTLoRAConfig(), name)
-    assert "lora" in widgets["method"].options
 
 
 def widgets_first() -> set[str]:
