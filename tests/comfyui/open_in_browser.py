@@ -7,7 +7,7 @@ the server), ``pack``, ``workflows`` (names of its templates), ``files`` (paths 
 name, opened as if they were dropped on the canvas), ``pictures`` (a folder for a JPEG of each
 graph, as the template browser shows it), ``runs`` (workflows for which Run is pressed first, with
 values of widgets by kind of node) and ``report`` (JSON to write: for each workflow its nodes, the
-prompt that the front end makes of it, and messages in the console).
+prompt that the front end makes of it, the subgraphs that it offers, and messages in the console).
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ NODES = """(() => window.app.graph._nodes.map((node) => ({
 PROMPT = "window.app.graphToPrompt().then((prompt) => prompt.output)"
 IDLE = "fetch('/prompt').then((r) => r.json()).then((r) => r.exec_info.queue_remaining === 0)"
 DIALOGS = """[...document.querySelectorAll('.p-dialog')].map((dialog) => dialog.innerText)"""
+SUBGRAPHS = """document.querySelector("#vue-app").__vue_app__.config.globalProperties.$pinia._s
+  .get("subgraph").subgraphBlueprints.map((subgraph) => subgraph.display_name)"""
 BOX = """(() => {
   const boxes = window.app.graph._nodes.map((node) => node.getBounding());
   const left = Math.min(...boxes.map((b) => b[0])), top = Math.min(...boxes.map((b) => b[1]));
@@ -168,6 +170,7 @@ async def look(page: Page, job: dict[str, Any], name: str) -> dict[str, Any]:
         "nodes": await page.evaluate(NODES),
         "prompt": await page.evaluate(PROMPT),
         "dialogs": await page.evaluate(DIALOGS),
+        "subgraphs": await page.evaluate(SUBGRAPHS),
         "console": list(page.console),
     }
 

@@ -97,6 +97,12 @@ def test_run_would_post_what_the_api_file_holds(seen: dict[str, dict[str, Any]],
     }
 
 
+def test_the_subgraph_is_among_the_nodes(seen: dict[str, dict[str, Any]]) -> None:
+    found = seen["subject_lora_sd15"]
+    assert found["subgraphs"] == ["Subject LoRA"]
+    assert not [line for line in found["console"] if "blueprint" in line.lower()]
+
+
 def test_a_graph_that_was_saved_before_opens_and_posts_its_values(server: Server) -> None:
     path = Path(__file__).parent / "saved" / "personalise_sd15.json"
     canvas = json.loads(path.read_text("utf-8"))

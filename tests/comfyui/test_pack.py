@@ -139,8 +139,51 @@ def test_loading_does_not_import_the_heavy_libraries(comfy: Path) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
 
 
+def without_subgraphs(canvas: dict[str, Any]) -> dict[str, Any]:
+    """A canvas with the nodes of its subgraphs in their places, numbered ``3:1``, ``3:2``."""
+    inner = {x["id"]: x for x in canvas.get("definitions", {}).get("subgraphs", [])}
+    nodes, links = [], {link[0]: list(link) for link in canvas["links"]}
+    for outer in canvas["nodes"]:
+        definition = inner.get(outer["type"])
+        if definition is None:
+            nodes.append(outer)
+            continue
+        names = [socket["name"] for socket in definition["inputs"]]
+        assert [socket["name"] for socket in outer["inputs"]] == names
+        entering = [socket["link"] for socket in outer["inputs"]]
+        here = {node["id"]: f"{outer['id']}:{node['id']}" for node in definition["nodes"]}
+        for link in definition["links"]:
+            key, source, slot = (
+                f"{outer['id']}:{link['id']}",
+                link["origin_id"],
+                link["origin_slot"],
+            )
+            target = [here.get(link["target_id"]), link["target_slot"], link["type"]]
+            if link["target_id"] == -20:
+                assert link["id"] in definition["outputs"][link["target_slot"]]["linkIds"]
+                for number in outer["outputs"][link["target_slot"]]["links"]:
+                    links[number][1:3] = [here[source], slot]
+            elif source == -10:
+                assert link["id"] in definition["inputs"][slot]["linkIds"]
+                if entering[slot] is not None:
+                    links[key] = [key, *links[entering[slot]][1:3], *target]
+            else:
+                links[key] = [key, here[source], slot, *target]
+        for node in definition["nodes"]:
+            sockets = [
+                {
+                    **socket,
+                    "link": key if (key := f"{outer['id']}:{socket['link']}") in links else None,
+                }
+                for socket in node["inputs"]
+            ]
+            nodes.append({**node, "id": here[node["id"]], "inputs": sockets})
+    return {"nodes": nodes, "links": list(links.values())}
+
+
 def api_graph(canvas: dict[str, Any], pack: Pack) -> dict[str, Any]:
     """A canvas as the front end would post it; of foreign nodes the links alone."""
+    canvas = without_subgraphs(canvas)
     links = {link[0]: link for link in canvas["links"]}
     prompt = {}
     for node in canvas["nodes"]:
@@ -187,6 +230,16 @@ def test_both_layouts_of_a_workflow_agree_and_fit_the_nodes(pack: Pack, path: Pa
                 assert given[widget.id] in options, widget.id
 
 
+def test_the_subgraph_has_photos_and_class_in_and_lora_model_and_clip_out() -> None:
+    """One node whose type is the one subgraph: what the front end takes for a blueprint."""
+    content = json.loads((ROOT / "subgraphs" / "Subject LoRA.json").read_text("utf-8"))
+    (node,), (definition,) = content["nodes"], content["definitions"]["subgraphs"]
+    assert node["type"] == definition["id"]
+    assert {"images", "folder", "class_name"} <= {x["name"] for x in definition["inputs"]}
+    outputs = {x["name"]: x["type"] for x in definition["outputs"]}
+    assert outputs.items() >= {"lora": "LORA_MODEL", "MODEL": "MODEL", "CLIP": "CLIP"}.items()
+
+
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_a_workflow_has_one_choice_of_checkpoint(path: Path) -> None:
     api = json.loads((path.parent / "api" / path.name).read_text("utf-8"))
@@ -194,7 +247,7 @@ def test_a_workflow_has_one_choice_of_checkpoint(path: Path) -> None:
     assert len(choices) == 1
 
 
-def test_there_are_four_workflows_in_both_layouts() -> None:
-    assert len(WORKFLOWS) == 4
+def test_there_are_five_workflows_in_both_layouts() -> None:
+    assert len(WORKFLOWS) == 5
     names = {path.name for path in WORKFLOWS}
     assert {path.name for path in (ROOT / "workflows" / "api").glob("*.json")} == names

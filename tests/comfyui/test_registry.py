@@ -80,10 +80,17 @@ def test_it_is_whole(published: Path) -> None:
         "cntlora_core/mini/__init__.py",
         "cntlora_core/mini/model/unet/diffusion_pytorch_model.safetensors",
         "cntlora_core/diffusion/sd15/tokenizer/merges.txt", "workflows/personalise_sd15.json",
-        "workflows/personalise_sd15.jpg", "docs/comfyui.md",
+        "workflows/personalise_sd15.jpg", "docs/comfyui.md", "subgraphs/Subject LoRA.json",
     ):  # fmt: skip
         assert (published / name).is_file(), name
-    for name in ("tests", ".ci", "workflows/api", "cntlora_core/cli.py", "cntlora_core/benchmark"):
+    for name in (
+        "tests",
+        ".ci",
+        "workflows/api",
+        "workflows/build.py",
+        "cntlora_core/cli.py",
+        "cntlora_core/benchmark",
+    ):
         assert not (published / name).exists(), name
     modules = {
         ".".join(path.relative_to(published).with_suffix("").parts)

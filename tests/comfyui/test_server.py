@@ -92,9 +92,12 @@ def test_pages_and_templates_are_served(server: Server) -> None:
     assert template["nodes"]
 
 
-def test_the_workflows_are_what_their_script_writes(server: Server, tmp_path: Path) -> None:
+def test_the_workflows_are_what_their_script_writes(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import runpy
 
+    monkeypatch.syspath_prepend(ROOT / "workflows")
     build = runpy.run_path(str(ROOT / "workflows" / "build.py"))
     info = server.get("/object_info")
     for name, graph in build["GRAPHS"].items():
@@ -103,6 +106,17 @@ def test_the_workflows_are_what_their_script_writes(server: Server, tmp_path: Pa
         # Files that only this server has are no choice of ours.
         assert build["canvas_layout"](name, graph(), info) == canvas
         assert build["api_layout"](graph(), info) == api
+    for path, content in build["blueprints"](info).items():
+        assert json.loads(path.read_text("utf-8")) == content
+
+
+def test_the_subgraph_is_offered(server: Server) -> None:
+    (number, entry), *more = server.get("/global_subgraphs").items()
+    assert not more
+    assert entry["name"] == "Subject LoRA"
+    assert entry["info"]["node_pack"] == f"custom_nodes.{server.pack_name}"
+    data = server.get(f"/global_subgraphs/{number}")["data"]
+    assert data == (ROOT / "subgraphs" / "Subject LoRA.json").read_text("utf-8")
 
 
 def folder_index(server: Server) -> int:

@@ -64,7 +64,7 @@ def picture(server: Server, outcome: Outcome, graph: dict[str, Any]) -> np.ndarr
 
 
 def test_teaching_saving_loading_and_sampling(server: Server) -> None:
-    teach = workflow("personalise_sd15", TAUGHT)
+    teach = workflow("subject_lora_sd15", TAUGHT)
     first = server.run(teach, 5400)
     assert first.status == "success", first.messages
     applied = picture(server, first, teach)
