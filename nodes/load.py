@@ -122,19 +122,27 @@ def _opened(model: ModelChoice) -> tuple[Any, Any, Any]:
     """MODEL, CLIP and VAE; of a diffusers folder from the files that the training reads."""
     import comfy.sd  # pyright: ignore[reportMissingImports]
 
+    from cntlora_core.diffusion.family import family_of
+
     embeddings = folder_paths.get_folder_paths("embeddings")
     if model.path.is_dir():
-        text_encoder = {
-            f"text_model.{name.removeprefix('text_model.')}": tensor  # transformers 5 leaves it out
-            for name, tensor in _weights(model.path, "text_encoder").items()
-        }
+        texts = [_text_weights(model.path, part) for part in family_of(model.path).text_encoders]
         return (
             comfy.sd.load_diffusion_model_state_dict(_weights(model.path, "unet")),
-            comfy.sd.load_text_encoder_state_dicts([text_encoder], embedding_directory=embeddings),
+            comfy.sd.load_text_encoder_state_dicts(texts, embedding_directory=embeddings),
             comfy.sd.VAE(sd=_weights(model.path, "vae")),
         )
     path = str(model.path)
     return comfy.sd.load_checkpoint_guess_config(path, embedding_directory=embeddings)[:3]
+
+
+def _text_weights(folder: Path, part: str) -> dict[str, Tensor]:
+    """With the level of names that ComfyUI looks for and transformers 5 leaves out."""
+    whole = ("text_model.", "text_projection.")
+    return {
+        name if name.startswith(whole) else f"text_model.{name}": tensor
+        for name, tensor in _weights(folder, part).items()
+    }
 
 
 def _weights(folder: Path, part: str) -> dict[str, Tensor]:

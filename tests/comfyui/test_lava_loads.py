@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from cntlora_core.diffusion.initialize import UNET_TARGETS
+from cntlora_core.diffusion.family import SD15, UNET
 from cntlora_core.diffusion.initialize_lava import lava_modules
 from cntlora_core.diffusion.settings import AdapterSettings
 from cntlora_core.lava.factors import LavaFactors
@@ -41,7 +41,7 @@ def test_every_key_is_known_and_every_weight_is_changed_as_ours(tmp_path: Path) 
             up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
         )
     settings = AdapterSettings(adapter="lava", train_text_encoder=False)
-    modules = lava_modules(unet, torch.nn.Module(), settings, UNET_TARGETS, ())
+    modules = lava_modules({UNET: unet}, SD15, settings)
     generator = torch.Generator().manual_seed(0)
     factors, shapes = {}, {}
     for name, module in modules.items():
