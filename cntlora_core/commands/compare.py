@@ -92,6 +92,7 @@ class Compare:
         Raises:
             ValueError, OSError: for input that cannot be used, in words.
         """
+        from cntlora_core.diffusion.pipeline import model_family
         from cntlora_core.diffusion.sampler import LoRAUse, load_for_sampling
         from cntlora_core.diffusion.snapshots import loras_of_run
         from cntlora_core.figures.sheets import save_image
@@ -113,8 +114,9 @@ class Compare:
         )
         settings = GenerationSettings(asked, self.per_prompt, sampling=sampling)
         require_writable_folder(self._sheet.parent)
+        files = model_family(self.model or run.model).files
         for _, use in loras:
-            use.check()
+            use.check(files)
         photos, encoders = self._photos(run, reporter), None
         if photos:
             encoders = self._encoders(run, reporter)

@@ -90,6 +90,7 @@ class Evaluate:
             ValueError, OSError: for input that cannot be used, in words.
         """
         from cntlora_core.data.photos import load_photos
+        from cntlora_core.diffusion.pipeline import model_family
         from cntlora_core.diffusion.sampler import checked_device
         from cntlora_core.diffusion.validation import require_unicode
         from cntlora_core.figures.sheets import save_image
@@ -106,7 +107,7 @@ class Evaluate:
         if self.per_prompt < 1:
             raise ValueError(f"per_prompt must be at least 1, got {self.per_prompt}")
         for lora in self._loras():
-            for note in lora.check():
+            for note in lora.check(model_family(str(self.model)).files):
                 reporter("loading the model", 0, 0, {"note": note})
         checked_device(self.device)
         require_writable_folder(self.output)

@@ -24,8 +24,8 @@ from cntlora_core.runtime.reading import (
 )
 
 NEEDED = (
-    "Needed: a Stable Diffusion 1.5 model, as a .safetensors file with UNet, VAE and text encoder, "
-    "as a diffusers folder, or as a hub id (owner/name)."
+    "Needed: a Stable Diffusion 1.5 or XL model, as a .safetensors file with UNet, VAE and text "
+    "encoders, as a diffusers folder, or as a hub id (owner/name)."
 )
 _CONVERT_FILE = (
     'python -c "import torch; from safetensors.torch import save_file; '
@@ -51,7 +51,7 @@ class CheckpointKind(Enum):
     """What a file or folder holds; the value describes it."""
 
     SD15 = "a Stable Diffusion 1.x model"
-    SD15_INPAINTING = "a Stable Diffusion inpainting model (its UNet takes 9 channels, not 4)"
+    INPAINTING = "a Stable Diffusion inpainting model (its UNet takes 9 channels, not 4)"
     SD2 = "a Stable Diffusion 2.x model (OpenCLIP text encoder, cross-attention width 1024)"
     SDXL = "a Stable Diffusion XL model"
     SDXL_REFINER = "a Stable Diffusion XL refiner"
@@ -63,7 +63,7 @@ class CheckpointKind(Enum):
     UNET = "a UNet alone, without VAE and text encoder"
     VAE = "a VAE alone"
     TEXT_ENCODER = "a text encoder alone"
-    WITHOUT_VAE = "a Stable Diffusion 1.x file without its VAE"
+    WITHOUT_VAE = "a Stable Diffusion file without its VAE"
     WITHOUT_TEXT_ENCODER = "a Stable Diffusion file without its text encoder"
     UNKNOWN = "a kind of model that is not known here"
 
@@ -159,24 +159,28 @@ def _identify_tensors(entries: Mapping[str, TensorEntry]) -> CheckpointKind:
         return kind.FLUX
     if begins("conditioner.embedders.0.model."):
         return kind.SDXL_REFINER
-    if begins("conditioner.embedders.", unet + "label_emb.", "add_embedding."):
-        return kind.SDXL
     width = size(f"{unet}input_blocks.1.{cross}", 1) or size(
         "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight", 1
     )
     if begins("cond_stage_model.model.") or width == 1024:
         return kind.SD2
     if size(unet + "input_blocks.0.0.weight", 1) == 9:
-        return kind.SD15_INPAINTING
+        return kind.INPAINTING
     if begins(unet + "input_blocks."):
-        vae, text = begins("first_stage_model."), begins("cond_stage_model.transformer.")
+        whole, encoders = kind.SD15, ("cond_stage_model.transformer.",)
+        if begins(unet + "label_emb."):
+            whole = kind.SDXL
+            encoders = ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model.")
+        vae, text = begins("first_stage_model."), all(begins(prefix) for prefix in encoders)
         return {
-            (True, True): kind.SD15,
+            (True, True): whole,
             (True, False): kind.WITHOUT_TEXT_ENCODER,
             (False, True): kind.WITHOUT_VAE,
             (False, False): kind.UNET,
         }[vae, text]
-    if begins("time_embedding.", "time_embed.") and begins("down_blocks.", "input_blocks."):
+    if begins("time_embedding.", "time_embed.", "add_embedding.") and begins(
+        "down_blocks.", "input_blocks."
+    ):
         return kind.UNET
     if begins("first_stage_model.", "decoder.conv_in.", "encoder.conv_in."):
         return kind.VAE
@@ -193,9 +197,9 @@ def _identify_folder(folder: Path) -> CheckpointKind:
         if (folder / "adapter_config.json").is_file():
             return kind.LORA
         raise CheckpointError(folder, _describe_folder(folder))
-    name = str(read_json(folder / "model_index.json").get("_class_name", ""))
+    index = read_json(folder / "model_index.json")
+    name = str(index.get("_class_name", ""))
     for mark, found in (
-        ("StableDiffusionXL", kind.SDXL),
         ("StableDiffusion3", kind.SD3),
         ("Flux", kind.FLUX),
     ):
@@ -207,10 +211,12 @@ def _identify_folder(folder: Path) -> CheckpointKind:
         raise CheckpointError(folder, "the folder has no unet/config.json.")
     unet = read_json(folder / "unet" / "config.json")
     if unet.get("in_channels") == 9:
-        return kind.SD15_INPAINTING
-    if unet.get("cross_attention_dim") == 1024:
-        return kind.SD2
-    return kind.SD15 if unet.get("in_channels", 4) == 4 else kind.UNKNOWN
+        return kind.INPAINTING
+    if unet.get("in_channels", 4) != 4:
+        return kind.UNKNOWN
+    if "StableDiffusionXL" in name:
+        return kind.SDXL_REFINER if index.get("text_encoder") == [None, None] else kind.SDXL
+    return kind.SD2 if unet.get("cross_attention_dim") == 1024 else kind.SD15
 
 
 def _describe_folder(folder: Path) -> str:

@@ -51,4 +51,13 @@ def require_working(part: str, model: Any) -> None:
             raise ValueError(f"sample_size must be a whole number of latent pixels, got {side!r}")
         width, channels = model.config["cross_attention_dim"], model.config["in_channels"]
         side = 2 ** len(model.config["block_out_channels"])
-        model(new(1, channels, side, side), new(1), new(1, 1, width))
+        added = None
+        if model.config["addition_embed_type"] == "text_time":
+            added = {"text_embeds": new(1, pooled_width(model)), "time_ids": new(1, 6)}
+        model(new(1, channels, side, side), new(1), new(1, 1, width), added_cond_kwargs=added)
+
+
+def pooled_width(unet: Any) -> int:
+    """Width of the pooled text embedding that a UNet of SDXL's make reads beside six sizes."""
+    config = unet.config
+    return config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]

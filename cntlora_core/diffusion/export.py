@@ -18,6 +18,7 @@ from cntlora_core.lora_file.algebra import (
     truncate,
     without_mid,
 )
+from cntlora_core.lora_file.families import SD15_FILES, FileFamily
 from cntlora_core.lora_file.names import TEXT_MODEL
 from cntlora_core.lora_file.writing import (
     LoRALayer,
@@ -103,6 +104,7 @@ def export_lora(
     path: Path,
     settings: OutputSettings,
     metadata: Mapping[str, str],
+    files: FileFamily = SD15_FILES,
     progress: Callable[[int, int], None] | None = None,
 ) -> ExportReport:
     """Write the trained adapter in the layout and precision that were asked for.
@@ -151,7 +153,9 @@ def export_lora(
         lost,
     )
     metadata = {**metadata, "cntlora.export": report.summary()}
-    write_lora_file(path, layers, layout=settings.layout, metadata=metadata, dtype=dtype)
+    write_lora_file(
+        path, layers, layout=settings.layout, metadata=metadata, dtype=dtype, family=files
+    )
     return report
 
 

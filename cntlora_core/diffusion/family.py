@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cntlora_core.data.framing import Frame
 from cntlora_core.diffusion.checkpoint import CheckpointError, CheckpointKind, identify
+from cntlora_core.lora_file.families import SD15_FILES, SDXL_FILES, FileFamily
 from cntlora_core.lora_file.names import UNET
 
 Networks = Mapping[str, Any]
@@ -82,11 +83,12 @@ class Family:
 
     Attributes:
         name: The word for it in records.
-        title: What messages call it.
+        files: Its LoRA files, and what messages call it.
         kind: What ``identify`` says of its checkpoints.
-        configs: Folder with the configurations of its parts and its tokenizers.
+        configs: Folder with the configurations of its parts.
         text_encoders: The class in transformers of each text encoder, by component.
-        tokenizers: Folders of the tokenizers, one for each text encoder.
+        tokenizers: The token that pads prompts of each text encoder, by folder.
+        prefixes: What names of weights begin with in a single file, by component.
         pipeline: The class of its stock pipeline in diffusers.
         pipeline_options: What that pipeline is made with, beside the parts.
         read: Text encoders and, for each, (n, length) token ids to the conditioning of n prompts.
@@ -95,11 +97,12 @@ class Family:
     """
 
     name: str
-    title: str
+    files: FileFamily
     kind: CheckpointKind
     configs: Path
     text_encoders: Mapping[str, str]
-    tokenizers: Sequence[str]
+    tokenizers: Mapping[str, str]
+    prefixes: Mapping[str, str]
     pipeline: str
     read: Callable[[Sequence[Any], Sequence[Tensor]], Conditioning]
     pipeline_options: Mapping[str, Any] = field(default_factory=dict)
@@ -159,13 +162,27 @@ def _last_states(encoders: Sequence[Any], tokens: Sequence[Tensor]) -> Condition
     return Conditioning(encoders[0](tokens[0])[0])
 
 
+def _last_but_one_and_pooled(encoders: Sequence[Any], tokens: Sequence[Tensor]) -> Conditioning:
+    outputs = [
+        encoder(ids, output_hidden_states=True)
+        for encoder, ids in zip(encoders, tokens, strict=True)
+    ]
+    states = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+    return Conditioning(states, outputs[-1].text_embeds)
+
+
 SD15 = Family(
     name="sd15",
-    title="Stable Diffusion 1.5",
+    files=SD15_FILES,
     kind=CheckpointKind.SD15,
     configs=Path(__file__).parent / "sd15",
     text_encoders={"text_encoder": "CLIPTextModel"},
-    tokenizers=("tokenizer",),
+    tokenizers={"tokenizer": "<|endoftext|>"},
+    prefixes={
+        UNET: "model.diffusion_model.",
+        "vae": "first_stage_model.",
+        "text_encoder": "cond_stage_model.transformer.text_model.",
+    },
     pipeline="StableDiffusionPipeline",
     read=_last_states,
     pipeline_options={
@@ -175,7 +192,33 @@ SD15 = Family(
     },
 )
 
-FAMILIES = {family.name: family for family in (SD15,)}
+SDXL = Family(
+    name="sdxl",
+    files=SDXL_FILES,
+    kind=CheckpointKind.SDXL,
+    configs=Path(__file__).parent / "sdxl",
+    text_encoders={
+        "text_encoder": "CLIPTextModel",
+        "text_encoder_2": "CLIPTextModelWithProjection",
+    },
+    tokenizers={"tokenizer": "<|endoftext|>", "tokenizer_2": "!"},
+    prefixes={
+        UNET: "model.diffusion_model.",
+        "vae": "first_stage_model.",
+        "text_encoder": "conditioner.embedders.0.transformer.text_model.",
+        "text_encoder_2": "conditioner.embedders.1.model.",
+    },
+    pipeline="StableDiffusionXLPipeline",
+    read=_last_but_one_and_pooled,
+    pipeline_options={"add_watermarker": False},
+    unread_layers={"text_encoder": 1},
+    reads_sizes=True,
+)
+
+FAMILIES = {family.name: family for family in (SD15, SDXL)}
+
+VOCABULARY = SD15.configs / "tokenizer"
+"""CLIP's, which the tokenizers of all families share."""
 
 
 def family_of(path: str | Path) -> Family:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cntlora_core.diffusion.family import Networks
+from cntlora_core.diffusion.family import Family, Networks
 from cntlora_core.diffusion.fingerprint import fingerprint_files
 from cntlora_core.diffusion.settings import AdapterSettings
 from cntlora_core.layers.attachment import AttachmentPoint, attachment_point
@@ -41,7 +41,7 @@ def layers_to_go_on_from(settings: AdapterSettings) -> LoRALayers:
 
     Raises:
         FileNotFoundError: nothing is there.
-        ValueError: it is no plain LoRA for SD 1.5; has no layer of the UNet; has a layer that is
+        ValueError: it is no plain LoRA; has no layer of the UNet; has a layer that is
             switched off, which no training can move; has layers of the text encoder, and these
             are not to be trained; or was to have another rank.
     """
@@ -69,6 +69,23 @@ def layers_to_go_on_from(settings: AdapterSettings) -> LoRALayers:
             "which stay as they are: leave rank out"
         )
     return layers
+
+
+def require_family(settings: AdapterSettings, family: Family) -> None:
+    """Refuse to go on from a LoRA of another family of models, before any work.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if settings.from_lora is None:
+        return
+    path = _place(settings.from_lora)
+    files = read_lora_file(path).family
+    if files != family.files:
+        raise ValueError(
+            f"{path} is a LoRA for {files.title}, and the model is a {family.files.title}: "
+            "go on from one for this model"
+        )
 
 
 def points_of_layers(

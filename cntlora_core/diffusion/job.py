@@ -14,7 +14,7 @@ import torch
 from cntlora_core.data.photos import PhotoSet
 from cntlora_core.diffusion.export import ExportReport, export_lora
 from cntlora_core.diffusion.family import Networks
-from cntlora_core.diffusion.from_lora import fingerprint_from_lora
+from cntlora_core.diffusion.from_lora import fingerprint_from_lora, require_family
 from cntlora_core.diffusion.packages import require_packages
 from cntlora_core.diffusion.pipeline import StableDiffusionParts, load_stable_diffusion
 from cntlora_core.diffusion.prior import cache_folder, class_images
@@ -189,6 +189,7 @@ def _personalise(
     run.end.enter_context(threads(count))
     if initialization is not None:
         initialization.require_model(parts)
+    require_family(settings.adapter, parts.family)
     with run.timed("encoding"):
         encoded = encode_subject(parts, subject, cache=cache, reporter=reporter)
     run.note(*encoded.notes)
@@ -275,6 +276,7 @@ def _personalise(
                 **header,
                 **file_metadata(stem, settings, subject.prompts, subject.photos, model, trainer),
             },
+            family.files,
             stage_progress(reporter, "factoring for the file"),
         )
 

@@ -5,26 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-_PREFIXES = {
-    "unet": "model.diffusion_model.",
-    "vae": "first_stage_model.",
-    "text_encoder": "cond_stage_model.transformer.text_model.",
-}
-_UNET_ENDS = {
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "conv_in": "input_blocks.0.0",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-}
-_UNET_RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
+from torch import Tensor
+
+from cntlora_core.lora_file.original_unet import original_path
+
 _VAE_ATTENTION = {
     "group_norm": "norm",
     "to_q": "q",
@@ -34,14 +18,35 @@ _VAE_ATTENTION = {
 }
 
 
-def original_key(part: str, name: str, config: Any) -> str:
+# The second text encoder of SDXL is one of OpenCLIP, whose names are others.
+_OPEN_CLIP = {
+    "embeddings.": "",
+    "position_embedding.weight": "positional_embedding",
+    "encoder.layers.": "transformer.resblocks.",
+    "layer_norm": "ln_",
+    "final_ln_": "ln_final",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.": "attn.",
+    "q_proj.": "in_proj_",
+    "k_proj.": "in_proj_",
+    "v_proj.": "in_proj_",
+    "text_projection.weight": "text_projection",
+}
+
+
+def original_key(part: str, name: str, config: Any, prefix: str) -> str:
     """Name of a parameter in the single-file layout.
 
+    The names of a second text encoder's query, key and value are one: they are kept as one matrix,
+    see :func:`part_of_tensor`.
+
     Args:
-        part: ``unet``, ``vae`` or ``text_encoder``.
+        part: ``unet``, ``vae``, ``text_encoder`` or ``text_encoder_2``.
         name: the parameter's name in diffusers, or in transformers with or without ``text_model.``
             (transformers 5.6 dropped that level, files keep it).
         config: the part's configuration (``model.config``).
+        prefix: what names of that part begin with.
 
     Raises:
         ValueError: the layout has no place for this name.
@@ -53,40 +58,35 @@ def original_key(part: str, name: str, config: Any) -> str:
             key = _vae_key(name, len(config["block_out_channels"]))
         else:
             key = name.removeprefix("text_model.")
-        return _PREFIXES[part] + key
+            if part == "text_encoder_2":
+                for ours, theirs in _OPEN_CLIP.items():
+                    key = key.replace(ours, theirs)
+        return prefix + key
     except KeyError:
         raise ValueError(
-            f"{part} parameter {name!r} has no place in the single-file layout of SD1.5: "
-            "the model is built differently. Save it as a diffusers folder instead."
+            f"{part} parameter {name!r} has no place in the single-file layout: the model is "
+            "built differently. Save it as a diffusers folder instead."
         ) from None
 
 
+def part_of_tensor(name: str, key: str, tensor: Tensor) -> Tensor:
+    """What a file's tensor holds of a parameter: a third of OpenCLIP's query, key and value.
+
+    Args:
+        name: the parameter's name in transformers.
+        key: the tensor's name in the file.
+        tensor: as the file has it; OpenCLIP's projection is transposed.
+    """
+    if key.endswith((".in_proj_weight", ".in_proj_bias")):
+        return tensor.chunk(3)[("q_proj", "k_proj", "v_proj").index(name.split(".")[-2])]
+    return tensor.T if key.endswith(".text_projection") else tensor
+
+
 def _unet_key(name: str, config: Mapping[str, Any]) -> str:
-    """Blocks are numbered through: level i holds `layers` layers and one resampling step."""
-    layers = config["layers_per_block"]
-    match name.split("."):
-        case ["down_blocks", i, "resnets", j, layer, leaf]:
-            block = (layers + 1) * int(i) + int(j) + 1
-            return f"input_blocks.{block}.0.{_UNET_RESNET[layer]}.{leaf}"
-        case ["down_blocks", i, "attentions", j, *rest]:
-            return f"input_blocks.{(layers + 1) * int(i) + int(j) + 1}.1.{'.'.join(rest)}"
-        case ["down_blocks", i, "downsamplers", "0", "conv", leaf]:
-            return f"input_blocks.{(layers + 1) * (int(i) + 1)}.0.op.{leaf}"
-        case ["mid_block", "resnets", j, layer, leaf]:
-            return f"middle_block.{2 * int(j)}.{_UNET_RESNET[layer]}.{leaf}"
-        case ["mid_block", "attentions", "0", *rest]:
-            return f"middle_block.1.{'.'.join(rest)}"
-        case ["up_blocks", i, "resnets", j, layer, leaf]:
-            block = (layers + 1) * int(i) + int(j)
-            return f"output_blocks.{block}.0.{_UNET_RESNET[layer]}.{leaf}"
-        case ["up_blocks", i, "attentions", j, *rest]:
-            return f"output_blocks.{(layers + 1) * int(i) + int(j)}.1.{'.'.join(rest)}"
-        case ["up_blocks", i, "upsamplers", "0", "conv", leaf]:
-            place = 2 if "Attn" in config["up_block_types"][int(i)] else 1
-            return f"output_blocks.{(layers + 1) * int(i) + layers}.{place}.conv.{leaf}"
-        case [*stem, leaf]:
-            return f"{_UNET_ENDS['.'.join(stem)]}.{leaf}"
-    raise KeyError(name)
+    path, _, leaf = name.rpartition(".")
+    kinds = config["up_block_types"]
+    plain = [i for i, kind in enumerate(kinds) if "Attn" not in kind]
+    return f"{original_path(path, config['layers_per_block'], plain)}.{leaf}"
 
 
 def _vae_key(name: str, levels: int) -> str:

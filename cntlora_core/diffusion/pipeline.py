@@ -8,6 +8,7 @@ weights change with the file when somebody overwrites it.)
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -24,8 +25,16 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from cntlora_core.data.captions import EncodedPrompts, encode_prompts
 from cntlora_core.diffusion.checkpoint import CheckpointError, folder_weights, read_json
-from cntlora_core.diffusion.configuration_check import is_stock, require_working
-from cntlora_core.diffusion.family import SD15, UNET, Family, Networks, family_of, text_layers
+from cntlora_core.diffusion.configuration_check import is_stock, pooled_width, require_working
+from cntlora_core.diffusion.family import (
+    SD15,
+    UNET,
+    VOCABULARY,
+    Family,
+    Networks,
+    family_of,
+    text_layers,
+)
 from cntlora_core.diffusion.fingerprint import fingerprint_model
 from cntlora_core.diffusion.settings import SchedulerName
 from cntlora_core.diffusion.weights import fill_from_files, names_in_file
@@ -199,27 +208,41 @@ def load_stable_diffusion(
 
 
 def skip_last_layers(networks: Networks, clip_skip: int) -> None:
-    """Take layers from the text encoder's end, so that its final norm reads one before them.
+    """Let text states be those of an earlier layer.
 
     Pipelines of diffusers have an argument of that name, which leaves negative prompts as they are.
+    A text encoder with a projection keeps its layers, since the pooled embedding is that of the
+    last one; of any other encoder the layers behind are taken away.
 
     Args:
-        networks: With the text encoder, which is changed in place.
-        clip_skip: Which layer becomes the last, counted from the end; 1 changes nothing.
+        networks: With the text encoders, which are changed in place.
+        clip_skip: Which layer is read in place of the one that usually is, counted from that
+            towards the first; 1 changes nothing.
 
     Raises:
         ValueError: No layer would be left.
     """
-    text_encoder = networks["text_encoder"]
-    path, layers = text_layers(text_encoder)
-    kept = len(layers) - clip_skip + 1
-    if kept < 1:
-        raise ValueError(
-            f"clip_skip={clip_skip} leaves no layer of the text encoder's {len(layers)}: "
-            f"use at most {len(layers)}"
-        )
-    text_encoder.get_submodule(path.rpartition(".")[0]).layers = layers[:kept]
-    text_encoder.config.num_hidden_layers = kept
+    skipped = clip_skip - 1
+    for text_encoder in (network for name, network in networks.items() if name != UNET):
+        path, layers = text_layers(text_encoder)
+        if skipped >= len(layers):
+            raise ValueError(
+                f"clip_skip={clip_skip} leaves no layer of the text encoder's {len(layers)}: "
+                f"use at most {len(layers)}"
+            )
+        if hasattr(text_encoder, "text_projection"):
+            if skipped:
+                text_encoder.register_forward_hook(functools.partial(_without_last, skipped))
+            continue
+        kept = len(layers) - skipped
+        text_encoder.get_submodule(path.rpartition(".")[0]).layers = layers[:kept]
+        text_encoder.config.num_hidden_layers = kept
+
+
+def _without_last(count: int, _module: Any, _inputs: Any, output: Any) -> Any:
+    if output.hidden_states is not None:
+        output.hidden_states = output.hidden_states[:-count]
+    return output
 
 
 def model_fingerprint(model: str | Path, reporter: Reporter = silent) -> str:
@@ -230,6 +253,15 @@ def model_fingerprint(model: str | Path, reporter: Reporter = silent) -> str:
     """
     path = _locate(model, None)
     return fingerprint_model(path, reporter)
+
+
+def model_family(model: str | Path) -> Family:
+    """The family of a model; none of its weights are read, and a hub id is downloaded.
+
+    Raises:
+        CheckpointError: what was given is not there, or no model of a known family.
+    """
+    return family_of(_locate(model, None))
 
 
 def load_parts(
@@ -256,7 +288,7 @@ def load_parts(
         what = f"the configuration of a {_NAMES.get(part, _NAMES['text_encoder'])}"
         with reading(described, what, _OTHER_MODEL), init_empty_weights():
             models[part] = build_model(part, configs, family)
-        names = names_in_file(path, part, models[part].config)
+        names = names_in_file(path, part, models[part].config, family)
         fill_from_files(
             models[part], files, names, torch.float32 if part == "vae" else dtype, device
         )
@@ -289,6 +321,14 @@ def assemble(
         raise CheckpointError(
             source, f"the UNet reads text states of width {wants}, the {make} {gives}."
         )
+    if family.reads_sizes:
+        wants, gives = pooled_width(unet), encoders[-1].config.projection_dim
+        if wants != gives:
+            raise CheckpointError(
+                source,
+                f"the UNet reads a pooled text embedding of width {wants}, the last text encoder "
+                f"makes {gives}.",
+            )
     wants, gives = unet.config["in_channels"], vae.config["latent_channels"]
     if wants != gives:
         raise CheckpointError(
@@ -299,8 +339,9 @@ def assemble(
     with reading(schedule, "the settings of a scheduler", _OTHER_MODEL):
         noise_scheduler = _noise_scheduler(scheduler_config)
     tokenizers = []
-    for name, encoder in zip(family.tokenizers, encoders, strict=True):
-        words = configs / name
+    own = configs == family.configs
+    for (name, padding), encoder in zip(family.tokenizers.items(), encoders, strict=True):
+        words = VOCABULARY if own else configs / name
         if not (words / "tokenizer.json").is_file() and not (
             (words / "vocab.json").is_file() and (words / "merges.txt").is_file()
         ):
@@ -309,6 +350,10 @@ def assemble(
             )
         with reading(words, "a tokenizer of CLIP's make", _OTHER_MODEL):
             tokenizers.append(_tokenizer(words, encoder.config))
+        if own:
+            tokenizers[-1].pad_token = padding
+    if len({tokenizer.model_max_length for tokenizer in tokenizers}) > 1:
+        raise CheckpointError(configs, "its tokenizers cut prompts at different lengths.")
     for model in models.values():
         model.requires_grad_(False).eval()
     return StableDiffusionParts(

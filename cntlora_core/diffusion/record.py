@@ -14,6 +14,7 @@ import torch
 from cntlora_core import __version__
 from cntlora_core.data.captions import SubjectPrompts
 from cntlora_core.data.photos import PhotoSet
+from cntlora_core.diffusion.family import FAMILIES
 from cntlora_core.diffusion.pipeline import StableDiffusionParts
 from cntlora_core.diffusion.settings import JobSettings
 from cntlora_core.diffusion.snapshots import Snapshot, records_of
@@ -52,18 +53,25 @@ class JobResult:
 @dataclass(frozen=True)
 class ModelFacts:
     """What is noted of the model: where it came from, its fingerprint, its resolution in pixels,
-    and what it predicts (epsilon, v_prediction).
+    what it predicts (epsilon, v_prediction), and its family.
     """
 
     source: str
     fingerprint: str
     resolution: int
     prediction_type: str
+    family: str
 
     @classmethod
     def of(cls, parts: StableDiffusionParts) -> ModelFacts:
         predicts = parts.noise_scheduler.config["prediction_type"]
-        return cls(parts.source, parts.fingerprint, parts.default_resolution, predicts)
+        return cls(
+            parts.source,
+            parts.fingerprint,
+            parts.default_resolution,
+            predicts,
+            parts.family.name,
+        )
 
 
 def file_metadata(
@@ -105,6 +113,7 @@ def file_metadata(
         },
         trigger_phrase=prompts.token or prompts.instance_prompt,
         prediction_type=model.prediction_type,
+        family=FAMILIES[model.family].files,
     )
 
 

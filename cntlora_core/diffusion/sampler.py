@@ -16,9 +16,11 @@ from cntlora_core.data.captions import encode_prompts
 from cntlora_core.diffusion.pipeline import (
     StableDiffusionParts,
     load_stable_diffusion,
+    model_family,
     skip_last_layers,
 )
 from cntlora_core.diffusion.settings import Precision, SamplingSettings, torch_dtype
+from cntlora_core.lora_file.families import SD15_FILES, SDXL_FILES, FileFamily
 from cntlora_core.lora_file.find_lora import find_lora
 from cntlora_core.lora_file.peft_config import DIFFUSERS_METADATA_KEY
 from cntlora_core.lora_file.reading import (
@@ -63,8 +65,11 @@ class LoRAUse:
                 f"{LARGEST_STRENGTH:g}, got {self.strength}"
             )
 
-    def check(self) -> tuple[str, ...]:
+    def check(self, family: FileFamily = SD15_FILES) -> tuple[str, ...]:
         """Reads the file, and refuses what is no LoRA to sample with, before a model is loaded.
+
+        Args:
+            family: Of the model.
 
         Returns:
             What will be left out of it, in words.
@@ -77,7 +82,7 @@ class LoRAUse:
         if tensors is None:
             require_file(self.path, "a LoRA's .safetensors file")
             tensors, _ = load_tensors(self.path)
-        return check_drawable(self.path, tensors)
+        return check_drawable(self.path, tensors, family)
 
     @classmethod
     def parse(cls, text: str) -> LoRAUse:
@@ -114,7 +119,8 @@ class LoRAUse:
         path = find_lora(path)[0]
         if not path.is_dir():
             return cls(path, strength)
-        return cls(path, strength, diffusers_tensors(read_lora_file(path).layers))
+        file = read_lora_file(path)
+        return cls(path, strength, diffusers_tensors(file.layers, family=file.family))
 
 
 def default_device() -> torch.device:
@@ -161,8 +167,9 @@ def load_for_sampling(
         ValueError: for one that does not fit the model, with the keys that did not.
     """
     place = checked_device(device)
+    files = model_family(model).files if loras else SD15_FILES
     for lora in loras:
-        for note in lora.check():
+        for note in lora.check(files):
             reporter("loading the model", 0, 0, {"note": note})
     parts = load_stable_diffusion(model, dtype=torch_dtype(precision), device=place)
     pipeline = parts.pipeline(scheduler)  # pyright: ignore[reportArgumentType]
@@ -177,8 +184,9 @@ def apply_lora_files(pipeline: Pipeline, loras: Sequence[LoRAUse]) -> None:
     Raises:
         ValueError: one does not fit the model, or holds values that are not finite.
     """
+    second = getattr(pipeline, "text_encoder_2", None) is not None
     for lora in loras:
-        lora.check()
+        lora.check(SDXL_FILES if second else SD15_FILES)
     _load_lora_files(pipeline, loras)
 
 
@@ -200,8 +208,8 @@ def _load_lora_files(pipeline: Pipeline, loras: Sequence[LoRAUse]) -> None:
             if str(lora.path) in str(error):
                 raise
             raise ValueError(
-                f"{lora.path} does not fit this model: a LoRA of just such a model (SD1.5 or the "
-                f"small one) is needed. {reason(error)}"
+                f"{lora.path} does not fit this model: a LoRA of just such a model (SD1.5, SDXL "
+                f"or the small one) is needed. {reason(error)}"
             ) from error
     if loras:
         pipeline.set_adapters(names, [lora.strength for lora in loras])
@@ -225,7 +233,8 @@ def _respelled(lora: LoRAUse) -> Mapping[str, torch.Tensor] | None:
     tensors, header = lora.tensors, None
     if tensors is None:
         tensors, header = load_lora_tensors(lora.path)
-    return diffusers_tensors(read_lora_tensors(tensors, header, str(lora.path)).layers)
+    file = read_lora_tensors(tensors, header, str(lora.path))
+    return diffusers_tensors(file.layers, family=file.family)
 
 
 def _ranks_without_alphas(shapes: Mapping[str, Sequence[int]]) -> bool:
@@ -249,7 +258,7 @@ def generate(
     Each picture has a seed of its own, so that it does not depend on the others of its batch.
 
     Args:
-        pipeline: From :func:`load_for_sampling`, or any Stable Diffusion 1.5 pipeline.
+        pipeline: From :func:`load_for_sampling`, or any Stable Diffusion pipeline.
         prompts: One for each picture.
         settings: How to sample.
         seeds: One for each picture; default: counting up from the settings' seed.
@@ -264,7 +273,7 @@ def generate(
     for message in encode_prompts(prompts, pipeline.tokenizer).messages:
         reporter(stage, 0, len(prompts), {"note": message})
     pictures: list[Image.Image] = []
-    total = len(prompts)
+    total, negative = len(prompts), settings.negative_prompt or None  # None: as the model wants it
     for start in range(0, total, settings.batch_size):
         chosen = slice(start, start + settings.batch_size)
         fraction_before = len(pictures)
@@ -286,7 +295,7 @@ def generate(
         with threads(threads_for(pipeline.unet)):
             pictures += pipeline(
                 prompt=list(prompts[chosen]),
-                negative_prompt=[settings.negative_prompt] * len(prompts[chosen]),
+                negative_prompt=negative and [negative] * len(prompts[chosen]),
                 num_inference_steps=settings.steps,
                 guidance_scale=settings.guidance,
                 height=settings.resolution,

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from cntlora_core.diffusion.original_layout import original_key
+from cntlora_core.diffusion.original_layout import original_key, part_of_tensor
 from cntlora_core.diffusion.pipeline import StableDiffusionParts
 from cntlora_core.runtime.files import atomic_write
 
@@ -23,13 +23,21 @@ def to_original_layout(parts: StableDiffusionParts) -> dict[str, torch.Tensor]:
         ValueError: a part is built differently from SD1.5's, and the layout has no place for it.
     """
     tensors: dict[str, torch.Tensor] = {}
+    joined: dict[str, dict[str, torch.Tensor]] = {}
     for part, model in {**parts.networks, "vae": parts.vae}.items():
         for name, tensor in model.state_dict().items():
             if name.endswith("position_ids"):
                 continue
             if part == "vae" and ".attentions." in name and tensor.ndim == 2:
                 tensor = tensor[:, :, None, None]
-            tensors[original_key(part, name, model.config)] = tensor.contiguous()
+            prefix = parts.family.prefixes[part]
+            key = original_key(part, name, model.config, prefix)
+            if key.endswith((".in_proj_weight", ".in_proj_bias")):
+                joined.setdefault(key, {})[name.split(".")[-2]] = tensor
+            else:
+                tensors[key] = part_of_tensor(name, key, tensor).contiguous()
+    for key, thirds in joined.items():
+        tensors[key] = torch.cat([thirds[f"{letter}_proj"] for letter in "qkv"])
     return tensors
 
 

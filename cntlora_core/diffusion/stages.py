@@ -28,7 +28,7 @@ from cntlora_core.data.photos import (
     pixel_digest,
 )
 from cntlora_core.diffusion.batches import TrainingData
-from cntlora_core.diffusion.from_lora import fingerprint_from_lora
+from cntlora_core.diffusion.from_lora import fingerprint_from_lora, require_family
 from cntlora_core.diffusion.initialize import plan_adapter
 from cntlora_core.diffusion.pipeline import StableDiffusionParts
 from cntlora_core.diffusion.settings import AdapterSettings, SubjectSettings
@@ -299,6 +299,7 @@ def plan_initialization(
     Raises:
         ValueError: for a rank that the model's layers cannot hold, and the like, in words.
     """
+    require_family(adapter, parts.family)
     on_cpu = parts.unet.device.type == "cpu"
     count = threads_for(parts.unet)
     with torch.inference_mode(False), freed_memory_kept(on_cpu), threads(count):

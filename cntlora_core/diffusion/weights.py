@@ -10,7 +10,8 @@ from typing import Any, BinaryIO
 import torch
 
 from cntlora_core.diffusion.checkpoint import CheckpointError, TensorEntry, read_header
-from cntlora_core.diffusion.original_layout import original_key
+from cntlora_core.diffusion.family import Family
+from cntlora_core.diffusion.original_layout import original_key, part_of_tensor
 from cntlora_core.runtime.reading import FLOATS, is_finite
 
 _DTYPES = {
@@ -30,13 +31,14 @@ _OLD_VAE_ATTENTION = {
 }
 
 
-def names_in_file(path: Path, part: str, config: Any) -> Callable[[str], list[str]]:
+def names_in_file(path: Path, part: str, config: Any, family: Family) -> Callable[[str], list[str]]:
     """For a parameter of the model, the names that it may have in the file, likeliest first.
 
     Args:
         path: a diffusers folder, or a file in the original layout.
-        part: ``unet``, ``vae`` or ``text_encoder``.
+        part: ``unet``, ``vae`` or a text encoder.
         config: the part's configuration.
+        family: of the model.
     """
     if path.is_dir():
 
@@ -49,7 +51,7 @@ def names_in_file(path: Path, part: str, config: Any) -> Callable[[str], list[st
     else:
 
         def names(name: str) -> list[str]:
-            key = original_key(part, name, config)
+            key = original_key(part, name, config, family.prefixes[part])
             return [key, key.replace("transformer.text_model.", "transformer.")]
 
     return names
@@ -94,7 +96,7 @@ def fill_from_files(
                         f"{found} holds {entry.dtype}, and weights are floating-point numbers: "
                         "this is a quantised or damaged model.",
                     )
-                tensor = _read(stream, entry)
+                tensor = part_of_tensor(name, found, _read(stream, entry))
                 # 1x1 convolutions are stored as matrices by some tools, and the other way round.
                 if [n for n in tensor.shape if n > 1] != [n for n in empty.shape if n > 1]:
                     raise CheckpointError(
@@ -102,7 +104,7 @@ def fill_from_files(
                         f"{found} has shape {tuple(tensor.shape)}, expected {tuple(empty.shape)}: "
                         "the model is built differently.",
                     )
-                tensor = tensor.reshape(empty.shape).to(device, dtype)
+                tensor = tensor.reshape(empty.shape).to(device, dtype).contiguous()
                 if not is_finite(tensor):
                     raise CheckpointError(
                         files[0],

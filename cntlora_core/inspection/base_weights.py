@@ -126,6 +126,8 @@ def _original(component: str, path: str) -> str | None:
 
     try:
         config = read_json(SD15.configs / component / "config.json")
-        return original_key(component, path + _WEIGHT, config).removesuffix(_WEIGHT)
+        return original_key(
+            component, path + _WEIGHT, config, SD15.prefixes[component]
+        ).removesuffix(_WEIGHT)
     except ValueError:
         return None

@@ -14,7 +14,7 @@ from cntlora_core.lava.factors import LavaFactors, LavaPlan, difference
 from cntlora_core.lava.functional import small_kernel
 from cntlora_core.lava.inject import lava_layers, snapshot
 from cntlora_core.lora_file.algebra import LoRALayer, LoRALayers, alpha_for
-from cntlora_core.lora_file.names import TEXT_ENCODER, TEXT_MODEL, split_name
+from cntlora_core.lora_file.names import TEXT_MODEL, split_name
 
 
 def lora_layer(factors: LavaFactors) -> LoRALayer:
@@ -46,7 +46,7 @@ def collect_lava(
     Args:
         model: A module with LAVA layers.
         plan: Their initialisation, which is subtracted where it was taken out of the frozen weight.
-        prefix: ``unet`` or ``text_encoder``.
+        prefix: ``unet``, ``text_encoder`` or ``text_encoder_2``.
         adapter_name: Which adapter.
     """
     found = {}
@@ -54,7 +54,7 @@ def collect_lava(
         factors, initial = snapshot(layer, adapter_name), plan.factors[path]
         if plan.rewrites_base and initial.v.any():
             factors = difference(factors, initial)
-        name = f"{prefix}.{path.removeprefix(TEXT_MODEL) if prefix == TEXT_ENCODER else path}"
+        name = f"{prefix}.{path.removeprefix(TEXT_MODEL)}"
         split_name(name)
         found[name] = factors
     return found

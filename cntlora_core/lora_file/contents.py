@@ -1,7 +1,7 @@
 """What a LoRA file of any tool and any model holds, taken as it is: for looking, not for loading.
 
-`lora_reading.read_lora_file` reads LoRAs for SD 1.5 and refuses what it could not apply. Here any
-plain LoRA is read, whatever model it is for, and what else the file holds is named.
+`lora_reading.read_lora_file` reads LoRAs for SD 1.5 and SDXL and refuses what it could not apply.
+Here any plain LoRA is read, whatever model it is for, and what else the file holds is named.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ from cntlora_core.lora_file.reading import (
 # peft's adapters of embeddings: the delta is that of a linear layer, transposed.
 _EMBEDDING: dict[str, Role] = {".lora_embedding_A": "down", ".lora_embedding_B": "up"}
 # CLIP's text encoder; other encoders have an "encoder" and "embeddings" too.
-_CLIP_TEXT = re.compile(r"text_encoder\.(encoder\.layers\.\d+\.(self_attn|mlp)|embeddings)\.")
+_CLIP_TEXT = re.compile(
+    r"text_encoder(?:_2)?\.(encoder\.layers\.\d+\.(self_attn|mlp)|embeddings)\."
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,8 +50,8 @@ class LoRAContents:
     """A file's layers and what it says of itself.
 
     Attributes:
-        layers: By name: the canonical one for SD 1.5's modules, else the module as the file spells
-            it (without peft's ``base_model.model.``).
+        layers: By name: the canonical one for Stable Diffusion's modules, else the module as the
+            file spells it (without peft's ``base_model.model.``).
         layout: Whose spelling it is.
         metadata: The strings of the header.
         configs: peft's configurations by component (``""`` where there is one for all).

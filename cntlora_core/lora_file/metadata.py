@@ -20,6 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from cntlora_core.lora_file.algebra import LoRALayer
+from cntlora_core.lora_file.families import SD15_FILES, FileFamily
 
 RECORDED_PACKAGES = ("cntlora", "torch", "diffusers", "transformers", "peft")
 
@@ -39,9 +40,10 @@ def modelspec_metadata(
     tags: str | None = None,
     clip_skip: int | None = None,
     prediction_type: str = "epsilon",
+    family: FileFamily = SD15_FILES,
     date: datetime.datetime | None = None,
 ) -> dict[str, str]:
-    """The header of a LoRA for SD 1.5; `write_lora_file` adds what depends on its tensors.
+    """The header of a LoRA file; `write_lora_file` adds what depends on its tensors.
 
     Args:
         title: for people; sd-scripts uses the output's name.
@@ -56,6 +58,7 @@ def modelspec_metadata(
         tag_frequency: folder -> caption or tag -> number of images; web UIs show it as the
             trained words.
         trigger_phrase: the words that call up the subject.
+        family: of the model that it is for.
         prediction_type: what the denoiser was trained to predict, in diffusers' words: epsilon,
             v_prediction or sample.
         date: when it was made; now, if not given.
@@ -67,7 +70,7 @@ def modelspec_metadata(
     date = date or datetime.datetime.now()
     spec = {
         "sai_model_spec": "1.0.0",
-        "architecture": "stable-diffusion-v1/lora",
+        "architecture": family.architecture,
         "implementation": "diffusers",
         "title": title,
         "resolution": f"{width}x{height}",
@@ -83,7 +86,7 @@ def modelspec_metadata(
     }
     result = {f"modelspec.{key}": value for key, value in spec.items() if value is not None}
     facts = {
-        "base_model_version": "sd_v1",
+        "base_model_version": family.base_version,
         "v2": False,
         "resolution": f"({width}, {height})",
         "clip_skip": clip_skip,

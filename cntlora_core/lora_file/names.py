@@ -1,23 +1,34 @@
 """Names of adapted modules: the canonical ones, and those of the files other tools write.
 
-Canonical names are ``unet.<module path in diffusers>`` and ``text_encoder.<module path>``, the
-latter without the ``text_model.`` that transformers' CLIPTextModel had before version 5 and that
-every file layout keeps. kohya's names have underscores for dots; `canonical_name` puts the dots
-back by splitting into the words that such a path is made of.
+Canonical names are ``unet.<module path in diffusers>`` and, of text encoders,
+``text_encoder.<module path>`` and ``text_encoder_2.<module path>``, without the ``text_model.``
+that transformers' CLIPTextModel had before version 5 and that every file layout keeps. kohya's
+names have underscores for dots; `canonical_name` puts the dots back by splitting into the words
+that such a path is made of.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from cntlora_core.lora_file.original_unet import diffusers_path, original_path
+
+if TYPE_CHECKING:
+    from cntlora_core.lora_file.families import FileFamily
 
 Layout = Literal["kohya", "diffusers", "peft"]
 Role = Literal["down", "up", "mid", "alpha"]
 
 UNET, TEXT_ENCODER, SECOND_TEXT_ENCODER = "unet", "text_encoder", "text_encoder_2"
 COMPONENTS = (UNET, TEXT_ENCODER, SECOND_TEXT_ENCODER)
-KOHYA_PREFIXES = {"lora_unet_": UNET, "lora_te1_": TEXT_ENCODER, "lora_te_": TEXT_ENCODER}
+KOHYA_PREFIXES = {
+    "lora_unet_": UNET,
+    "lora_te_": TEXT_ENCODER,
+    "lora_te1_": TEXT_ENCODER,
+    "lora_te2_": SECOND_TEXT_ENCODER,
+}
 PEFT_PREFIX = "base_model.model."
 TEXT_MODEL = "text_model."
 
@@ -39,15 +50,19 @@ _SUFFIXES: dict[str, Role] = {
 }
 
 # Words that hold an underscore; a number or any word without one needs no entry.
+_TEXT_WORDS = (
+    "text_model self_attn q_proj k_proj v_proj out_proj token_embedding position_embedding "
+    "text_projection"
+)
 _WORDS = {
     UNET: (
         "down_blocks up_blocks mid_block transformer_blocks to_q to_k to_v to_out proj_in proj_out "
-        "conv_in conv_out conv_shortcut time_emb_proj time_embedding linear_1 linear_2"
+        "conv_in conv_out conv_shortcut time_emb_proj time_embedding linear_1 linear_2 "
+        "add_embedding input_blocks output_blocks middle_block in_layers out_layers emb_layers "
+        "skip_connection time_embed label_emb"
     ),
-    TEXT_ENCODER: (
-        "text_model self_attn q_proj k_proj v_proj out_proj token_embedding position_embedding "
-        "text_projection"
-    ),
+    TEXT_ENCODER: _TEXT_WORDS,
+    SECOND_TEXT_ENCODER: _TEXT_WORDS,
 }
 _TOKENS = {
     component: re.compile(
@@ -56,9 +71,14 @@ _TOKENS = {
     for component, words in _WORDS.items()
 }
 _FIRST_WORDS = {
-    UNET: ("conv_in", "conv_out", "down_blocks", "mid_block", "up_blocks", "time_embedding"),
+    UNET: (
+        *("conv_in", "conv_out", "down_blocks", "mid_block", "up_blocks", "time_embedding"),
+        *("add_embedding", "input_blocks", "middle_block", "output_blocks"),
+        *("time_embed", "label_emb", "out"),
+    ),
     TEXT_ENCODER: ("embeddings", "encoder", "final_layer_norm", "text_projection"),
 }
+_FIRST_WORDS[SECOND_TEXT_ENCODER] = _FIRST_WORDS[TEXT_ENCODER]
 # diffusers once kept LoRA weights in attention processors, under names of its own.
 _OLD_UNET = re.compile(r"\.processor\.to_(q|k|v|out)$")
 _OLD_TEXT = re.compile(r"\.self_attn\.to_(q|k|v|out)$")
@@ -79,18 +99,31 @@ def split_key(key: str) -> KeyParts | None:
     return None
 
 
-def kohya_name(name: str) -> str:
-    """``lora_unet_...`` or ``lora_te_text_model_...`` for a canonical name."""
+def kohya_name(name: str, family: FileFamily) -> str:
+    """``lora_unet_...`` or ``lora_te_text_model_...`` for a canonical name.
+
+    Raises:
+        ValueError: The family's models have no such module.
+    """
     component, path = split_name(name)
-    if component == UNET:
-        return "lora_unet_" + path.replace(".", "_")
-    return "lora_te_text_model_" + path.replace(".", "_")
+    try:
+        prefix = family.kohya[component]
+        if component == UNET and family.original_unet:
+            path = original_path(path)
+    except KeyError:
+        raise ValueError(f"{family.title} has no module {name!r}") from None
+    return prefix + f"{_text_model(component, path)}{path}".replace(".", "_")
 
 
 def diffusers_name(name: str) -> str:
     """``unet.<path>`` or ``text_encoder.text_model.<path>`` for a canonical name."""
     component, path = split_name(name)
-    return f"{UNET}.{path}" if component == UNET else f"{TEXT_ENCODER}.{TEXT_MODEL}{path}"
+    return f"{component}.{_text_model(component, path)}{path}"
+
+
+def _text_model(component: str, path: str) -> str:
+    """What stands between a text encoder and the path of one of its modules in every file."""
+    return "" if component == UNET or path == "text_projection" else TEXT_MODEL
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -99,17 +132,17 @@ def split_name(name: str) -> tuple[str, str]:
     Raises ValueError for a name that is not canonical.
     """
     component, _, path = name.partition(".")
-    if component not in (UNET, TEXT_ENCODER) or not path or path.startswith(TEXT_MODEL):
+    if component not in COMPONENTS or not path or path.startswith(TEXT_MODEL):
         raise ValueError(
-            f"{name!r} is no name of an adapted module; expected unet.<module path> "
-            "or text_encoder.<module path> without text_model."
+            f"{name!r} is no name of an adapted module; expected unet.<module path>, or "
+            "text_encoder.<module path> or text_encoder_2.<module path> without text_model."
         )
     return component, path
 
 
-def kohya_table(module_names: Iterable[str]) -> dict[str, str]:
+def kohya_table(module_names: Iterable[str], family: FileFamily) -> dict[str, str]:
     """kohya name -> canonical name, for the canonical names of a model's modules."""
-    return {kohya_name(name): name for name in module_names}
+    return {kohya_name(name, family): name for name in module_names}
 
 
 def layout_of(module: str) -> Layout:
@@ -120,11 +153,11 @@ def layout_of(module: str) -> Layout:
 
 
 def canonical_name(module: str, table: dict[str, str] | None = None) -> str | None:
-    """The canonical name of a module as a file spells it, or None where it fits no model like SD
-    1.5.
+    """The canonical name of a module as a file spells it, or None where it fits no Stable Diffusion
+    1.5 or XL.
 
     ``table`` (`kohya_table`) settles kohya names of models with module names of their own; without
-    it, and for names that it lacks, the words of SD 1.5's module paths do.
+    it, and for names that it lacks, the words of Stable Diffusion's module paths do.
     """
     if table and module in table:
         return table[module]
@@ -139,7 +172,7 @@ def canonical_name(module: str, table: dict[str, str] | None = None) -> str | No
 def _component_and_path(module: str) -> tuple[str | None, str]:
     """Component and path of a dotted name; no component where the path starts like neither's."""
     path = module
-    for component in (UNET, TEXT_ENCODER):
+    for component in COMPONENTS:
         if path.startswith(f"{component}."):
             path = path.removeprefix(f"{component}.").removeprefix(PEFT_PREFIX)
             return component, _modern(path)
@@ -156,8 +189,13 @@ def _modern(path: str) -> str:
     return _OLD_TEXT.sub(lambda m: f".self_attn.{m[1]}_proj", path)
 
 
-def _joined(component: str, path: str) -> str:
-    return f"{component}.{path.removeprefix(TEXT_MODEL) if component == TEXT_ENCODER else path}"
+def _joined(component: str, path: str) -> str | None:
+    if component != UNET:
+        return f"{component}.{path.removeprefix(TEXT_MODEL)}"
+    try:
+        return f"{component}.{diffusers_path(path)}"
+    except (KeyError, ValueError):  # a part of the original layout that no UNet has
+        return None
 
 
 def _dotted(name: str, component: str) -> str | None:

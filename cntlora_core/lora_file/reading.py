@@ -1,4 +1,4 @@
-"""Reading LoRA files for SD 1.5, whoever wrote them: kohya, diffusers (old and new) and peft."""
+"""Reading LoRA files, whoever wrote them: kohya, diffusers (old and new) and peft."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from cntlora_core.lora_file.algebra import LoRALayer, LoRALayers
+from cntlora_core.lora_file.families import SD15_FILES, FileFamily, family_of_keys
 from cntlora_core.lora_file.names import (
-    TEXT_ENCODER,
-    UNET,
+    COMPONENTS,
+    SECOND_TEXT_ENCODER,
     Layout,
     canonical_name,
     kohya_table,
@@ -50,42 +51,45 @@ FOREIGN = {
 
 @dataclass(frozen=True, eq=False)
 class LoRAFile:
-    """A file's content. ``unknown_keys`` fit no layer of SD 1.5 (only with ``strict=False``)."""
+    """A file's content. ``unknown_keys`` fit no layer of its family (with ``strict=False``)."""
 
     layers: LoRALayers
     metadata: dict[str, str]
     layout: Layout
     unknown_keys: tuple[str, ...] = ()
+    family: FileFamily = SD15_FILES
 
 
 def read_lora_file(
     path: str | Path, *, module_names: Iterable[str] | None = None, strict: bool = True
 ) -> LoRAFile:
-    """Reads any LoRA for SD 1.5: a kohya, diffusers (old or new) or peft file, or a peft folder.
+    """Reads any LoRA for SD 1.5 or SDXL: a kohya, diffusers or peft file, or a peft folder.
 
     Factors come back in float32. A missing alpha means alpha = rank, as every reader takes it; a
     peft file needs its ``adapter_config.json``, where the scale stands.
 
     Args:
         path: a ``.safetensors`` file, a folder with ``adapter_config.json``, or one with such
-            folders ``unet/`` and ``text_encoder/``.
+            folders ``unet/``, ``text_encoder/`` and ``text_encoder_2/``.
         module_names: canonical names of a model's modules, for models with other module names
-            than SD 1.5's.
+            than Stable Diffusion's.
         strict: keys that fit no layer are an error; else a warning, and `LoRAFile.unknown_keys`.
 
     Raises:
         FileNotFoundError: nothing is there.
         ValueError: it is something else, in words: a full checkpoint, a pickle, a cut-off file,
-            DoRA, LoHa, LoKr, a LoRA for SDXL, a layer with one factor missing.
+            DoRA, LoHa, LoKr, a layer with one factor missing.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"there is no LoRA at {path}")
-    table = kohya_table(module_names) if module_names else None
+    names = list(module_names or ())
+    table = kohya_table(names, family_of_keys(names)) if names else None
     files = parts_of_folder(path) if path.is_dir() else {None: path}
     layers: LoRALayers = {}
     metadata: dict[str, str] = {}
     unknown: list[str] = []
+    keys: list[str] = []
     layout: Layout = "peft"
     for component, file in files.items():
         tensors, header = load_tensors(file)
@@ -94,15 +98,18 @@ def read_lora_file(
         layers |= found
         metadata |= header
         unknown += odd
+        keys += tensors
+    family = family_of_keys([*keys, *layers], metadata)
     if unknown:
         said = (
-            f"{path} has {len(unknown)} keys that fit no layer of SD 1.5: {', '.join(unknown[:5])}"
+            f"{path} has {len(unknown)} keys that fit no layer of {family.title}: "
+            f"{', '.join(unknown[:5])}"
         )
         said += ", ..." if len(unknown) > 5 else ""
         if strict or not layers:
             raise ValueError(said + ". Is it a LoRA for another model?")
         warnings.warn(said, stacklevel=2)
-    return LoRAFile(layers, metadata, layout, tuple(unknown))
+    return LoRAFile(layers, metadata, layout, tuple(unknown), family)
 
 
 def load_lora_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -118,12 +125,15 @@ def load_lora_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, st
     return {key: tensor.clone() for key, tensor in tensors.items()}, header
 
 
-def check_drawable(path: Path, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
+def check_drawable(
+    path: Path, tensors: Mapping[str, Tensor], family: FileFamily = SD15_FILES
+) -> tuple[str, ...]:
     """Refuses what diffusers would load without a word, or generate black images with.
 
     Args:
         path: What messages name.
         tensors: The content of a LoRA file.
+        family: Of the model that it is to be applied to.
 
     Returns:
         What diffusers leaves out of the file, in words.
@@ -131,7 +141,13 @@ def check_drawable(path: Path, tensors: Mapping[str, Tensor]) -> tuple[str, ...]
     Raises:
         ValueError: it is no LoRA for such a model, or a value is not finite.
     """
-    _require_lora(path, tensors, tolerate=("DoRA", "SDXL"))
+    _require_lora(path, tensors, tolerate=("DoRA",))
+    blocks = ("lora_unet_input_blocks_", "lora_unet_output_blocks_")
+    if not family.original_unet and any(key.startswith(blocks) for key in tensors):
+        raise ValueError(
+            f"{path} names its blocks as LoRAs for SDXL do (input_blocks, output_blocks); "
+            "one for SD 1.5, with down_blocks and up_blocks, is needed"
+        )
     require_finite(path, tensors)
     for module, roles in _by_module(tensors)[0].items():
         if {"down", "up"} <= roles.keys():
@@ -141,7 +157,7 @@ def check_drawable(path: Path, tensors: Mapping[str, Tensor]) -> tuple[str, ...]
                 raise ValueError(f"{path}: {module}: {error}. Use another file.") from None
     notes = []
     second = [key for key in tensors if key.startswith(("lora_te2_", "text_encoder_2."))]
-    if second:
+    if second and SECOND_TEXT_ENCODER not in family.kohya:
         notes.append(
             f"{path.name}: {len(second)} keys of a second text encoder, as {second[0]}, are left "
             "out: this model has one"
@@ -182,8 +198,11 @@ def read_lora_tensors(
     _require_lora(Path(name), tensors)
     layers, layout, unknown = _layers_of(Path(name), dict(tensors), header, None, None)
     if not layers:
-        raise ValueError(f"{name} has no key that fits a layer of SD 1.5; it has {unknown[:5]}")
-    return LoRAFile(layers, header, layout, tuple(unknown))
+        raise ValueError(
+            f"{name} has no key that fits a layer of SD 1.5 or SDXL; it has {unknown[:5]}"
+        )
+    family = family_of_keys([*tensors, *layers], header)
+    return LoRAFile(layers, header, layout, tuple(unknown), family)
 
 
 def parts_of_folder(folder: Path) -> dict[str | None, Path]:
@@ -195,7 +214,7 @@ def parts_of_folder(folder: Path) -> dict[str | None, Path]:
         return {None: folder / PEFT_WEIGHTS}
     parts: dict[str | None, Path] = {
         component: folder / component / PEFT_WEIGHTS
-        for component in (UNET, TEXT_ENCODER)
+        for component in COMPONENTS
         if (folder / component / PEFT_WEIGHTS).is_file()
     }
     if not parts:
@@ -265,17 +284,6 @@ def _require_lora(
                 raise ValueError(
                     f"{path} is not a plain LoRA but {kind} ({key}), which is not supported"
                 )
-    if "SDXL" not in tolerate and any(
-        key.startswith(("lora_te2_", "text_encoder_2.")) for key in tensors
-    ):
-        raise ValueError(f"{path} has a second text encoder: it is a LoRA for SDXL, not for SD 1.5")
-    if any(
-        key.startswith(("lora_unet_input_blocks_", "lora_unet_output_blocks_")) for key in tensors
-    ):
-        raise ValueError(
-            f"{path} names its blocks as LoRAs for SDXL do (input_blocks, output_blocks); "
-            "one for SD 1.5, with down_blocks and up_blocks, is needed"
-        )
     if not any((parts := split_key(key)) and parts.role in ("down", "up") for key in tensors):
         some = ", ".join(sorted(tensors)[:3]) or "no tensors"
         raise ValueError(f"{path} is no LoRA: none of its tensors is a LoRA factor (it has {some})")
@@ -361,4 +369,4 @@ def _peft_configs(path: Path) -> dict[str, Any]:
     config = read_peft_config(file, path)
     if config.get("use_dora"):
         raise ValueError(f"{path} is not a plain LoRA but DoRA, which is not supported")
-    return dict.fromkeys((UNET, TEXT_ENCODER), config)
+    return dict.fromkeys(COMPONENTS, config)

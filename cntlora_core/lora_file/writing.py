@@ -31,8 +31,10 @@ from cntlora_core.lora_file.algebra import (
     with_alpha,
     without_mid,
 )
+from cntlora_core.lora_file.families import SD15_FILES, FileFamily
 from cntlora_core.lora_file.metadata import modelspec_metadata, tensor_metadata
 from cntlora_core.lora_file.names import (
+    COMPONENTS,
     PEFT_PREFIX,
     TEXT_ENCODER,
     TEXT_MODEL,
@@ -77,9 +79,9 @@ def collect_adapter(
 ) -> LoRALayers:
     """Copies of a peft LoRA adapter's factors (float32, CPU) under canonical names.
 
-    ``model`` is a PeftModel or a module with injected LoRA layers; ``prefix`` is ``unet`` or
-    ``text_encoder``. The scaling is read from each layer, so rank and alpha patterns and rsLoRA
-    come out right: alpha = scaling * rank.
+    ``model`` is a PeftModel or a module with injected LoRA layers; ``prefix`` is ``unet``,
+    ``text_encoder`` or ``text_encoder_2``. The scaling is read from each layer, so rank and alpha
+    patterns and rsLoRA come out right: alpha = scaling * rank.
 
     Raises ValueError where the model has no such adapter, or where the adapter is more than a LoRA
     (DoRA, a bias, an embedding, another variant), naming the layer.
@@ -98,7 +100,7 @@ def collect_adapter(
         _require_plain_lora(module, adapter_name, path)
         down: Tensor = module.lora_A.get_submodule(adapter_name).weight  # type: ignore[assignment]
         up: Tensor = module.lora_B.get_submodule(adapter_name).weight  # type: ignore[assignment]
-        name = f"{prefix}.{path.removeprefix(TEXT_MODEL) if prefix == TEXT_ENCODER else path}"
+        name = f"{prefix}.{path.removeprefix(TEXT_MODEL)}"
         split_name(name)
         rank = down.shape[0]
         layers[name] = LoRALayer(
@@ -135,17 +137,19 @@ def write_lora_file(
     layout: Layout = "kohya",
     metadata: Mapping[str, str] | None = None,
     dtype: torch.dtype = torch.float32,
+    family: FileFamily = SD15_FILES,
 ) -> Path:
     """Writes an adapter, never half of one, and returns the path.
 
-    - ``kohya``: for ComfyUI, web UIs and diffusers. Every layer carries an alpha, the same one for
+    - ``kohya``: for ComfyUI, web UIs and diffusers, in the names that sd-scripts gives to the
+      family's modules. Every layer carries an alpha, the same one for
       all of them: diffusers mis-scales kohya files whose alphas differ, so the ratio goes into
       the up factor.
     - ``diffusers``: for ``load_lora_weights``. The scaling goes into the up factor (alpha = rank)
       and the ranks also stand in the header, so that the file is right with the versions that
       read that header and with those that do not.
-    - ``peft``: ``path`` is a folder; ``unet/`` and ``text_encoder/`` in it are for
-      ``PeftModel.from_pretrained``. Factors and alphas are stored as they are.
+    - ``peft``: ``path`` is a folder; ``unet/``, ``text_encoder/`` and ``text_encoder_2/`` in it
+      are for ``PeftModel.from_pretrained``. Factors and alphas are stored as they are.
 
     In the last two a middle kernel is contracted into the down factor. Hash, rank and alpha of
     what is stored are added to ``metadata``.
@@ -171,7 +175,7 @@ def write_lora_file(
         )
     if layout == "kohya":
         stored = _with_shared_alpha(layers)
-        tensors = _kohya_tensors(stored, dtype)
+        tensors = _kohya_tensors(stored, dtype, family)
         extra = {}
     elif layout == "diffusers":
         stored = {name: _unscaled(without_mid(layer)) for name, layer in layers.items()}
@@ -184,7 +188,9 @@ def write_lora_file(
 
 
 def diffusers_tensors(
-    layers: Mapping[str, LoRALayer], dtype: torch.dtype = torch.float32
+    layers: Mapping[str, LoRALayer],
+    dtype: torch.dtype = torch.float32,
+    family: FileFamily = SD15_FILES,
 ) -> dict[str, Tensor]:
     """An adapter as ``load_lora_weights`` takes it in memory: in kohya's names, without mids.
 
@@ -192,13 +198,17 @@ def diffusers_tensors(
     the first one. It is right where all carry one alpha, whatever their ranks.
     """
     stored = {name: without_mid(layer) for name, layer in layers.items()}
-    return _kohya_tensors(_with_shared_alpha(stored), dtype)
+    return _kohya_tensors(_with_shared_alpha(stored), dtype, family)
 
 
-def _kohya_tensors(layers: Mapping[str, LoRALayer], dtype: torch.dtype) -> dict[str, Tensor]:
-    tensors = _factor_tensors(layers, kohya_name, ("lora_down", "lora_up", "lora_mid"), dtype)
+def _kohya_tensors(
+    layers: Mapping[str, LoRALayer], dtype: torch.dtype, family: FileFamily
+) -> dict[str, Tensor]:
+    names = {name: kohya_name(name, family) for name in layers}
+    words = ("lora_down", "lora_up", "lora_mid")
+    tensors = _factor_tensors(layers, names.__getitem__, words, dtype)
     for name, layer in layers.items():
-        tensors[f"{kohya_name(name)}.alpha"] = torch.tensor(layer.alpha, dtype=torch.float32)
+        tensors[f"{names[name]}.alpha"] = torch.tensor(layer.alpha, dtype=torch.float32)
     return tensors
 
 
@@ -287,7 +297,7 @@ def _write_peft(
     if folder.is_file() or folder.suffix == ".safetensors":
         raise ValueError(f"the peft layout is a folder with a folder for each part, got {folder}")
     parts = _by_component(layers)
-    for other in {UNET, TEXT_ENCODER} - parts.keys():
+    for other in set(COMPONENTS) - parts.keys():
         if (folder / other / PEFT_WEIGHTS).exists():
             raise ValueError(
                 f"{folder} already holds an adapter for {other}, which this one does not have; "
@@ -295,7 +305,9 @@ def _write_peft(
             )
     for component, part in parts.items():
         part = {name: without_mid(layer) for name, layer in part.items()}
-        inner = _installed_text_prefix() if component == TEXT_ENCODER else ""
+        inner = "" if component == UNET else TEXT_MODEL
+        if component == TEXT_ENCODER:
+            inner = _installed_text_prefix()
         paths = {name: inner + split_name(name)[1] for name in part}
         tensors = _factor_tensors(
             part,

@@ -23,6 +23,7 @@ from cntlora_core.diffusion.settings import AdapterSettings
 from cntlora_core.lava.factors import LavaFactors
 from cntlora_core.lava.image_file import lora_layers
 from cntlora_core.lava.layer import weight_shape
+from cntlora_core.lora_file.families import SD15_FILES
 from cntlora_core.lora_file.names import kohya_name
 from cntlora_core.lora_file.writing import write_lora_file
 
@@ -49,7 +50,7 @@ def test_every_key_is_known_and_every_weight_is_changed_as_ours(tmp_path: Path) 
         u, v, *spatial = (torch.randn(n, 2, generator=generator) for n in shape)
         factors[name] = LavaFactors(u, v, tuple(spatial), 0.75)
         if list(shape) not in shapes.values():  # the numbers of one module of each shape
-            shapes[kohya_name(name)] = list(shape)
+            shapes[kohya_name(name, SD15_FILES)] = list(shape)
     path = write_lora_file(tmp_path / "lava.safetensors", lora_layers(factors))
     (tmp_path / "shapes.json").write_text(json.dumps(shapes))
     outputs = tmp_path / "outputs.safetensors"
@@ -69,7 +70,7 @@ def test_every_key_is_known_and_every_weight_is_changed_as_ours(tmp_path: Path) 
     there = load_file(outputs)
     assert there.keys() == shapes.keys()
     assert {len(shape) for shape in shapes.values()} == {2, 4}
-    own = {kohya_name(name): layer for name, layer in factors.items()}
+    own = {kohya_name(name, SD15_FILES): layer for name, layer in factors.items()}
     for name, changed in there.items():
         wanted = own[name].delta()
         assert (changed - wanted).norm() < 1e-5 * wanted.norm(), name

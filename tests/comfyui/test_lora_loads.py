@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cntlora_core.lora_file.families import SD15_FILES
 from cntlora_core.lora_file.names import kohya_name
 from cntlora_core.lora_file.writing import LoRALayer, LoRALayers, write_lora_file
 
@@ -144,13 +145,13 @@ def test_every_key_is_loaded(run: Run) -> None:
     assert run.report["model_patches"] == 128
     assert run.report["clip_patches"] == 48
     patched = {key.removeprefix("weight.") for key in run.actual if key.startswith("weight.")}
-    assert patched == {kohya_name(name) for name in run.layers}
+    assert patched == {kohya_name(name, SD15_FILES) for name in run.layers}
 
 
 def test_patched_weights_are_the_base_plus_our_delta(run: Run) -> None:
     errors = {}
     for name, layer in run.layers.items():
-        base, patched = run.base_weights[name], run.actual[f"weight.{kohya_name(name)}"]
+        base, patched = run.base_weights[name], run.actual[f"weight.{kohya_name(name, SD15_FILES)}"]
         # Of the change alone, so that a small change cannot hide behind a large weight.
         errors[name] = error(patched - base, layer.delta())
     worst = max(errors, key=errors.__getitem__)

@@ -23,7 +23,7 @@ from cntlora_core.diffusion.checkpoint import (
     identify,
     read_header,
 )
-from cntlora_core.diffusion.family import family_of
+from cntlora_core.diffusion.family import SD15, family_of
 from cntlora_core.diffusion.original_layout import original_key
 from cntlora_core.diffusion.single_file import to_original_layout
 
@@ -50,7 +50,7 @@ FILES: list[tuple[str, CheckpointKind, Shapes]] = [
     ("no text encoder", CheckpointKind.WITHOUT_TEXT_ENCODER, UNET | VAE),
     (
         "inpainting",
-        CheckpointKind.SD15_INPAINTING,
+        CheckpointKind.INPAINTING,
         UNET | VAE | TEXT | {"model.diffusion_model.input_blocks.0.0.weight": (8, 9, 3, 3)},
     ),
     ("sd2", CheckpointKind.SD2, SD2),
@@ -66,6 +66,16 @@ FILES: list[tuple[str, CheckpointKind, Shapes]] = [
         },
     ),
     (
+        "sdxl without its second text encoder",
+        CheckpointKind.WITHOUT_TEXT_ENCODER,
+        {
+            "model.diffusion_model.input_blocks.0.0.weight": (8, 4, 3, 3),
+            "model.diffusion_model.label_emb.0.0.weight": (8, 8),
+            "conditioner.embedders.0.transformer.text_model.final_layer_norm.bias": (768,),
+            **VAE,
+        },
+    ),
+    (
         "refiner",
         CheckpointKind.SDXL_REFINER,
         {
@@ -76,7 +86,7 @@ FILES: list[tuple[str, CheckpointKind, Shapes]] = [
     ),
     (
         "diffusers sdxl unet",
-        CheckpointKind.SDXL,
+        CheckpointKind.UNET,
         {"add_embedding.linear_1.weight": (8, 8), "down_blocks.0.resnets.0.conv1.weight": (8, 8)},
     ),
     (
@@ -148,12 +158,12 @@ def write(path: Path, shapes: Shapes) -> Path:
 def test_files_are_told_apart(tmp_path: Path, kind: CheckpointKind, shapes: Shapes) -> None:
     path = write(tmp_path / "a model.safetensors", shapes)
     assert identify(path) is kind
-    if kind is CheckpointKind.SD15:
+    if kind in (CheckpointKind.SD15, CheckpointKind.SDXL):
         assert family_of(path).kind is kind
     else:
         with pytest.raises(CheckpointError) as caught:
             family_of(path)
-        for piece in (str(path), kind.value, "Needed: a Stable Diffusion 1.5 model"):
+        for piece in (str(path), kind.value, "Needed: a Stable Diffusion 1.5 or XL model"):
             assert piece in str(caught.value)
 
 
@@ -249,7 +259,7 @@ def make_folder(folder: Path, kind: str = "StableDiffusionPipeline", **unet: obj
         ("StableDiffusionPipeline", {"cross_attention_dim": 128}, CheckpointKind.SD15),
         ("StableDiffusionImg2ImgPipeline", {}, CheckpointKind.SD15),
         ("StableDiffusionPipeline", {"cross_attention_dim": 1024}, CheckpointKind.SD2),
-        ("StableDiffusionInpaintPipeline", {"in_channels": 9}, CheckpointKind.SD15_INPAINTING),
+        ("StableDiffusionInpaintPipeline", {"in_channels": 9}, CheckpointKind.INPAINTING),
         ("StableDiffusionInstructPix2PixPipeline", {"in_channels": 8}, CheckpointKind.UNKNOWN),
         ("StableDiffusionXLPipeline", {"cross_attention_dim": 2048}, CheckpointKind.SDXL),
         ("StableDiffusion3Pipeline", {}, CheckpointKind.SD3),
@@ -312,11 +322,11 @@ def test_weights_of_a_folder(tmp_path: Path) -> None:
 
 def test_a_model_of_another_build_has_no_place_in_the_single_file() -> None:
     config = {"layers_per_block": 2, "up_block_types": ["UpBlock2D"], "block_out_channels": [8]}
-    with pytest.raises(ValueError, match=r"'add_embedding.linear_1.weight' has no place"):
-        original_key("unet", "add_embedding.linear_1.weight", config)
+    with pytest.raises(ValueError, match=r"'class_embedding.linear_1.weight' has no place"):
+        original_key("unet", "class_embedding.linear_1.weight", config, "")
     part = SimpleNamespace(
         state_dict=lambda: {"class_embedding.linear_1.weight": torch.zeros(1)}, config=config
     )
-    parts = SimpleNamespace(networks={"unet": part}, vae=part)
+    parts = SimpleNamespace(networks={"unet": part}, vae=part, family=SD15)
     with pytest.raises(ValueError, match="Save it as a diffusers folder instead"):
         to_original_layout(parts)  # type: ignore[arg-type]

@@ -145,8 +145,8 @@ def test_locon_with_a_middle_kernel_and_dora_magnitudes(tmp_path: Path):
 def test_a_lora_for_another_model_keeps_its_names(tmp_path: Path):
     torch.manual_seed(2)
     stems = [
-        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k",
-        "lora_te2_text_model_encoder_layers_3_self_attn_q_proj",
+        "lora_unet_double_blocks_4_img_attn_proj",
+        "lora_te3_encoder_block_3_layer_0_SelfAttention_q",
         "transformer.blocks.7.attn.to_v",
     ]
     layers = {stem: layer_of((2, 2048), (8, 2), alpha=2.0) for stem in stems}

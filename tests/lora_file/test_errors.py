@@ -33,11 +33,6 @@ FACTORS = {f"{GOOD}.lora_down.weight": torch.ones(2, 3), f"{GOOD}.lora_up.weight
         ({f"{GOOD}.hada_w1_a": torch.ones(2, 2)}, "LoHa"),
         ({f"{GOOD}.lokr_w1": torch.ones(2, 2)}, "LoKr"),
         ({**FACTORS, f"{GOOD}.diff_b": torch.ones(5)}, "full difference"),
-        ({**FACTORS, "lora_te2_text_model_encoder_layers_0_mlp_fc1.alpha": torch.ones(1)}, "SDXL"),
-        (
-            {"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": torch.ones(2, 3)},
-            "input_blocks.*down_blocks",
-        ),
         ({f"{GOOD}.lora_down.weight": torch.ones(2, 3)}, "no up factor"),
         ({**FACTORS, f"{GOOD}.lora_up.weight": torch.ones(5, 3)}, f"{GOOD}.*must agree"),
         ({**FACTORS, "what.is.this": torch.ones(1)}, r"1 keys that fit no layer.*what\.is\.this"),

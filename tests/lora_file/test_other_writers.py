@@ -12,6 +12,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import nn
 
+from cntlora_core.lora_file.families import SD15_FILES
 from cntlora_core.lora_file.names import canonical_name, kohya_name
 from cntlora_core.lora_file.writing import LoRALayer, read_lora_file, write_lora_file
 
@@ -37,7 +38,7 @@ def test_kohya_names_come_back_for_every_module(base) -> None:
             if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding)
         ]
         assert len(names) > 60
-        assert [canonical_name(kohya_name(name)) for name in names] == names
+        assert [canonical_name(kohya_name(name, SD15_FILES)) for name in names] == names
     te1 = "lora_te1_text_model_encoder_layers_3_mlp_fc1"
     assert canonical_name(te1) == "text_encoder.encoder.layers.3.mlp.fc1"
     assert canonical_name("lora_unet_double_blocks_0_img_attn_qkv") is None

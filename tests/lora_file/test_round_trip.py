@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cntlora_core.lora_file.families import SD15_FILES
 from cntlora_core.lora_file.names import kohya_name
 from cntlora_core.lora_file.writing import (
     Layout,
@@ -63,12 +64,13 @@ def test_kohya_file_has_one_alpha_for_every_layer(base, tmp_path: Path) -> None:
     assert len({layer.alpha for layer in layers.values()}) > 2
     tensors = load_file(write_lora_file(tmp_path / "lora.safetensors", layers))
     names = {key.split(".")[0] for key in tensors}
-    assert names == {kohya_name(name) for name in layers}
+    assert names == {kohya_name(name, SD15_FILES) for name in layers}
     assert "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0" in names
     assert "lora_te_text_model_encoder_layers_0_self_attn_q_proj" in names
     alphas = [tensors[f"{name}.alpha"] for name in names]
     assert {(alpha.ndim, float(alpha)) for alpha in alphas} == {(0, 6.0)}
-    assert {tensors[f"{kohya_name(n)}.lora_down.weight"].shape[0] for n in layers} == {2, 3, 4, 5}
+    downs = [tensors[f"{name}.lora_down.weight"] for name in names]
+    assert {down.shape[0] for down in downs} == {2, 3, 4, 5}
 
 
 def test_layer_switched_off_by_alpha_zero_stays_off(tmp_path: Path) -> None:
