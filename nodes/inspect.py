@@ -84,19 +84,26 @@ class InspectLoRA(io.ComfyNode):
         return io.NodeOutput(text, image_tensor([picture]), ui=shown([picture]))
 
 
+PARTS = {
+    "unet.": "UNet",
+    "text_encoder.": "text encoder",
+    "text_encoder_2.": "second text encoder",
+}
+
+
 def report(file: LoRAFile) -> str:
     """The file in a few lines for a person."""
     lines = [
         f"{name}: {file.metadata[k]}" for k, name in SHOWN_METADATA.items() if k in file.metadata
     ]
-    for part, words in (("unet.", "UNet"), ("text_encoder.", "text encoder")):
+    for part, words in PARTS.items():
         layers = [layer for name, layer in file.layers.items() if name.startswith(part)]
         if layers:
             ranks = [layer.rank for layer in layers]
             spread = f"ranks {min(ranks)} to {max(ranks)}, mean {sum(ranks) / len(ranks):.1f}"
             lines.append(f"{words}: {len(layers)} layers, {spread}")
     if file.unknown_keys:
-        lines.append(f"{len(file.unknown_keys)} keys fit no layer of SD1.5")
+        lines.append(f"{len(file.unknown_keys)} keys fit no layer of {file.family.title}")
     return "\n".join(lines)
 
 

@@ -185,6 +185,8 @@ def _part_title(path: str) -> str:
         return next((f"UNet {kind}" for word, kind in kinds.items() if word in words), "UNet")
     if path.startswith("text_encoder."):
         return "text encoder"
+    if path.startswith("text_encoder_2."):
+        return "text encoder 2"
     return re.sub(r"\.?\b\d+\b", "", path) or "all"
 
 

@@ -5,14 +5,21 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors import safe_open
 
-from cntlora_core.diffusion.checkpoint import folder_weights, read_header, read_json
+from cntlora_core.diffusion.checkpoint import (
+    CheckpointError,
+    folder_weights,
+    read_header,
+    read_json,
+)
+from cntlora_core.diffusion.family import SD15, Family, family_of
 from cntlora_core.diffusion.original_layout import original_key
 from cntlora_core.lora_file.algebra import LoRALayer
-from cntlora_core.lora_file.names import TEXT_ENCODER, TEXT_MODEL, UNET
+from cntlora_core.lora_file.names import COMPONENTS, TEXT_MODEL, UNET
 from cntlora_core.runtime.reading import reading, require_file
 
 _KOHYA_PREFIXES = ("lora_unet_", "lora_te1_", "lora_te2_", "lora_te3_", "lora_te_", "lora_")
@@ -66,6 +73,9 @@ class _Index:
     """Where the weights of a checkpoint are."""
 
     def __init__(self, model: Path) -> None:
+        self._family = SD15
+        with suppress(CheckpointError):  # any model will do here
+            self._family = family_of(model)
         if not model.is_dir():
             require_file(model, "a base model's .safetensors file")
         self._single = model.is_file()
@@ -73,7 +83,7 @@ class _Index:
         if self._single:
             self._groups[""] = self._read([model])
         elif (model / "model_index.json").is_file():
-            for part in (UNET, TEXT_ENCODER):
+            for part in (UNET, *self._family.text_encoders):
                 self._groups[part] = self._read(folder_weights(model, part))
         else:
             files = sorted(model.glob("*.safetensors"))
@@ -97,10 +107,10 @@ class _Index:
     def find(self, name: str) -> tuple[Path, str] | None:
         """File and key of a layer's weight; None where there is none or more than one."""
         component, _, path = name.partition(".")
-        if component not in (UNET, TEXT_ENCODER):
+        if component not in COMPONENTS:
             component, path = "", name
         if self._single and component:
-            original = _original(component, path)
+            original = _original(component, path, self._family)
             for key in (original, original.replace(f".{TEXT_MODEL}", ".") if original else None):
                 if key in self._groups[""]:
                     return self._groups[""][key]
@@ -121,13 +131,10 @@ class _Index:
         return fits[0] if len(fits) == 1 else None
 
 
-def _original(component: str, path: str) -> str | None:
-    from cntlora_core.diffusion.family import SD15
-
+def _original(component: str, path: str, family: Family) -> str | None:
     try:
-        config = read_json(SD15.configs / component / "config.json")
-        return original_key(
-            component, path + _WEIGHT, config, SD15.prefixes[component]
-        ).removesuffix(_WEIGHT)
-    except ValueError:
+        config = read_json(family.configs / component / "config.json")
+        key = original_key(component, path + _WEIGHT, config, family.prefixes[component])
+        return key.removesuffix(_WEIGHT)
+    except (ValueError, KeyError):
         return None

@@ -145,7 +145,7 @@ def test_locon_with_a_middle_kernel_and_dora_magnitudes(tmp_path: Path):
 def test_a_lora_for_another_model_keeps_its_names(tmp_path: Path):
     torch.manual_seed(2)
     stems = [
-        "lora_unet_double_blocks_4_img_attn_proj",
+        "lora_unet_double_blocks_4_img_attn2_to_k",
         "lora_te3_encoder_block_3_layer_0_SelfAttention_q",
         "transformer.blocks.7.attn.to_v",
     ]
@@ -157,7 +157,7 @@ def test_a_lora_for_another_model_keeps_its_names(tmp_path: Path):
     found = inspect_lora(tmp_path / "xl.safetensors")
     check(found, {stem: layer.delta() for stem, layer in layers.items()})
     parts = {layer.name: layer.part for layer in found.layers}
-    assert [parts[stem] for stem in stems] == ["UNet", "text encoder 2", "transformer.blocks"]
+    assert [parts[stem] for stem in stems] == ["UNet", "text encoder 3", "transformer.blocks"]
     assert found.base_model is not None
     assert found.base_model.startswith("SDXL")
 
