@@ -8,9 +8,10 @@ from typing import Any, get_args
 from comfy_api.latest import io  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-from cntlora_core.diffusion.settings import JobSettings, Precision, TrainingSettings
+from cntlora_core.diffusion.settings import JobSettings, TrainingPrecision, TrainingSettings
 
 from .host import folder_paths
+from .runtime import device_precision
 from .sockets import ModelChoice, ModelSocket
 from .widgets import ADVANCED, CATEGORY, SMALL_MODEL, default_of, model_names, model_path
 
@@ -36,11 +37,12 @@ class LoadModel(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "precision",
-                    options=list(get_args(Precision)),
+                    options=list(get_args(TrainingPrecision)),
                     default=default_of(TrainingSettings, "precision"),
                     extra_dict=ADVANCED,
                     tooltip="Number format of the model while it is in use. float32 is exact; "
-                    "bfloat16 and float16 halve the memory and lose a little.",
+                    "bfloat16 and float16 halve the memory and lose a little. auto: what "
+                    "ComfyUI's device computes well in, bfloat16 on recent cards.",
                 ),
                 io.Int.Input(
                     "clip_skip",
@@ -76,8 +78,13 @@ class LoadModel(io.ComfyNode):
         return f"{fingerprint_model(model_path(checkpoint))} {precision} {clip_skip}"
 
     @classmethod
-    def execute(cls, checkpoint: str, precision: Precision, clip_skip: int = 1) -> io.NodeOutput:
-        return io.NodeOutput(ModelChoice(checkpoint, model_path(checkpoint), precision, clip_skip))
+    def execute(
+        cls, checkpoint: str, precision: TrainingPrecision, clip_skip: int = 1
+    ) -> io.NodeOutput:
+        number_format = device_precision() if precision == "auto" else precision
+        return io.NodeOutput(
+            ModelChoice(checkpoint, model_path(checkpoint), number_format, clip_skip)
+        )
 
 
 class OpenModel(io.ComfyNode):

@@ -12,8 +12,10 @@ from typing import Any, TypeVar
 import torch
 from PIL import Image
 
+from cntlora_core.diffusion.settings import Precision
 from cntlora_core.figures.sheets import loss_thumbnail
 from cntlora_core.runtime.memory import give_back_freed_memory
+from cntlora_core.runtime.precision import best_precision
 from cntlora_core.runtime.reading import lacks_memory
 
 from .host import ProgressBar, model_management
@@ -25,9 +27,11 @@ logger = logging.getLogger(__name__)
 SECONDS_BETWEEN_TEXTS = 0.5
 SECONDS_BETWEEN_PICTURES = 3.0
 LARGEST_PREVIEW = 768
+ROOM_FOR_TRAINING = 14 * 10**9
+"""Bytes that a training of Stable Diffusion 1.5 takes at 768 px in float32."""
 MEMORY_ADVICE = (
-    "there is not enough memory: lower the resolution, the batch size or the rank, switch gradient "
-    "checkpointing on, or choose the precision bfloat16"
+    "there is not enough memory: lower the resolution, the batch size or the rank, or choose the "
+    "precision bfloat16"
 )
 
 
@@ -126,6 +130,34 @@ def device_name() -> str:
     return str(model_management.get_torch_device())
 
 
+def device_precision() -> Precision:
+    """The number format of frozen weights on ComfyUI's device.
+
+    On CUDA it is asked for: it knows cards whose float16 is of no use, and ``--force-fp32``.
+    """
+    device = model_management.get_torch_device()
+    if device.type != "cuda":
+        return best_precision(device)
+    if model_management.should_use_bf16(device):
+        return "bfloat16"
+    return "float16" if model_management.should_use_fp16(device) else "float32"
+
+
+def spares_memory() -> bool:
+    """Whether ComfyUI was told to, with ``--lowvram`` or ``--novram``."""
+    return model_management.vram_state.name in ("LOW_VRAM", "NO_VRAM")
+
+
+def _make_room() -> None:
+    """Unload ComfyUI's models; with ``--highvram`` no more of them than the work needs."""
+    if model_management.vram_state.name == "HIGH_VRAM":
+        device = model_management.get_torch_device()
+        model_management.free_memory(ROOM_FOR_TRAINING, device)
+    else:
+        model_management.unload_all_models()
+    model_management.soft_empty_cache()
+
+
 def run_heavy(work: Callable[[HostReporter], Result], steps: int = 0) -> Result:
     """For heavy work: ComfyUI's models make room first, and all that was used is given back.
 
@@ -136,8 +168,7 @@ def run_heavy(work: Callable[[HostReporter], Result], steps: int = 0) -> Result:
         work: Loads its models into variables of its own: these have gone when caches are emptied.
         steps: Of the training that will be reported.
     """
-    model_management.unload_all_models()
-    model_management.soft_empty_cache()
+    _make_room()
     try:
         with torch.inference_mode(False), torch.enable_grad():
             return work(HostReporter(steps))

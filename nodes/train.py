@@ -16,7 +16,7 @@ from cntlora_core.diffusion.settings import (
 )
 
 from .pictures import image_tensor, shown
-from .runtime import device_name
+from .runtime import device_name, spares_memory
 from .sockets import (
     ClassImages,
     ClassImagesSocket,
@@ -119,7 +119,7 @@ class TrainSubject(io.ComfyNode):
             optimizer=optimizer,
             min_snr_gamma=min_snr_gamma or None,
             precision=start.model.precision,
-            gradient_checkpointing=gradient_checkpointing,
+            gradient_checkpointing=gradient_checkpointing or spares_memory(),
             device=device_name(),
             seed=training_seed,
             save_every=save_every,

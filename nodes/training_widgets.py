@@ -158,7 +158,8 @@ def advanced_inputs() -> list[io.Input]:
             label_on="yes",
             label_off="no",
             extra_dict=ADVANCED,
-            tooltip="Much less memory for slower steps.",
+            tooltip="Much less memory for slower steps. It is switched on by itself where memory "
+            "runs out, and with ComfyUI's --lowvram.",
         ),
         io.Int.Input(
             "preview_steps",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cntlora_core.adapter.inject import AdapterPlan, adapter_layers, adapter_weights, inject_adapter
 from cntlora_core.diffusion.family import UNET, Networks
 from cntlora_core.diffusion.settings import AdapterSettings
+from cntlora_core.runtime.precision import multiply_in
 
 if TYPE_CHECKING:
     from cntlora_core.lava import LavaConfig
@@ -69,6 +70,19 @@ def inject_plan(networks: Networks, settings: AdapterSettings, plan: Plan) -> di
 
             rounding |= inject_lava(network, lava_config(settings), part)[1]
     return rounding
+
+
+def multiply_in_base_precision(networks: Networks) -> None:
+    """Compute LoRA's products in the data type of the layer that is adapted, not in float32.
+
+    peft would make a float32 copy of what each adapter reads, which takes as much memory as all
+    other activations.
+    """
+    for network in networks.values():
+        for layer in adapter_layers(network).values():
+            dtype = layer.get_base_layer().weight.dtype
+            layer.cast_input_dtype_enabled = False
+            multiply_in(dtype, (*layer.lora_A.values(), *layer.lora_B.values()))
 
 
 def trained_parameters(networks: Networks, plan: Plan) -> Iterator[tuple[str, nn.Parameter]]:

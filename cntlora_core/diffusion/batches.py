@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,13 +54,98 @@ class SameShape:
 @dataclass(frozen=True)
 class Batch:
     """Samples of one shape or of several: ``timesteps`` (n,), ``tokens`` (n, length), and
-    ``time_ids`` (n, 6) where the model reads sizes."""
+    ``time_ids`` (n, 6) where the model reads sizes.
+
+    The first ``instances`` show the subject, the others its class. ``whole`` says how many of
+    either there are in the batch of which this is a part, or all.
+    """
 
     shapes: tuple[SameShape, ...]
     timesteps: Tensor
     tokens: Tensor
     instances: int
+    whole: tuple[int, int]
     time_ids: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    def part(self, places: Sequence[int]) -> Batch:
+        """The samples at some places, in ascending order, with the noise that they have here."""
+        if len(places) == len(self):
+            return self
+        new = {place: number for number, place in enumerate(places)}
+        shapes = []
+        for shape in self.shapes:
+            items = shape.items.tolist()
+            rows = [row for row, item in enumerate(items) if item in new]
+            if rows:
+                shapes.append(
+                    SameShape(
+                        torch.tensor([new[items[row]] for row in rows]),
+                        shape.latents[rows],
+                        shape.noise[rows],
+                        None if shape.weights is None else shape.weights[rows],
+                    )
+                )
+        chosen = list(places)
+        return Batch(
+            tuple(shapes),
+            self.timesteps[chosen],
+            self.tokens[chosen],
+            sum(place < self.instances for place in chosen),
+            self.whole,
+            None if self.time_ids is None else self.time_ids[chosen],
+        )
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device, but for the tokens; CUDA's stream is not waited for."""
+        return dataclasses.replace(
+            self,
+            shapes=tuple(
+                SameShape(
+                    _moved(shape.items, device),
+                    _moved(shape.latents, device),
+                    _moved(shape.noise, device),
+                    None if shape.weights is None else _moved(shape.weights, device),
+                )
+                for shape in self.shapes
+            ),
+            timesteps=_moved(self.timesteps, device),
+            time_ids=None if self.time_ids is None else _moved(self.time_ids, device),
+        )
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def share_of(training: TrainingSettings, micro: int, rank: int, count: int) -> range | None:
+    """The photos of a micro-batch that are one process's, by their places; None for none of them.
+
+    The processes share each batch, or else take whole micro-batches in turn.
+    """
+    size = training.batch_size
+    if size % count == 0:
+        own = size // count
+        return range(rank * own, (rank + 1) * own)
+    return range(size) if micro % count == rank else None
+
+
+def require_shareable(training: TrainingSettings, count: int) -> None:
+    """Refuse more processes than a step has work for.
+
+    Raises:
+        ValueError: if neither batch_size nor gradient_accumulation is a multiple of the number.
+    """
+    if training.batch_size % count and training.gradient_accumulation % count:
+        raise ValueError(
+            f"{count} processes cannot share a step of batch_size={training.batch_size} and "
+            f"gradient_accumulation={training.gradient_accumulation}: make one of them a multiple "
+            f"of {count}, for example --batch-size {count}, or use fewer processes"
+        )
 
 
 def draw_batch(
@@ -70,9 +156,8 @@ def draw_batch(
     *,
     with_class_images: bool,
     horizon: int,
-    device: torch.device,
 ) -> Batch:
-    """The samples of one batch: a function of seed, step and micro-batch alone.
+    """The samples of one batch, on the CPU: a function of seed, step and micro-batch alone.
 
     Args:
         data: Photos and class images.
@@ -81,7 +166,6 @@ def draw_batch(
         micro: Number of the batch within the step.
         with_class_images: Whether as many class images go with the photos.
         horizon: Timesteps of the noise schedule.
-        device: Where the batch goes.
     """
     size = training.batch_size
     first = (step * training.gradient_accumulation + micro) * size
@@ -110,9 +194,10 @@ def draw_batch(
         if sizes is not None:
             assert data.class_time_ids is not None
             sizes = torch.cat([sizes, data.class_time_ids.expand(size, -1)])
-    shapes = _by_shape(latents, weights, generator, device)
+    shapes = _by_shape(latents, weights, generator)
     timesteps = torch.randint(horizon, (len(latents),), generator=generator)
-    return Batch(shapes, timesteps.to(device), torch.stack(tokens), size, sizes)
+    whole = (size, len(latents) - size)
+    return Batch(shapes, timesteps, torch.stack(tokens), size, whole, sizes)
 
 
 def _shuffled_items(count: int, start: int, size: int, seed: int, stream: int) -> Sequence[int]:
@@ -129,7 +214,6 @@ def _by_shape(
     latents: Sequence[Tensor],
     weights: Sequence[Tensor | None],
     generator: torch.Generator,
-    device: torch.device,
 ) -> tuple[SameShape, ...]:
     """The samples of a batch, those of one shape together, with noise from the generator."""
     places: dict[tuple[int, ...], list[int]] = {}
@@ -141,12 +225,12 @@ def _by_shape(
         even = torch.ones(shape[1:])
         shapes.append(
             SameShape(
-                torch.tensor(items, device=device),
-                torch.stack([latents[i] for i in items]).to(device),
-                torch.randn((len(items), *shape), generator=generator).to(device),
+                torch.tensor(items),
+                torch.stack([latents[i] for i in items]),
+                torch.randn((len(items), *shape), generator=generator),
                 None
                 if all(mask is None for mask in masks)
-                else torch.stack([even if m is None else m for m in masks]).to(device),
+                else torch.stack([even if m is None else m for m in masks]),
             )
         )
     return tuple(shapes)

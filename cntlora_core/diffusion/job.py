@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -59,6 +60,7 @@ from cntlora_core.methods.peft_model import ROUNDING_TO_MENTION
 from cntlora_core.runtime.files import folder_within, require_writable_folder, write_json_atomic
 from cntlora_core.runtime.memory import freed_memory_kept
 from cntlora_core.runtime.modes import evaluating
+from cntlora_core.runtime.precision import best_precision
 from cntlora_core.runtime.progress import Reporter, silent, stage_progress
 from cntlora_core.runtime.threads import threads, threads_for
 
@@ -135,6 +137,7 @@ def personalise(
     with only_run_in(folder), torch.inference_mode(False), run.end:
         check_folder(folder, resume, overwrite)
         state = TrainingState.load(folder / STATE_NAME) if resume else None
+        settings = _with_precision(settings, device, state)
         if state is not None:
             check_same_run(state, {"job": settings.to_dict()})
         from_lora = (
@@ -158,6 +161,18 @@ def personalise(
             run,
             header or {},
         )
+
+
+def _with_precision(
+    settings: JobSettings, device: torch.device, state: TrainingState | None
+) -> JobSettings:
+    """The settings with a precision for "auto": that of the run to resume, or the device's own."""
+    if settings.training.precision != "auto":
+        return settings
+    begun = {} if state is None else state.settings.get("job", {}).get("training", {})
+    precision = begun.get("precision", best_precision(device))
+    training = dataclasses.replace(settings.training, precision=precision)
+    return dataclasses.replace(settings, training=training)
 
 
 def _personalise(
@@ -282,16 +297,15 @@ def _personalise(
 
     target = lora_path(folder, settings, subject)
     keep = _snapshooter(export, settings, folder, target)
-    trackers = Trackers(settings, folder, target.stem)
+    trackers = Trackers(settings, folder, target.stem, trainer.step)
     run.end.callback(trackers.finish)
     show = _previewer(preview, networks, settings, folder, trackers, reporter)
 
     def after_step(step: int) -> None:
-        record = trainer.history[-1]
         due = step % training.held_out_every == 0 or step == training.steps
         if held_out_loss is not None and due:
-            record["held_out_loss"] = held_out_loss()
-        trackers.step(step, record)
+            trainer.history[-1]["held_out_loss"] = held_out_loss()
+        trackers.follow(trainer.history)
         keep(step)
         if show is not None:
             show(step)
@@ -300,6 +314,7 @@ def _personalise(
         keep(trainer.step)  # it is missing where a run was stopped or ended at that step
         untrained = held_out_loss() if held_out_loss is not None and trainer.step == 0 else None
         trainer.run(reporter=reporter, state_path=state_path, after_step=after_step)
+    run.notes += trainer.notes
     run.note(*_held_out_note(trainer.history, untrained))
     return _finish(trainer, settings, subject, model, report, run, target, identity, export)
 

@@ -59,20 +59,25 @@ def dreambooth_loss(
     instances: int,
     prior_weight: float,
     weights: Tensor | None = None,
+    whole: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss of a batch whose first ``instances`` samples are the subject, the rest its class.
+
+    The losses of the parts of a batch add up to that of the whole, and so do their gradients.
 
     Args:
         errors: (n,) error of each sample, see ``sample_errors``.
         instances: How many of the n samples show the subject.
         prior_weight: Weight of the class samples' mean loss.
         weights: (n,) weight of each sample, or None.
+        whole: How many samples of subject and class the whole batch has, where these are a part.
 
     Returns:
         Total, instance part and prior part (zero where there are no class samples), scalars.
     """
     if weights is not None:
         errors = errors * weights
-    instance = errors[:instances].mean()
-    prior = errors[instances:].mean() if len(errors) > instances else torch.zeros_like(instance)
+    subjects, others = whole or (instances, len(errors) - instances)
+    instance = errors[:instances].sum() / subjects
+    prior = errors[instances:].sum() / others if others else torch.zeros_like(instance)
     return instance + prior_weight * prior, instance, prior

@@ -60,6 +60,31 @@ def effective_rate(group: Mapping[str, Any]) -> float:
     return group["lr"] * group.get("d", 1.0)
 
 
+@torch.no_grad()
+def decay_towards(
+    initial: Mapping[Tensor, Tensor],
+    optimizer: torch.optim.Optimizer,
+    weight_decay: float,
+    taken: Tensor | float = 1.0,
+) -> None:
+    """AdamW's decoupled weight decay, towards the initialisation p0 in place of 0.
+
+    ``p - learning_rate * weight_decay * (p - p0)``. Where the frozen weight became ``W - s B0 A0``,
+    a pull towards 0 would be one away from W.
+
+    Args:
+        initial: p0 of each parameter; empty for no decay.
+        optimizer: Holds the parameters and their learning rates.
+        weight_decay: As AdamW's.
+        taken: 1 for a step that is taken, 0 for one that is skipped.
+    """
+    for group in optimizer.param_groups if initial else ():
+        for parameter in group["params"]:
+            if parameter.requires_grad:
+                share = effective_rate(group) * weight_decay
+                parameter.lerp_(initial[parameter], share * taken)
+
+
 def optimizer_state(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -160,6 +160,8 @@ class StableDiffusionParts:
             scheduler=_scheduler(name, self.scheduler_config, settings),
             **family.pipeline_options,
         )
+        if self.unet.device.type != "cpu":
+            vae.enable_slicing()  # images are decoded one by one
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 

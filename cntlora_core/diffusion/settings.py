@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     import torch
 
 Precision = Literal["float32", "bfloat16", "float16"]
+TrainingPrecision = Literal["auto", "float32", "bfloat16", "float16"]
 Layout = Literal["kohya", "diffusers", "peft"]
 SchedulerName = Literal[
     "pndm", "ddim", "ddpm", "dpm++", "dpm++_karras", "euler", "euler_a", "heun", "unipc"
@@ -159,8 +160,9 @@ class TrainingSettings:
             "1:500,0.1".
         caption_dropout: Share of the photos that are read without their prompt.
         min_snr_gamma: Min-SNR loss weighting (5 is usual); default: off.
-        precision: Data type of the frozen base; adapters stay float32.
-        gradient_checkpointing: Less memory for a slower step.
+        precision: Data type of the frozen base; adapters stay float32. auto is bfloat16 on CUDA,
+            float16 on cards without it, and float32 elsewhere.
+        gradient_checkpointing: Less memory for a slower step; switched on where memory runs out.
         device: Where to train; default: CUDA, then MPS, then the CPU.
         seed: Seed of everything random in a run.
         save_every: Steps between states from which an interrupted run can go on.
@@ -180,7 +182,7 @@ class TrainingSettings:
     lr_schedule: Schedule = "constant"
     lr_warmup: int = 0
     min_snr_gamma: float | None = None
-    precision: Precision = "float32"
+    precision: TrainingPrecision = "auto"
     gradient_checkpointing: bool = False
     device: str | None = None
     seed: int = 0
@@ -234,7 +236,7 @@ class TrainingSettings:
                 raise ValueError(
                     "prodigy has one learning rate for all it trains: leave text_encoder_lr out"
                 )
-        require_choice("precision", self.precision, Precision)
+        require_choice("precision", self.precision, TrainingPrecision)
         if self.min_snr_gamma is not None:
             require_finite("min_snr_gamma", self.min_snr_gamma, 0)
             if self.min_snr_gamma == 0:
@@ -251,6 +253,7 @@ class TrainingSettings:
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of the frozen base, once ``precision`` is no longer ``auto``."""
         return torch_dtype(self.precision)
 
     @property

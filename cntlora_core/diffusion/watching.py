@@ -74,12 +74,14 @@ class Trackers:
         settings: Which ones (``training.log_with``), and what they note of the run.
         folder: Where those that write files put them.
         name: Of the run.
+        told: How many steps of it were logged before.
 
     Raises:
         ImportError: The package of a tracker is not installed; see ``require_packages``.
     """
 
-    def __init__(self, settings: JobSettings, folder: Path, name: str) -> None:
+    def __init__(self, settings: JobSettings, folder: Path, name: str, told: int = 0) -> None:
+        self._told = told
         self._trackers: list[Any] = []  # accelerate's GeneralTracker, which declares little
         names = settings.training.log_with
         if names:
@@ -92,10 +94,14 @@ class Trackers:
             tracker.store_init_configuration(dict(_flat(settings.to_dict())))
             self._trackers.append(tracker)
 
-    def step(self, step: int, record: Mapping[str, float]) -> None:
-        """Log the numbers of a step."""
-        for tracker in self._trackers:
-            tracker.log(dict(record), step=step)
+    def follow(self, history: Sequence[Mapping[str, float]]) -> None:
+        """Log the numbers of the steps that have become known, see :class:`.History`."""
+        for step, record in enumerate(history[self._told :], self._told + 1):
+            if "loss" not in record:
+                break
+            self._told = step
+            for tracker in self._trackers:
+                tracker.log(dict(record), step=step)
 
     def images(self, step: int, prompts: Sequence[str], images: Sequence[Image.Image]) -> None:
         """Log generated images, each under its prompt."""

@@ -17,7 +17,7 @@ Value = TypeVar("Value")
 
 
 class Processes:
-    """The processes that compute one initialisation together.
+    """The processes that work on one thing together.
 
     Args:
         joined: Whether to work with the other processes of torch.distributed's default group, where
@@ -53,22 +53,29 @@ class Processes:
             doing: What it is, for the others' message.
 
         Raises:
-            Exception: what ``work`` raised here; RuntimeError if it failed on another process.
+            BaseException: what ``work`` raised here.
+            RuntimeError: if it failed on another process.
         """
         result, error = attempt(work)
         self.raise_together(error, doing)
         return result  # pyright: ignore[reportReturnType]
 
-    def raise_together(self, error: Exception | None, doing: str) -> None:
-        """Raise ``error`` where it happened, and a RuntimeError that quotes it everywhere else."""
-        messages = self.gather(None if error is None else f"{type(error).__name__}: {error}")
+    def raise_together(self, error: BaseException | None, doing: str) -> None:
+        """Raise ``error`` where it happened, and a RuntimeError that quotes it everywhere else.
+
+        Where it is a KeyboardInterrupt, that is raised everywhere.
+        """
+        stops = isinstance(error, KeyboardInterrupt)
+        seen = self.gather(None if error is None else (stops, f"{type(error).__name__}: {error}"))
         if error is not None:
             raise error
-        for rank, message in enumerate(messages):
-            if message is not None:
+        for rank, said in enumerate(seen):
+            if said is not None and said[0]:
+                raise KeyboardInterrupt
+            if said is not None:
                 raise RuntimeError(
                     f"process {rank} failed while {doing}, and process {self.rank} stops with it: "
-                    f"{message}"
+                    f"{said[1]}"
                 )
 
     def require_same(self, value: str, what: str) -> None:
@@ -91,6 +98,13 @@ class Processes:
         dist.all_reduce(there)
         return there.to(tensor.device)
 
+    def add_up_all(self, tensors: Sequence[Tensor]) -> None:
+        """Sum tensors of one data type over processes, in place and in one message."""
+        flat = self.add_up(torch.cat([tensor.flatten() for tensor in tensors]))
+        sums = flat.split([tensor.numel() for tensor in tensors])
+        for tensor, total in zip(tensors, sums, strict=True):
+            tensor.copy_(total.view_as(tensor))
+
     def from_first(self, tensor: Tensor | None, shape: Sequence[int]) -> Tensor:
         """A float32 tensor of the first process, on the CPU of every process."""
         if tensor is None:
@@ -105,9 +119,9 @@ class Processes:
         return torch.device("cpu")
 
 
-def attempt(work: Callable[[], Value]) -> tuple[Value | None, Exception | None]:
-    """The result of some work, or the error that it ended with."""
+def attempt(work: Callable[[], Value]) -> tuple[Value | None, BaseException | None]:
+    """The result of some work, or the error that it ended with; Ctrl-C is one too."""
     try:
         return work(), None
-    except Exception as error:
+    except BaseException as error:
         return None, error

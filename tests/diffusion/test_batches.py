@@ -80,8 +80,8 @@ def plain_loss(trainer, step, prior_weight):
     latents = torch.stack(latents + [data.class_images.sample(i, generator) for i in others])
     noise = torch.randn(latents.shape, generator=generator)
     timesteps = torch.randint(1000, (len(latents),), generator=generator)
-    noised = trainer._scheduler.add_noise(latents, noise, timesteps)
-    target = training_target(trainer._scheduler, latents, noise, timesteps)
+    noised = trainer._batch_loss._scheduler.add_noise(latents, noise, timesteps)
+    target = training_target(trainer._batch_loss._scheduler, latents, noise, timesteps)
     unique, inverse = torch.stack(tokens + [data.class_tokens[0]] * size).unique(
         dim=0, return_inverse=True
     )
@@ -116,7 +116,7 @@ def test_a_batch_of_several_shapes_is_the_mean_over_its_samples(trainer_of):
     assert sorted(torch.cat([shape.items for shape in batch.shapes]).tolist()) == list(range(6))
     total, instance, prior = trainer._loss(batch)
     one_by_one: dict[int, float] = {}
-    conditioning = trainer._conditioning(batch)
+    conditioning = trainer._batch_loss.conditioning(batch)
     for shape in batch.shapes:
         for row, item in enumerate(shape.items.tolist()):
             alone = dataclasses.replace(
@@ -125,7 +125,7 @@ def test_a_batch_of_several_shapes_is_the_mean_over_its_samples(trainer_of):
                 latents=shape.latents[row : row + 1],
                 noise=shape.noise[row : row + 1],
             )
-            error = trainer._errors(alone, batch.timesteps, conditioning)
+            error = trainer._batch_loss.errors(alone, batch.timesteps, conditioning)
             one_by_one[item] = float(error.detach())
     mean = [sum(one_by_one[i] for i in part) / 3 for part in (range(3), range(3, 6))]
     assert float(instance.detach()) == pytest.approx(mean[0], rel=1e-5)
@@ -138,10 +138,7 @@ def test_a_step_s_batch_follows_from_seed_and_step_alone(trainer_of):
     training = TrainingSettings(steps=9, batch_size=2, seed=5)
 
     def drawn(step):
-        return draw_batch(
-            data, training, step, 0, with_class_images=True, horizon=1000,
-            device=torch.device("cpu"),
-        )  # fmt: skip
+        return draw_batch(data, training, step, 0, with_class_images=True, horizon=1000)
 
     in_order = [drawn(step) for step in range(6)]
     for step in (4, 1, 5):

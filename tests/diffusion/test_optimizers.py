@@ -96,13 +96,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one(settings, tmp_path, training)
 
 def test_dropped_captions_are_read_as_the_empty_prompt(settings, monkeypatch):  # noqa: F811
     read = []
-    conditioning = job.SubjectTrainer._conditioning
+    loss = job.SubjectTrainer._loss
 
     def keep(trainer, batch):
         read.append((trainer.data.empty_tokens == batch.tokens[0]).all().item())
-        return conditioning(trainer, batch)
+        return loss(trainer, batch)
 
-    monkeypatch.setattr(job.SubjectTrainer, "_conditioning", keep)
+    monkeypatch.setattr(job.SubjectTrainer, "_loss", keep)
     personalise(change(settings, "training", steps=30, caption_dropout=0.5))
     assert 5 <= sum(read) <= 25
     read.clear()
