@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cntlora_core.diffusion.batches import Batch, SameShape
+from cntlora_core.diffusion.batches import Batch, SameShape, moved
 from cntlora_core.diffusion.family import UNET, Conditioning, Family, Networks, predict
 from cntlora_core.diffusion.objective import (
     dreambooth_loss,
@@ -85,12 +85,11 @@ class BatchLoss:
         """That of each sample; each different prompt is read once."""
         unique, inverse = batch.tokens.unique(dim=0, return_inverse=True)
         if self.trains_text:
-            prompts = self._family.encode(self._networks, unique)
+            prompts = self._family.encode(self._networks, moved(unique, self._device))
         else:
             prompts = Conditioning.joined([self._fixed_prompt(row) for row in unique])
-        time_ids = None if batch.time_ids is None else batch.time_ids.to(self._device)
-        rows = prompts.rows(inverse.to(self._device))
-        return dataclasses.replace(rows, time_ids=time_ids)
+        rows = prompts.rows(moved(inverse, self._device))
+        return dataclasses.replace(rows, time_ids=batch.time_ids)
 
     @torch.no_grad()
     def _fixed_prompt(self, row: Tensor) -> Conditioning:

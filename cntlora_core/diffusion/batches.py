@@ -104,19 +104,20 @@ class Batch:
             self,
             shapes=tuple(
                 SameShape(
-                    _moved(shape.items, device),
-                    _moved(shape.latents, device),
-                    _moved(shape.noise, device),
-                    None if shape.weights is None else _moved(shape.weights, device),
+                    moved(shape.items, device),
+                    moved(shape.latents, device),
+                    moved(shape.noise, device),
+                    None if shape.weights is None else moved(shape.weights, device),
                 )
                 for shape in self.shapes
             ),
-            timesteps=_moved(self.timesteps, device),
-            time_ids=None if self.time_ids is None else _moved(self.time_ids, device),
+            timesteps=moved(self.timesteps, device),
+            time_ids=None if self.time_ids is None else moved(self.time_ids, device),
         )
 
 
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on a device; CUDA copies it when its turn comes."""
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from .conftest import Pack
+from cntlora_core.runtime.precision import best_precision
+
+from .conftest import Pack, pictures, subject_of, train
 
 
 @pytest.fixture
@@ -61,3 +63,14 @@ def test_lowvram_trains_with_gradient_checkpointing(manage: Any) -> None:
     for state, expected in (("NORMAL_VRAM", False), ("LOW_VRAM", True), ("NO_VRAM", True)):
         manage.set_to(state)
         assert manage.runtime.spares_memory() is expected
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_nodes_train_on_a_gpu(pack: Pack) -> None:
+    model = pack.run("CNTLoRALoadModel", checkpoint="diffusers/tiny").args[0]
+    assert model.precision == best_precision(torch.device("cuda"))
+    subject = subject_of(pack, images=[pictures(3)]).args[0]
+    initialized = pack.run("CNTLoRAInitialize", model=model, subject=subject, rank=2).args[0]
+    lora = train(pack, initialized).args[0]
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in lora.values())
