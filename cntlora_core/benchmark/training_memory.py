@@ -136,7 +136,9 @@ def one_batch(b: Benchmark, resolution: int) -> Batch:
     latents, noise = torch.randn(2, n, 4, side, side)
     shape = SameShape(torch.arange(n), latents, noise, None)
     tokens = torch.zeros(n, 77, dtype=torch.long)
-    return Batch((shape,), torch.full((n,), 500), tokens, b.batch_size, (b.batch_size,) * 2)
+    return Batch(
+        (shape,), torch.full((n,), 500), tokens, b.batch_size, (b.batch_size, b.batch_size)
+    )
 
 
 def measure(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peft import LoraConfig
 from torch import Tensor, nn
@@ -80,7 +80,7 @@ def multiply_in_base_precision(networks: Networks) -> None:
     """
     for network in networks.values():
         for layer in adapter_layers(network).values():
-            dtype = layer.get_base_layer().weight.dtype
+            dtype: Any = layer.get_base_layer().weight.dtype
             layer.cast_input_dtype_enabled = False
             multiply_in(dtype, (*layer.lora_A.values(), *layer.lora_B.values()))
 

@@ -62,7 +62,7 @@ def effective_rate(group: Mapping[str, Any]) -> float:
 
 @torch.no_grad()
 def decay_towards(
-    initial: Mapping[Tensor, Tensor],
+    initial: Mapping[nn.Parameter, Tensor],
     optimizer: torch.optim.Optimizer,
     weight_decay: float,
     taken: Tensor | float = 1.0,
