@@ -62,7 +62,7 @@ def few_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A diffusers folder of SD1.5's classes and block layout: widths 32, images of 32 px."""
+    """A diffusers folder of SD1.5's classes, two levels of its four: widths 32, images of 32 px."""
     from diffusers import (
         AutoencoderKL,
         PNDMScheduler,
@@ -91,7 +91,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     unet = UNet2DConditionModel(
         sample_size=16,
-        block_out_channels=(32, 32, 32, 32),
+        block_out_channels=(32, 32),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         layers_per_block=1,
         cross_attention_dim=32,
         attention_head_dim=2,

@@ -55,6 +55,12 @@ def test_unknown_subjects_are_refused_with_the_known_ones(tmp_path):
         run_demo(tmp_path, subject_name="unicorn rocket")
 
 
+def test_an_unknown_method_is_refused_before_plain_lora_trains(tmp_path):
+    with pytest.raises(ValueError, match="no such method"):
+        run_demo(tmp_path / "out", method="no such method", steps=1)  # pyright: ignore
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.plots
 def test_the_whole_demo_learns_its_subject(tmp_path):

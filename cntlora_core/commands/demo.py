@@ -149,9 +149,8 @@ def run_demo(
     subject = mini.subject(subject_name or DEFAULT_SUBJECT)
     folder, called = images or subject.photos, class_name or subject.class_name
     known = load_photos(folder if images else subject.held_out, read_captions=False)
-    loras: dict[str, Path] = {}
-    for one in dict.fromkeys(("lora", method)):
-        settings = demo_settings(
+    jobs = {
+        one: demo_settings(
             output if one == method else output / BASELINE,
             folder,
             called,
@@ -160,7 +159,12 @@ def run_demo(
             steps=steps,
             class_images=class_images,
         )
-        loras[one] = personalise(settings, overwrite=True, reporter=reporter).lora
+        for one in dict.fromkeys(("lora", method))
+    }
+    loras = {
+        one: personalise(settings, overwrite=True, reporter=reporter).lora
+        for one, settings in jobs.items()
+    }
 
     sampling = SamplingSettings(steps=sampling_steps, guidance=GUIDANCE)
     prompts = [f"a photo of sks {called}"]

@@ -55,7 +55,7 @@ def class_images(
     wanted = [folder / f"{i:05d}.png" for i in range(settings.num_class_images)]
     missing = [i for i, path in enumerate(wanted) if not _is_sound(path, resolution)]
     if missing:
-        _draw_missing(parts, class_prompt, settings, wanted, missing, resolution, reporter)
+        _generate_missing(parts, class_prompt, settings, wanted, missing, resolution, reporter)
     photos = load_photos(folder, read_captions=False)
     names = {path.name for path in wanted}
     kept = tuple(p for p in photos.photos if p.path is not None and p.path.name in names)
@@ -98,7 +98,7 @@ def _images_at_once(parts: StableDiffusionParts, resolution: int) -> int:
     return 4 if resolution <= 512 and parts.unet.device.type != "cpu" else 1
 
 
-def _draw_missing(
+def _generate_missing(
     parts: StableDiffusionParts,
     class_prompt: str,
     settings: PriorSettings,

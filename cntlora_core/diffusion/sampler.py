@@ -25,7 +25,7 @@ from cntlora_core.lora_file.find_lora import find_lora
 from cntlora_core.lora_file.peft_config import DIFFUSERS_METADATA_KEY
 from cntlora_core.lora_file.reading import (
     FOREIGN,
-    check_drawable,
+    check_usable,
     load_lora_tensors,
     load_tensors,
     read_lora_file,
@@ -82,7 +82,7 @@ class LoRAUse:
         if tensors is None:
             require_file(self.path, "a LoRA's .safetensors file")
             tensors, _ = load_tensors(self.path)
-        return check_drawable(self.path, tensors, family)
+        return check_usable(self.path, tensors, family)
 
     @classmethod
     def parse(cls, text: str) -> LoRAUse:

@@ -125,7 +125,7 @@ def load_lora_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, st
     return {key: tensor.clone() for key, tensor in tensors.items()}, header
 
 
-def check_drawable(
+def check_usable(
     path: Path, tensors: Mapping[str, Tensor], family: FileFamily = SD15_FILES
 ) -> tuple[str, ...]:
     """Refuses what diffusers would load without a word, or generate black images with.

@@ -25,8 +25,8 @@ from cntlora_core.methods import METHODS, get_method, image_file_methods
 from ..conftest import prediction, relative
 
 RANK = 4
-ATTACHMENT_POINTS = 10 * 8 + 2 * 4
-"""10 transformer blocks of two attentions in the denoiser, two layers in the text encoder."""
+ATTACHMENT_POINTS = 4 * 8 + 2 * 4
+"""4 transformer blocks of two attentions in the denoiser, two layers in the text encoder."""
 
 
 @pytest.fixture(scope="module")

@@ -15,27 +15,18 @@ from cntlora_core.diffusion.pipeline import load_stable_diffusion
 from cntlora_core.diffusion.sampler import LoRAUse, load_for_sampling
 from cntlora_core.diffusion.settings import TrainingSettings
 
-from .personalise.conftest import StopAt, change, losses, settings  # noqa: F401
+from .conftest import StopAt, change, losses
 
 HAS_8BIT = importlib.util.find_spec("bitsandbytes") is not None
 
 
 @pytest.fixture
-def moved(settings, monkeypatch):  # noqa: F811
+def moved(settings, train_and_keep):
     """Trains plain LoRA; returns how far each tensor moved."""
-    initial = {}
-    run = job.SubjectTrainer.run
-
-    def keep(trainer, **options):
-        initial.update({n: p.detach().clone() for n, p in trainer.parameters.items()})
-        run(trainer, **options)
-
-    monkeypatch.setattr(job.SubjectTrainer, "run", keep)
-    monkeypatch.setattr(job, "_finish", lambda trainer, *rest: trainer)
 
     def train(**training) -> dict[str, float]:
         asked = change(change(settings, "training", **training), "adapter", method="lora")
-        trainer = personalise(asked, overwrite=True)
+        trainer, initial = train_and_keep(asked)
         return {
             n: float((p.detach() - initial[n]).abs().max()) for n, p in trainer.parameters.items()
         }
@@ -78,7 +69,7 @@ def test_the_text_encoder_stops_learning(moved):
         ),
     ],
 )
-def test_a_resumed_run_equals_an_uninterrupted_one(settings, tmp_path, training):  # noqa: F811
+def test_a_resumed_run_equals_an_uninterrupted_one(settings, tmp_path, training):
     settings = change(settings, "training", **training)
     whole = personalise(settings)
     again = change(settings, "output", output=str(tmp_path / "again"))
@@ -94,7 +85,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(settings, tmp_path, training)
     ]
 
 
-def test_dropped_captions_are_read_as_the_empty_prompt(settings, monkeypatch):  # noqa: F811
+def test_dropped_captions_are_read_as_the_empty_prompt(settings, monkeypatch):
     read = []
     loss = job.SubjectTrainer._loss
 
@@ -110,7 +101,7 @@ def test_dropped_captions_are_read_as_the_empty_prompt(settings, monkeypatch):  
     assert not any(read)
 
 
-def test_clip_skip_reads_the_layer_before_the_last_and_trains_none_behind_it(settings):  # noqa: F811
+def test_clip_skip_reads_the_layer_before_the_last_and_trains_none_behind_it(settings):
     whole = load_stable_diffusion(settings.model)
     ids = whole.tokenizer("a photo", padding="max_length", return_tensors="pt")["input_ids"]
     before_last = whole.text_encoder(ids, output_hidden_states=True).hidden_states[-2]
@@ -129,7 +120,7 @@ def test_clip_skip_reads_the_layer_before_the_last_and_trains_none_behind_it(set
     assert not torch.allclose(*texts)
 
 
-def test_a_clip_skip_of_all_layers_is_refused(settings):  # noqa: F811
+def test_a_clip_skip_of_all_layers_is_refused(settings):
     with pytest.raises(ValueError, match="use at most 2"):
         personalise(dataclasses.replace(settings, clip_skip=3))
 
@@ -150,6 +141,6 @@ def test_settings_that_make_no_sense_are_refused(wrong, says):
 
 
 @pytest.mark.skipif(HAS_8BIT, reason="bitsandbytes is installed")
-def test_a_missing_package_is_named(settings):  # noqa: F811
+def test_a_missing_package_is_named(settings):
     with pytest.raises(ValueError, match="pip install bitsandbytes"):
         personalise(change(settings, "training", optimizer="adamw_8bit"))

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from cntlora_core.diffusion.job import personalise
 
-from .personalise.conftest import StopAt, change, settings  # noqa: F401
+from .conftest import StopAt, change
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def measured(result) -> dict[int, float]:
 
 
 @pytest.mark.plots
-def test_held_out_photos_are_measured_and_change_nothing(settings, held_out, tmp_path):  # noqa: F811
+def test_held_out_photos_are_measured_and_change_nothing(settings, held_out, tmp_path):
     plain = personalise(settings)
     watched = change(settings, "output", output=str(tmp_path / "watched"))
     watched = change(change(watched, "training", held_out_every=4), "subject", held_out=held_out)
@@ -53,7 +53,7 @@ def test_held_out_photos_are_measured_and_change_nothing(settings, held_out, tmp
     assert measured(personalise(change(again, "training", held_out_every=2)))[4] == found[4]
 
 
-def test_a_held_out_loss_falls_where_the_photos_are_those_trained_on(settings):  # noqa: F811
+def test_a_held_out_loss_falls_where_the_photos_are_those_trained_on(settings):
     same = change(settings, "subject", held_out=settings.subject.images)
     asked = change(same, "training", steps=30, learning_rate=5e-3, held_out_every=10)
     result = personalise(change(asked, "prior", prior_weight=0.0))
@@ -77,7 +77,7 @@ def events(folder) -> list:
     return found
 
 
-def test_tensorboard_is_told_of_steps_and_previews(settings):  # noqa: F811
+def test_tensorboard_is_told_of_steps_and_previews(settings):
     pytest.importorskip("tensorboardX")
     watched = {"log_with": ("tensorboard",), "sample_prompts": ("a dog",), "sample_steps": 1}
     result = personalise(change(settings, "training", **watched))
@@ -94,7 +94,7 @@ def test_tensorboard_is_told_of_steps_and_previews(settings):  # noqa: F811
     assert [value.tag.partition("/")[0] for value in images] == ["a_dog"]
 
 
-def test_a_tracker_whose_package_is_missing_is_named(settings, monkeypatch):  # noqa: F811
+def test_a_tracker_whose_package_is_missing_is_named(settings, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     stages = StopAt(-1)
     with pytest.raises(ValueError, match="pip install wandb"):

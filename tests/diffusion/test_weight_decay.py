@@ -2,51 +2,30 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import dataclasses
 
 import pytest
 import torch
 
-from cntlora_core.diffusion import job
 from cntlora_core.diffusion.export import trained_layers
-from cntlora_core.diffusion.settings import (
-    AdapterSettings,
-    JobSettings,
-    OutputSettings,
-    PriorSettings,
-    SubjectSettings,
-    TrainingSettings,
-)
+from cntlora_core.diffusion.settings import AdapterSettings
 from cntlora_core.lora_file.algebra import norm
 from cntlora_core.methods import image_file_methods
+
+from .conftest import change
 
 ADAPTERS = [("lora", n) for n in image_file_methods() if n != "pissa_niter_16"]
 ADAPTERS += [("lava", "cross"), ("lava", "lora")]
 
 
 @pytest.fixture
-def trained(tiny_model: Path, photo_folder: Path, tmp_path: Path, monkeypatch):
-    """The trainer of a short run and its parameters at the start of it."""
-    initial = {}
-    run = job.SubjectTrainer.run
-
-    def keep_initialization(trainer, **options):
-        initial.update({n: p.detach().clone() for n, p in trainer.parameters.items()})
-        run(trainer, **options)
-
-    monkeypatch.setattr(job.SubjectTrainer, "run", keep_initialization)
-    monkeypatch.setattr(job, "_finish", lambda trainer, *rest: trainer)
+def trained(settings, train_and_keep):
+    """The trainer of a short run without class images, and its parameters at the start of it."""
 
     def train(adapter: AdapterSettings, **training):
-        settings = JobSettings(
-            model=str(tiny_model),
-            subject=SubjectSettings(images=str(photo_folder), token="sks", class_name="dog"),
-            output=OutputSettings(output=str(tmp_path / "out")),
-            prior=PriorSettings(prior_weight=0.0, cache=str(tmp_path / "cache")),
-            adapter=adapter,
-            training=TrainingSettings(learning_rate=1e-2, device="cpu", **training),
-        )
-        return job.personalise(settings, overwrite=True), initial
+        asked = change(settings, "prior", prior_weight=0.0)
+        asked = change(asked, "training", learning_rate=1e-2, **training)
+        return train_and_keep(dataclasses.replace(asked, adapter=adapter))
 
     return train
 

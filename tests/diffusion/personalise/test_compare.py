@@ -12,7 +12,7 @@ from cntlora_core.diffusion.job import personalise
 from cntlora_core.metrics.fidelity import Fidelity
 from cntlora_core.metrics.steps import NO_STEP, Ends, StepComparison
 
-from .conftest import change
+from ..conftest import change
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from cntlora_core.lora_file.reading import read_lora_file
 from cntlora_core.lora_file.writing import LoRALayer, LoRALayers, write_lora_file
 from cntlora_core.methods import InitializationRequest, get_method
 
-from .conftest import StopAt, change, losses
+from ..conftest import StopAt, change, losses
 from .test_snapshots import same_lora
 
 ENDINGS = {

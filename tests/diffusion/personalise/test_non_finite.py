@@ -9,7 +9,7 @@ import pytest
 from cntlora_core.diffusion.job import personalise
 from cntlora_core.diffusion.trainer import NonFiniteLossError, SubjectTrainer
 
-from .conftest import change
+from ..conftest import change
 
 
 def test_a_float16_base_may_skip_a_step(settings, monkeypatch):

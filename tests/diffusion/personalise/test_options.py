@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from cntlora_core.diffusion import job
 from cntlora_core.diffusion.job import personalise
 from cntlora_core.diffusion.stages import encode_class_images
 
-from .conftest import StopAt, change, losses
+from ..conftest import StopAt, change, losses
 
 
 def test_class_images_and_latents_are_reused_and_topped_up(settings):
+    shutil.rmtree(settings.prior.cache)
     first = StopAt(-1)
     personalise(change(settings, "training", steps=1), reporter=first)
     again = StopAt(-1)
@@ -98,13 +100,6 @@ def test_photos_are_encoded_in_float32_whatever_the_precision(settings, monkeypa
         encoded, expected = getattr(latents, kind), getattr(exact, kind)
         assert {one.dtype for one in encoded} == {torch.float32}
         assert all(map(torch.equal, encoded, expected))
-
-
-def test_gradient_checkpointing_gives_the_same_losses(settings):
-    plain = personalise(settings)
-    settings = change(settings, "training", gradient_checkpointing=True)
-    checkpointed = personalise(settings, overwrite=True)
-    assert losses(checkpointed) == pytest.approx(losses(plain), rel=1e-4)
 
 
 def test_gradient_checkpointing_trains_every_adapter(settings, monkeypatch):

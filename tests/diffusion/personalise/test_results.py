@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,12 @@ from cntlora_core.diffusion.job import STATE_NAME, personalise
 from cntlora_core.diffusion.settings import JobSettings
 from cntlora_core.runtime.progress import silent
 
-from .conftest import StopAt, change
+from ..conftest import StopAt, change
 
 
 @pytest.mark.plots
 def test_a_run_leaves_a_lora_pictures_and_a_record(settings):
+    shutil.rmtree(settings.prior.cache)
     stages = StopAt(-1)
     result = personalise(settings, reporter=stages)
     assert result.lora.name == "sks-dog-cross.safetensors"

@@ -22,11 +22,10 @@ from cntlora_core.diffusion.settings import JobSettings
 from cntlora_core.diffusion.trainer import NonFiniteLossError, SubjectTrainer
 from cntlora_core.runtime.threads import threads
 
-from .conftest import ForkedCommand, StopAt, change, command, losses
+from ..conftest import ForkedCommand, StopAt, change, command, losses
 
 
-@pytest.mark.parametrize("stop", [1, 4])
-@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+@pytest.mark.parametrize(("stop", "schedule"), [(1, "constant"), (4, "cosine")])
 def test_a_resumed_run_equals_an_uninterrupted_one(settings, tmp_path, stop, schedule):
     settings = change(settings, "training", lr_schedule=schedule)
     whole = personalise(settings)
@@ -218,12 +217,12 @@ def wait_for(state: Path, process: ForkedCommand, other_than: int | None = None)
         time.sleep(0.005)
 
 
-def test_ctrl_c_sigterm_and_kill_leave_a_state_that_resumes_to_the_same_result(settings, tmp_path):
+def test_ctrl_c_sigterm_and_kill_leave_a_state_that_resumes_to_the_same_result(plain, tmp_path):
     steps = 40
-    settings = change(settings, "training", steps=steps)
+    settings = change(plain, "training", steps=steps, save_every=2)
     whole = personalise(change(settings, "output", output=str(tmp_path / "whole")))
     state = Path(settings.output.output) / STATE_NAME
-    arguments = command(settings, "--steps", str(steps))[3:]
+    arguments = command(settings, "--steps", str(steps), "--method", "lora", "--prior-weight", "0")
 
     process = ForkedCommand(arguments, tmp_path)
     wait_for(state, process)

@@ -14,7 +14,7 @@ from cntlora_core.diffusion import job
 from cntlora_core.diffusion.stages import read_subject
 from cntlora_core.figures.sheets import photo_sheet
 
-from .conftest import StopAt, change, losses
+from ..conftest import StopAt, change, losses
 
 
 def left_half(size):

@@ -19,7 +19,7 @@ from cntlora_core.diffusion.trainer import SubjectTrainer
 from cntlora_core.inspection.inspect import inspect_lora
 from cntlora_core.lora_file.reading import read_lora_file
 
-from .conftest import change, losses
+from ..conftest import change, losses
 
 
 def same_lora(first: Path, second: Path) -> bool:

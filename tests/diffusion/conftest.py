@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -22,8 +23,26 @@ from cntlora_core.diffusion.settings import (
 )
 
 
+@pytest.fixture(scope="session")
+def class_images(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache with the class images that the small job generates."""
+    from cntlora_core.data.captions import subject_prompts
+    from cntlora_core.diffusion.pipeline import load_stable_diffusion
+    from cntlora_core.diffusion.prior import class_images
+
+    prompt = subject_prompts("sks", "dog").class_prompt
+    prior = PriorSettings(
+        num_class_images=2, class_steps=2, cache=str(tmp_path_factory.mktemp("cache"))
+    )
+    class_images(load_stable_diffusion(str(tiny_model)), prompt, prior, resolution=32)
+    return Path(str(prior.cache))
+
+
 @pytest.fixture
-def settings(tiny_model: Path, photo_folder: Path, tmp_path: Path) -> JobSettings:
+def settings(
+    tiny_model: Path, photo_folder: Path, class_images: Path, tmp_path: Path
+) -> JobSettings:
+    shutil.copytree(class_images, tmp_path / "cache")
     return JobSettings(
         model=str(tiny_model),
         subject=SubjectSettings(images=str(photo_folder), token="sks", class_name="dog"),
@@ -41,6 +60,27 @@ def plain(settings, monkeypatch):
         monkeypatch.setattr(f"cntlora_core.diffusion.job.{plot}", lambda *_arguments: None)
     settings = change(change(settings, "prior", prior_weight=0.0), "adapter", method="lora")
     return change(settings, "training", steps=3, save_every=1)
+
+
+@pytest.fixture
+def train_and_keep(monkeypatch):
+    """Trains without finishing; returns the trainer and its parameters at the start."""
+    from cntlora_core.diffusion import job
+
+    initial = {}
+    run = job.SubjectTrainer.run
+
+    def keep(trainer, **options):
+        initial.update({n: p.detach().clone() for n, p in trainer.parameters.items()})
+        run(trainer, **options)
+
+    monkeypatch.setattr(job.SubjectTrainer, "run", keep)
+    monkeypatch.setattr(job, "_finish", lambda trainer, *rest: trainer)
+
+    def train(settings: JobSettings):
+        return job.personalise(settings, overwrite=True), initial
+
+    return train
 
 
 def change(settings: JobSettings, part: str, **values: Any) -> JobSettings:
@@ -63,13 +103,6 @@ class StopAt:
         self.stages.append(stage)
         if stage == "training" and done == self.step:
             raise self.error
-
-
-RUN = """
-import sys
-from cntlora_core.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
 
 
 class ForkedCommand:
@@ -110,8 +143,7 @@ def _flushed(status: int) -> int:
 
 def command(settings: JobSettings, *more: str) -> list[str]:
     return [
-        sys.executable, "-c", RUN, "train",
-        "--model", settings.model, "--images", settings.subject.images,
+        "train", "--model", settings.model, "--images", settings.subject.images,
         "--token", "sks", "--class-name", "dog", "--output", settings.output.output,
         "--cache", str(settings.prior.cache), "--num-class-images", "2", "--class-steps", "2",
         "--rank", "4", "--alpha", "8", "--init-passes", "1", "--learning-rate", "1e-3",
