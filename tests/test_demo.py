@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 
 from cntlora_core import mini
 from cntlora_core.cli import main
+from cntlora_core.commands import demo
 from cntlora_core.commands.demo import BASELINE, SHEET_NAME, run_demo
 
 
@@ -28,7 +30,9 @@ def check_output(folder, steps: int) -> dict:
 
 
 @pytest.mark.plots
-def test_the_demo_in_short(tmp_path):
+def test_the_demo_in_short(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "demo_settings", partial(demo.demo_settings, class_steps=2))
+    monkeypatch.setattr(demo, "PICTURES_PER_PROMPT", 1)
     sheet = run_demo(tmp_path, steps=3, class_images=2, sampling_steps=3)
     assert sheet == tmp_path / SHEET_NAME
     record = check_output(tmp_path, 3)

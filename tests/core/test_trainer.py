@@ -45,6 +45,9 @@ def losses(log) -> dict[int, float]:
     transformers.__version__.startswith("4."),
     reason="a fresh process of transformers 4's Trainer takes other batches, with plain LoRA too",
 )
+@pytest.mark.parametrize(
+    "finished", ["cross", pytest.param("lava", marks=pytest.mark.slow)], indirect=True
+)
 def test_a_run_resumed_in_a_fresh_process_ends_as_one_that_was_not_interrupted(finished):
     trainer, folder = finished
     copied = folder / "killed"
