@@ -196,12 +196,12 @@ def test_the_real_encoder_learns_real_glosses_from_a_data_driven_initialisation(
         pytest.skip(str(error))
     from cntlora_core import CNTLoRAConfig, get_cntlora_model
 
-    task = load_gloss_task(train=128, validation=32)
+    task = load_gloss_task(train=128, validation=32, batch_size=8)
     assert len(task.categories) == 26
     lora = LoraConfig(
         r=8, lora_alpha=16, target_modules=["query", "key", "value"], modules_to_save=["head"]
     )
-    model = get_cntlora_model(task.new_model(), lora, CNTLoRAConfig(), task.batches[:2])
+    model = get_cntlora_model(task.new_model(), lora, CNTLoRAConfig(), task.batches[:4])
     before = task.evaluate(model)
     (after,) = task.train(model, steps=8, evaluate_at=(8,))
     assert after.loss < before.loss
