@@ -14,7 +14,7 @@ from cntlora_core.diffusion.settings import SamplingSettings
 from cntlora_core.diffusion.trainer import SubjectTrainer
 from cntlora_core.runtime.precision import best_precision, tensor_cores
 
-from .personalise.conftest import StopAt, change, losses, settings  # noqa: F401
+from .conftest import StopAt, change, losses
 
 pytestmark = [
     pytest.mark.cuda,
@@ -23,7 +23,7 @@ pytestmark = [
 
 
 @pytest.fixture
-def on_gpu(settings):  # noqa: F811
+def on_gpu(settings):
     return change(settings, "training", device="cuda", batch_size=2)
 
 

@@ -16,11 +16,11 @@ from cntlora_core.diffusion.memory_use import MemoryUse
 from cntlora_core.diffusion.trainer import SubjectTrainer
 from cntlora_core.runtime.precision import best_precision
 
-from .personalise.conftest import StopAt, change, losses, settings  # noqa: F401
+from .conftest import StopAt, change, losses
 
 
 @pytest.fixture
-def short(settings):  # noqa: F811
+def short(settings):
     """Three steps of two photos and two class images, from the plain initialisation."""
     settings = change(settings, "training", steps=3, batch_size=2)
     return change(settings, "adapter", method="lora")
