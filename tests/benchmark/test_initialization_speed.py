@@ -24,8 +24,11 @@ from cntlora_core.benchmark.peak import peak_bytes, reset_peak
 from cntlora_core.cli import main
 
 
-@pytest.mark.parametrize("method", [*DIRECT, "pissa", "self"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "method"),
+    [(CASES[0], method) for method in [*DIRECT, "pissa", "self"]]
+    + [(case, method) for case in CASES[1:] for method in ("cntlora", "corda")],
+)
 def test_every_initialisation_runs_on_every_case(case: Any, method: Any):
     reports: list[dict[str, Any]] = []
     found = measure(InitTask(case, method, quick=True), reports.append)

@@ -27,15 +27,22 @@ from cntlora_core.lora_file.writing import collect_adapter, read_lora_file, tota
 from ..conftest import prediction, relative
 
 ADAPTERS = {
-    "cross": AdapterSettings(rank=4, alpha=8),
+    "cross": AdapterSettings(rank=4, alpha=8, init_passes=1),
     "cross-fixed-qr": AdapterSettings(
-        rank=4, alpha=2, cntlora=CNTLoRAConfig(rank_budget="fixed", factorization="qr")
+        rank=4,
+        alpha=2,
+        init_passes=1,
+        cntlora=CNTLoRAConfig(rank_budget="fixed", factorization="qr"),
     ),
     "self-stays": AdapterSettings(
-        method="self", rank=4, alpha=8, cntlora=CNTLoRAConfig(preserve_output=False)
+        method="self",
+        rank=4,
+        alpha=8,
+        init_passes=1,
+        cntlora=CNTLoRAConfig(preserve_output=False),
     ),
     "lora": AdapterSettings(method="lora", rank=4, alpha=8),
-    "unet-only": AdapterSettings(rank=4, alpha=8, train_text_encoder=False),
+    "unet-only": AdapterSettings(rank=4, alpha=8, init_passes=1, train_text_encoder=False),
 }
 
 

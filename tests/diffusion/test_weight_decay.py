@@ -10,12 +10,13 @@ import torch
 from cntlora_core.diffusion.export import trained_layers
 from cntlora_core.diffusion.settings import AdapterSettings
 from cntlora_core.lora_file.algebra import norm
-from cntlora_core.methods import image_file_methods
 
 from .conftest import change
 
-ADAPTERS = [("lora", n) for n in image_file_methods() if n != "pissa_niter_16"]
-ADAPTERS += [("lava", "cross"), ("lava", "lora")]
+ADAPTERS = [
+    *(("lora", name) for name in ("lora", "cross", "self", "pissa", "eva", "lora_ga")),
+    *(("lava", name) for name in ("cross", "lora")),
+]
 
 
 @pytest.fixture

@@ -74,9 +74,8 @@ def data(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("muon", [False, True])
-def test_a_resumed_run_equals_an_uninterrupted_one(data: Path, tmp_path: Path, muon: bool):
-    config = replace(SMALL, muon=muon)
+def test_a_resumed_run_equals_an_uninterrupted_one(data: Path, tmp_path: Path):
+    config = replace(SMALL, muon=True)  # for matrices; AdamW for all else
     vae = mini.model_path() / "vae"
     threads = torch.get_num_threads()
     try:
@@ -88,7 +87,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(data: Path, tmp_path: Path, m
     finally:
         torch.set_num_threads(threads)
     whole, parts = (load_file(tmp_path / n / "state.safetensors") for n in ("whole", "parts"))
-    assert any(name.startswith("optimizer/momentum/") for name in whole) == muon
+    assert any(name.startswith("optimizer/momentum/") for name in whole)
     assert whole.keys() == parts.keys()
     for name, tensor in whole.items():
         torch.testing.assert_close(parts[name], tensor, rtol=1e-4, atol=1e-6)

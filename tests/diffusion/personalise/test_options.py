@@ -115,7 +115,7 @@ def test_gradient_checkpointing_trains_every_adapter(settings, monkeypatch):
 
 def test_samples_are_generated_while_training(settings):
     prompts = ("a photo of sks dog", "a photo of sks dog in the snow")
-    settings = change(settings, "training", sample_prompts=prompts, sample_every=4)
+    settings = change(settings, "training", sample_prompts=prompts, sample_every=4, sample_steps=2)
     result = personalise(settings)
     names = sorted(p.name for p in (result.folder / "samples").iterdir())
     assert [n[:6] for n in names] == ["000004", "000004", "000006", "000006"]
@@ -133,5 +133,7 @@ def test_samples_of_prompts_that_look_alike_or_are_the_same_are_all_kept(setting
 
 def test_generating_samples_does_not_change_the_training(settings):
     plain = personalise(settings)
-    settings = change(settings, "training", sample_prompts=("a dog",), sample_every=2)
+    settings = change(
+        settings, "training", sample_prompts=("a dog",), sample_every=2, sample_steps=2
+    )
     assert losses(personalise(settings, overwrite=True)) == losses(plain)
