@@ -20,7 +20,8 @@ def test_examples_run(number, tiny_model, photo_folder, tmp_path, monkeypatch):
     code = BLOCKS[number]
     if "glosses" in code:
         _require_gloss_data()
-        code = code.replace("load_gloss_task()", "load_gloss_task(train=64, validation=16, batch_size=8)")
+        few = "load_gloss_task(train=64, validation=16, batch_size=8)"
+        code = code.replace("load_gloss_task()", few)
         code = code.replace("steps=200, evaluate_at=(50, 100, 200)", "steps=2, evaluate_at=(2,)")
     # The example's checkpoint and settings are of full size; the tiny model takes their place.
     code = code.replace('"v1-5-pruned-emaonly.safetensors"', repr(str(tiny_model)))
