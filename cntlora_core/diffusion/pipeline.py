@@ -8,13 +8,12 @@ weights change with the file when somebody overwrites it.)
 from __future__ import annotations
 
 import copy
-import functools
 import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
@@ -25,18 +24,19 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from cntlora_core.data.captions import EncodedPrompts, encode_prompts
 from cntlora_core.diffusion.checkpoint import CheckpointError, folder_weights, read_json
+from cntlora_core.diffusion.clip_skip import skip_last_layers
 from cntlora_core.diffusion.configuration_check import is_stock, pooled_width, require_working
 from cntlora_core.diffusion.family import (
     SD15,
     UNET,
     VOCABULARY,
     Family,
-    Networks,
     family_of,
-    text_layers,
 )
 from cntlora_core.diffusion.fingerprint import fingerprint_model
+from cntlora_core.diffusion.schedulers import noise_scheduler, sampler
 from cntlora_core.diffusion.settings import SchedulerName
+from cntlora_core.diffusion.tokenizer import load_tokenizer
 from cntlora_core.diffusion.weights import fill_from_files, names_in_file
 from cntlora_core.runtime.hub import why_not_fetched
 from cntlora_core.runtime.progress import Reporter, silent
@@ -47,21 +47,6 @@ if TYPE_CHECKING:
 
     Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
 
-_SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
-    "ddim": ("DDIMScheduler", {}),
-    "ddpm": ("DDPMScheduler", {}),
-    "dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
-    "dpm++_karras": (
-        "DPMSolverMultistepScheduler",
-        {"algorithm_type": "dpmsolver++", "use_karras_sigmas": True},
-    ),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "unipc": ("UniPCMultistepScheduler", {}),
-}
-_PREDICTIONS = ("epsilon", "v_prediction", "sample")
 _NAMES = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder of CLIP's make"}
 _OTHER_MODEL = "Download the folder again, or give another model."
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -141,14 +126,6 @@ class StableDiffusionParts:
         Raises:
             ValueError: there is no sampler of that name.
         """
-        if scheduler is None:
-            name, settings = self.scheduler_config["_class_name"], {}
-        elif scheduler in _SCHEDULERS:
-            name, settings = _SCHEDULERS[scheduler]
-        else:
-            raise ValueError(
-                f"scheduler {scheduler!r} is not one of {', '.join(get_args(SchedulerName))}"
-            )
         vae: Any = self.vae
         if vae.dtype != self.unet.dtype:
             vae = torch.nn.Module.to(copy.deepcopy(vae), self.unet.dtype)
@@ -157,7 +134,7 @@ class StableDiffusionParts:
             vae=vae,
             **self.networks,
             **dict(zip(family.tokenizers, self.tokenizers, strict=True)),
-            scheduler=_scheduler(name, self.scheduler_config, settings),
+            scheduler=sampler(scheduler, self.scheduler_config),
             **family.pipeline_options,
         )
         if self.unet.device.type != "cpu":
@@ -207,44 +184,6 @@ def load_stable_diffusion(
     skip_last_layers(parts.networks, clip_skip)
     name = parts.fingerprint if clip_skip == 1 else f"{parts.fingerprint}-clip-skip-{clip_skip}"
     return replace(parts, fingerprint=name)
-
-
-def skip_last_layers(networks: Networks, clip_skip: int) -> None:
-    """Let text states be those of an earlier layer.
-
-    Pipelines of diffusers have an argument of that name, which leaves negative prompts as they are.
-    A text encoder with a projection keeps its layers, since the pooled embedding is that of the
-    last one; of any other encoder the layers behind are taken away.
-
-    Args:
-        networks: With the text encoders, which are changed in place.
-        clip_skip: Which layer is read in place of the one that usually is, counted from that
-            towards the first; 1 changes nothing.
-
-    Raises:
-        ValueError: No layer would be left.
-    """
-    skipped = clip_skip - 1
-    for text_encoder in (network for name, network in networks.items() if name != UNET):
-        path, layers = text_layers(text_encoder)
-        if skipped >= len(layers):
-            raise ValueError(
-                f"clip_skip={clip_skip} leaves no layer of the text encoder's {len(layers)}: "
-                f"use at most {len(layers)}"
-            )
-        if hasattr(text_encoder, "text_projection"):
-            if skipped:
-                text_encoder.register_forward_hook(functools.partial(_without_last, skipped))
-            continue
-        kept = len(layers) - skipped
-        text_encoder.get_submodule(path.rpartition(".")[0]).layers = layers[:kept]
-        text_encoder.config.num_hidden_layers = kept
-
-
-def _without_last(count: int, _module: Any, _inputs: Any, output: Any) -> Any:
-    if output.hidden_states is not None:
-        output.hidden_states = output.hidden_states[:-count]
-    return output
 
 
 def model_fingerprint(model: str | Path, reporter: Reporter = silent) -> str:
@@ -339,7 +278,7 @@ def assemble(
     schedule = configs / "scheduler" / "scheduler_config.json"
     scheduler_config = read_json(schedule)
     with reading(schedule, "the settings of a scheduler", _OTHER_MODEL):
-        noise_scheduler = _noise_scheduler(scheduler_config)
+        schedule_of_training = noise_scheduler(scheduler_config)
     tokenizers = []
     own = configs == family.configs
     for (name, padding), encoder in zip(family.tokenizers.items(), encoders, strict=True):
@@ -351,7 +290,7 @@ def assemble(
                 configs, f"{name}/ has neither vocab.json and merges.txt nor tokenizer.json."
             )
         with reading(words, "a tokenizer of CLIP's make", _OTHER_MODEL):
-            tokenizers.append(_tokenizer(words, encoder.config))
+            tokenizers.append(load_tokenizer(words, encoder.config))
         if own:
             tokenizers[-1].pad_token = padding
     if len({tokenizer.model_max_length for tokenizer in tokenizers}) > 1:
@@ -363,52 +302,11 @@ def assemble(
         networks={UNET: unet, **{name: models[name] for name in family.text_encoders}},
         vae=vae,
         tokenizers=tuple(tokenizers),
-        noise_scheduler=noise_scheduler,
+        noise_scheduler=schedule_of_training,
         scheduler_config=scheduler_config,
         source=source,
         fingerprint=fingerprint,
     )
-
-
-def _noise_scheduler(config: dict[str, Any]) -> DDPMScheduler:
-    """The schedule for training; the model's own sampler is made too, to see that it can be.
-
-    Raises:
-        Exception: what diffusers raises over a setting, and a ValueError for one of no use.
-    """
-    name = config.get("_class_name")
-    if not isinstance(name, str) or not name.endswith("Scheduler") or not hasattr(diffusers, name):
-        raise ValueError(f"_class_name must be one of diffusers' schedulers, got {name!r}")
-    noise = _scheduler("DDPMScheduler", config, {})
-    _scheduler(name, config, {}).set_timesteps(1)
-    kept = noise.alphas_cumprod
-    if not bool(((kept >= 0) & (kept <= 1)).all()):
-        raise ValueError("its betas are not all between 0 and 1")
-    if (kind := noise.config["prediction_type"]) not in _PREDICTIONS:
-        raise ValueError(f"prediction_type must be one of {', '.join(_PREDICTIONS)}, got {kind!r}")
-    return noise
-
-
-def _tokenizer(folder: Path, config: CLIPTextConfig) -> CLIPTokenizer:
-    """Raises what transformers raises, and a ValueError if the text encoder has too few rows."""
-    if not (folder / "tokenizer.json").is_file():
-        vocabulary = read_json(folder / "vocab.json")
-        if not vocabulary or not all(type(n) is int and n >= 0 for n in vocabulary.values()):
-            raise ValueError("vocab.json does not map words to numbers")
-        for line in (folder / "merges.txt").read_text("utf-8").splitlines():
-            pair = [] if line.startswith("#version") else line.split()
-            if pair and (len(pair) != 2 or not {*pair, "".join(pair)} <= vocabulary.keys()):
-                raise ValueError(f"merges.txt: {line[:50]!r} is no pair of its vocabulary")
-    if (folder / "tokenizer_config.json").is_file():
-        read_json(folder / "tokenizer_config.json")
-    tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
-    largest = max(tokenizer.get_vocab().values(), default=-1)
-    if not 0 <= largest < config.vocab_size:
-        raise ValueError(
-            f"its largest token is {largest}, and the text encoder knows {config.vocab_size}"
-        )
-    tokenizer("a photo", truncation=True, max_length=config.max_position_embeddings)
-    return tokenizer
 
 
 def build_model(part: str, configs: Path, family: Family = SD15) -> Any:
@@ -430,11 +328,6 @@ def build_model(part: str, configs: Path, family: Family = SD15) -> Any:
         return make(CLIPTextConfig.from_dict(config))
     kind = UNet2DConditionModel if part == "unet" else AutoencoderKL
     return kind.from_config(config)
-
-
-def _scheduler(name: str, config: Mapping[str, Any], settings: Mapping[str, Any]) -> Any:
-    """Latents are not bounded by 1, so clipping is off unless the model's config asks for it."""
-    return getattr(diffusers, name).from_config({"clip_sample": False, **config}, **settings)
 
 
 def _locate(model: str | Path, local_files_only: bool | None) -> Path:

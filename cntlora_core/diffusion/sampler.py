@@ -13,11 +13,11 @@ from PIL import Image
 from safetensors import safe_open
 
 from cntlora_core.data.captions import encode_prompts
+from cntlora_core.diffusion.clip_skip import skip_last_layers
 from cntlora_core.diffusion.pipeline import (
     StableDiffusionParts,
     load_stable_diffusion,
     model_family,
-    skip_last_layers,
 )
 from cntlora_core.diffusion.settings import Precision, SamplingSettings, torch_dtype
 from cntlora_core.lora_file.families import SD15_FILES, SDXL_FILES, FileFamily
