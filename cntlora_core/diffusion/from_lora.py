@@ -89,18 +89,20 @@ def require_family(settings: AdapterSettings, family: Family) -> None:
 
 
 def points_of_layers(
-    networks: Networks, layers: LoRALayers, source: str
+    networks: Networks, family: Family, layers: LoRALayers, source: str
 ) -> tuple[list[AttachmentPoint], LoRALayers]:
     """Where each layer of a LoRA belongs: attachment points of the networks, layers by their names.
 
     Args:
         networks: Denoiser and text encoders.
+        family: What they are.
         layers: By canonical names.
         source: What messages call the LoRA.
 
     Returns:
         The points, and the layers by their names. A layer that the models lack and that changes
-        nothing, as one behind the text encoder's last under clip_skip, is left away.
+        nothing, as one behind the text encoder's last under clip_skip, is left away, and so is
+        one of a module that nothing reads.
 
     Raises:
         ValueError: for any other layer that the models lack.
@@ -116,7 +118,12 @@ def points_of_layers(
             f"{source} changes {len(missing)} layers that this model has not, as {missing[0]}: is "
             "it for another model, or another clip_skip?"
         )
-    found = {name: modules[name] for name in modules if name in layers}  # the models' own order
+    unread = family.unread(networks)
+    found = {  # in the models' own order
+        name: place
+        for name, place in modules.items()
+        if name in layers and not place[0].startswith(unread)
+    }
     points = [attachment_point(spelled, module) for spelled, module in found.values()]
     return points, {found[name][0]: layers[name] for name in found}
 

@@ -169,7 +169,7 @@ def plan_adapter(
             points = diffusion_attachment_points(networks, family, settings)
         else:
             layers = layers_to_go_on_from(settings)
-            points, lora = points_of_layers(networks, layers, settings.from_lora)
+            points, lora = points_of_layers(networks, family, layers, settings.from_lora)
             note = f"goes on from {settings.from_lora}"
             if all(point.name.startswith(f"{UNET}.") for point in points):
                 note += ", which leaves the text encoder as it is"
