@@ -44,7 +44,7 @@ test-slow: $(INSTALLED)
 # Two libraries that everything else does without: they make each start of Python slower.
 test-quantised: $(INSTALLED)
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev,quantised]"
-	$(BIN)/python -m pytest tests/core/test_quantised.py
+	$(BIN)/python -m pytest tests/core/test_quantised.py tests/diffusion/test_optimizers.py
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

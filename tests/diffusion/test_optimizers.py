@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cntlora_core import mini
 from cntlora_core.diffusion import job
 from cntlora_core.diffusion.job import personalise
 from cntlora_core.diffusion.pipeline import load_stable_diffusion
@@ -64,9 +65,6 @@ def test_the_text_encoder_stops_learning(moved):
         {"text_encoder_steps": 2, "caption_dropout": 0.5},
         {"text_encoder_steps": 5, "lr_schedule": "cosine_with_restarts", "lr_cycles": 2},
         {"lr_schedule": "piecewise_constant", "lr_step_rules": "1:3,0.1"},
-        pytest.param(
-            {"optimizer": "adamw_8bit"}, marks=pytest.mark.skipif(not HAS_8BIT, reason="no package")
-        ),
     ],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(settings, tmp_path, training):
@@ -138,6 +136,24 @@ def test_a_clip_skip_of_all_layers_is_refused(settings):
 def test_settings_that_make_no_sense_are_refused(wrong, says):
     with pytest.raises(ValueError, match=says):
         TrainingSettings(**wrong)
+
+
+@pytest.mark.skipif(not HAS_8BIT, reason="bitsandbytes is not installed")
+def test_the_8_bit_state_is_saved_as_it_is(settings, tmp_path):
+    """On the small model: tensors of fewer than 4096 numbers have a state of 32 bits."""
+    settings = dataclasses.replace(settings, model=str(mini.model_path()))
+    settings = change(
+        change(settings, "adapter", method="lora", rank=64), "prior", prior_weight=0.0
+    )
+    settings = change(settings, "training", optimizer="adamw_8bit", steps=4, save_every=1)
+    whole = personalise(settings)
+    again = change(settings, "output", output=str(tmp_path / "again"))
+    with pytest.raises(KeyboardInterrupt):
+        personalise(again, reporter=StopAt(2))
+    state = load_file(tmp_path / "again" / job.STATE_NAME)
+    assert torch.uint8 in {tensor.dtype for tensor in state.values()}
+    a, b = load_file(whole.lora), load_file(personalise(again, resume=True).lora)
+    assert all(torch.equal(a[key], b[key]) for key in a)
 
 
 @pytest.mark.skipif(HAS_8BIT, reason="bitsandbytes is installed")
