@@ -17,7 +17,7 @@ from .widgets import ADVANCED, CATEGORY, SMALL_MODEL, default_of, model_names, m
 
 
 class LoadModel(io.ComfyNode):
-    """A Stable Diffusion 1.5 model, checked but not yet in memory."""
+    """A Stable Diffusion model, checked but not yet in memory."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -25,15 +25,16 @@ class LoadModel(io.ComfyNode):
             node_id="CNTLoRALoadModel",
             display_name="Load SD1.5 to Teach",
             category=CATEGORY,
-            description="Chooses the Stable Diffusion 1.5 model that is to learn your subject: a "
-            "checkpoint, a diffusers folder, or the small model that comes with this pack.",
+            description="Chooses the Stable Diffusion 1.5 or XL model that is to learn your "
+            "subject: a checkpoint, a diffusers folder, or the small model that comes with this "
+            "pack.",
             inputs=[
                 io.Combo.Input(
                     "checkpoint",
                     options=model_names(),
-                    tooltip="A Stable Diffusion 1.5 model or a fine-tune of it, from ComfyUI's "
-                    "checkpoints or diffusers folder. The small model generates 64 px images "
-                    "and trains in minutes on a CPU: good for trials.",
+                    tooltip="A Stable Diffusion 1.5 or XL model or a fine-tune of it, from "
+                    "ComfyUI's checkpoints or diffusers folder. The small model generates 64 px "
+                    "images and trains in minutes on a CPU: good for trials.",
                 ),
                 io.Combo.Input(
                     "precision",
@@ -59,7 +60,7 @@ class LoadModel(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, checkpoint: str | None) -> bool | str:
-        """Say at once, in words, if the file is no Stable Diffusion 1.5 model."""
+        """Say at once, in words, if the file is no Stable Diffusion 1.5 or XL model."""
         from cntlora_core.diffusion.family import family_of
 
         if checkpoint is None:  # it comes from another node, which has not run yet

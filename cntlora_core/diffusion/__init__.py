@@ -1,4 +1,4 @@
-"""Personalising Stable Diffusion 1.5: load, teach, generate.
+"""Personalising Stable Diffusion: load, teach, generate.
 
 >>> from cntlora_core.diffusion import JobSettings, personalise, sample
 """

@@ -32,9 +32,9 @@ class AdapterSettings:
 
     Attributes:
         method: How the adapter is initialised; `cntlora methods` describes them.
-        from_lora: A LoRA to go on from, in place of a method: any plain LoRA of Stable Diffusion
-            1.5 (a file of any tool, peft's folder, or the folder of a run). Its layers, ranks and
-            alphas stay, and no layer is added.
+        from_lora: A LoRA to go on from, in place of a method: any plain LoRA for the model (a file
+            of any tool, peft's folder, or the folder of a run). Its layers, ranks and alphas stay,
+            and no layer is added.
         adapter: lora, or lava, which keeps a convolution's dimensions and is initialised by cross,
             self, shift or lora (plain).
         rank: Rank of each attachment point (their mean where ranks vary).

@@ -276,7 +276,7 @@ class SamplingSettings:
         seed: Seed of the first picture (for evaluate: of each prompt's first); the next has
             the next seed.
         batch_size: Images generated at once.
-        clip_skip: Which layer of the text encoder is read, from the last; as in training.
+        clip_skip: Which layer of the text encoder is read; as in training.
     """
 
     steps: int = 30
@@ -341,10 +341,10 @@ class JobSettings:
     """A whole run: a model, a subject, and how to teach it. Defaults are the paper's.
 
     Attributes:
-        model: Stable Diffusion 1.5 as one .safetensors file, a diffusers folder or a hub id.
-        clip_skip: Which layer of the text encoder is read, from the last: 1 is the last, as Stable
-            Diffusion 1.5 was trained; models of drawings often want 2. Layers behind it are neither
-            read nor trained. Generate with the same.
+        model: Stable Diffusion 1.5 or XL as one .safetensors file, a diffusers folder or a hub id.
+        clip_skip: Which layer of the text encoder is read: 1 is the one that the model was trained
+            with, the last of Stable Diffusion 1.5 and the last but one of XL; 2 is the layer before
+            it, as models of drawings often want. Generate with the same.
     """
 
     model: str

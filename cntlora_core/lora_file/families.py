@@ -18,6 +18,7 @@ class FileFamily:
         original_unet: Whether kohya's names of the UNet are those of the original layout
             (input_blocks), in place of diffusers' (down_blocks).
         architecture: ModelSpec's word for a LoRA of the family.
+        implementation: ModelSpec's word for whose names it has, as sd-scripts gives it.
         base_version: sd-scripts' word for the base.
     """
 
@@ -25,6 +26,7 @@ class FileFamily:
     kohya: Mapping[str, str]
     original_unet: bool
     architecture: str
+    implementation: str
     base_version: str
 
 
@@ -33,6 +35,7 @@ SD15_FILES = FileFamily(
     kohya={UNET: "lora_unet_", TEXT_ENCODER: "lora_te_"},
     original_unet=False,
     architecture="stable-diffusion-v1/lora",
+    implementation="diffusers",
     base_version="sd_v1",
 )
 SDXL_FILES = FileFamily(
@@ -40,6 +43,7 @@ SDXL_FILES = FileFamily(
     kohya={UNET: "lora_unet_", TEXT_ENCODER: "lora_te1_", SECOND_TEXT_ENCODER: "lora_te2_"},
     original_unet=True,
     architecture="stable-diffusion-xl-v1-base/lora",
+    implementation="https://github.com/Stability-AI/generative-models",
     base_version="sdxl_base_v1-0",
 )
 

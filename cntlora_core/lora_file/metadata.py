@@ -71,7 +71,7 @@ def modelspec_metadata(
     spec = {
         "sai_model_spec": "1.0.0",
         "architecture": family.architecture,
-        "implementation": "diffusers",
+        "implementation": family.implementation,
         "title": title,
         "resolution": f"{width}x{height}",
         "date": date.isoformat(timespec="seconds"),

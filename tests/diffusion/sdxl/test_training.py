@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from cntlora_core.diffusion import job
+from cntlora_core.diffusion.export import export_lora
 from cntlora_core.diffusion.family import SDXL
 from cntlora_core.diffusion.settings import (
     AdapterSettings,
@@ -31,10 +32,13 @@ from .conftest import networks_of, prediction
 
 @pytest.fixture
 def settings(tiny_sdxl, photo_folder, tmp_path) -> JobSettings:
+    held_out = tmp_path / "held out"
+    held_out.mkdir()
+    (photo_folder / "3.png").rename(held_out / "3.png")
     return JobSettings(
         model=str(tiny_sdxl),
         subject=SubjectSettings(
-            images=str(photo_folder), token="sks", class_name="dog", held_out=str(photo_folder)
+            images=str(photo_folder), token="sks", class_name="dog", held_out=str(held_out)
         ),
         output=OutputSettings(str(tmp_path / "out"), file_precision="float32", compress=False),
         prior=PriorSettings(num_class_images=2, class_steps=2, cache=str(tmp_path / "cache")),
@@ -113,14 +117,15 @@ def test_a_run_goes_on_where_it_stopped_and_its_file_is_right_in_every_layout(
     assert all(moved.values())
 
     for layout in ("kohya", "diffusers", "peft"):
-        output = dataclasses.replace(other, layout=layout, name=f"in {layout}")
-        again = job.personalise(dataclasses.replace(settings, output=output), resume=True)
-        read = read_lora_file(again.lora)
+        path = tmp_path / (layout if layout == "peft" else f"{layout}.safetensors")
+        output = dataclasses.replace(other, layout=layout)
+        export_lora(kept["trainer"].networks, kept["trainer"].plan, path, output, {}, SDXL_FILES)
+        read = read_lora_file(path)
         assert read.family == SDXL_FILES
         assert {n.split(".")[0] for n in read.layers} == {"unet", *SDXL.text_encoders}
         if layout == "peft":
             networks = {
-                name: PeftModel.from_pretrained(copy.deepcopy(network), again.lora / name)
+                name: PeftModel.from_pretrained(copy.deepcopy(network), path / name)
                 for name, network in networks_of(stock).items()
             }
             found = {}
@@ -129,7 +134,7 @@ def test_a_run_goes_on_where_it_stopped_and_its_file_is_right_in_every_layout(
             assert found.keys() == read.layers.keys()
             assert relative(prediction(networks), kept["prediction"]) < 1e-4
             continue
-        stock.load_lora_weights(str(again.lora))
+        stock.load_lora_weights(str(path))
         assert relative(prediction(networks_of(stock)), kept["prediction"]) < 1e-4
         stock.unload_lora_weights()
     assert torch.equal(prediction(networks_of(stock)), base)
