@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from .conftest import Pack
 
@@ -38,9 +39,24 @@ def test_the_small_model_is_refused_for_ksampler_in_words(pack: Pack) -> None:
         pack.run("CNTLoRAOpenModel", model=model)
 
 
-def test_a_wrong_checkpoint_is_said_when_it_is_queued(pack: Pack, comfy: Path) -> None:
-    from safetensors.torch import save_file
+def test_a_folder_s_text_encoder_has_the_names_that_comfyui_looks_for(
+    pack: Pack, comfy: Path, tmp_path: Path
+) -> None:
+    """ComfyUI leaves a text encoder of other names at random weights, with a line in the log."""
+    found = pack.module("load")._text_weights(comfy / "models/diffusers/tiny", "text_encoder")
+    assert "text_model.final_layer_norm.weight" in found
+    part = tmp_path / "text_encoder_2"
+    part.mkdir()
+    (part / "config.json").write_text("{}")
+    save_file(
+        {"text_projection.weight": torch.ones(2), "text_model.x": torch.zeros(2)},
+        part / "model.safetensors",
+    )
+    names = pack.module("load")._text_weights(tmp_path, part.name).keys()
+    assert names == {"text_projection.weight", "text_model.x"}
 
+
+def test_a_wrong_checkpoint_is_said_when_it_is_queued(pack: Pack, comfy: Path) -> None:
     path = comfy / "models" / "checkpoints" / "sdxl.safetensors"
     save_file({"conditioner.embedders.0.x": torch.zeros(1)}, path)
     validate = pack.nodes["CNTLoRALoadModel"].validate_inputs
