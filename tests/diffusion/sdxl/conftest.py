@@ -60,7 +60,7 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     unet = UNet2DConditionModel(
         sample_size=16,
         block_out_channels=(32, 64),
-        layers_per_block=2,
+        layers_per_block=2,  # names in the original layout follow from it
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         transformer_layers_per_block=(1, 2),
