@@ -28,7 +28,7 @@ def small_model() -> Graph:
     graph = Graph()
     model = graph.add("CNTLoRALoadModel", (40, 40), checkpoint=SMALL)
     subject = graph.add(
-        "CNTLoRASubject", (40, 200), folder="example/penguin", class_name="penguin", tall=480
+        "CNTLoRASubject", (40, 200), folder="example/penguin", class_name="penguin", tall=550
     )
     others = graph.add(
         "CNTLoRAClassImages", (420, 40), model=model.out(), subject=subject.out(), count=50,
@@ -40,7 +40,7 @@ def small_model() -> Graph:
     )  # fmt: skip
     lora = graph.add(
         "CNTLoRATrain", (800, 40), start=initialized.out(), class_images=others.out(), steps=150,
-        learning_rate=1e-3, lr_schedule="cosine", preview_every=50, tall=830,
+        learning_rate=1e-3, lr_schedule="cosine", preview_every=50, tall=1000,
     )  # fmt: skip
     graph.add("CNTLoRASave", (1180, 40), lora=lora.out(), filename_prefix="small_penguin")
     prompts = "a photo of sks penguin\na photo of sks penguin on the beach"
@@ -49,7 +49,7 @@ def small_model() -> Graph:
         seeds="0, 1, 2", guidance=2.5, tall=720, wide=520,
     )  # fmt: skip
     generated = graph.add(
-        "CNTLoRASample", (800, 910), model=model.out(), lora=lora.out(), prompts=prompts,
+        "CNTLoRASample", (800, 1080), model=model.out(), lora=lora.out(), prompts=prompts,
         per_prompt=4, guidance=2.5, tall=640,
     )  # fmt: skip
     graph.add(
@@ -57,7 +57,7 @@ def small_model() -> Graph:
         prompts=generated.out(1), tall=600, wide=520,
     )  # fmt: skip
     graph.note(
-        (40, 740),
+        (40, 810),
         "**Teach the small model a penguin.** Press Run: it takes some minutes on a CPU. Above the "
         "training you see the loss and preview pictures; the grid on the right shows the model "
         "without the LoRA and with it, and below it eight pictures are measured.\n\nThen load "
@@ -70,7 +70,7 @@ def sd15() -> Graph:
     graph = Graph()
     model = graph.add("CNTLoRALoadModel", (40, 40), checkpoint=CHECKPOINT)
     subject = graph.add(
-        "CNTLoRASubject", (40, 200), folder="example/backpack", class_name="backpack", tall=480
+        "CNTLoRASubject", (40, 200), folder="example/backpack", class_name="backpack", tall=550
     )
     others = graph.add(
         "CNTLoRAClassImages", (420, 40), model=model.out(), subject=subject.out(), tall=480
@@ -79,11 +79,11 @@ def sd15() -> Graph:
         "CNTLoRAInitialize", (420, 560), model=model.out(), subject=subject.out(), tall=400
     )
     lora = graph.add(
-        "CNTLoRATrain", (800, 40), start=initialized.out(), class_images=others.out(), tall=830
+        "CNTLoRATrain", (800, 40), start=initialized.out(), class_images=others.out(), tall=1000
     )
     graph.add("CNTLoRASave", (1180, 40), lora=lora.out())
     graph.add("LossGraphNode", (1180, 220), loss=lora.out(1))
-    loaded = graph.add("CNTLoRAOpenModel", (800, 910), model=model.out())
+    loaded = graph.add("CNTLoRAOpenModel", (800, 1080), model=model.out())
     applied = graph.add(
         "CNTLoRAApply", (1180, 620), model=loaded.out(), clip=loaded.out(1), lora=lora.out()
     )
@@ -93,7 +93,7 @@ def sd15() -> Graph:
     )  # fmt: skip
     _generate(graph, (1560, 40), applied.out(), applied.out(1), loaded.out(2), prompt.out())
     graph.note(
-        (40, 740),
+        (40, 810),
         "**Teach Stable Diffusion 1.5 your subject.**\n\n1. Put 4 to 6 photos into a folder in "
         "ComfyUI's `input` and choose it under *folder* (or connect images).\n2. Say what it is "
         "under *class_name*.\n3. Run. Cancel whenever you like: the next run goes on.\n\nThe "
@@ -107,7 +107,7 @@ def compare_initializations() -> Graph:
     graph = Graph()
     model = graph.add("CNTLoRALoadModel", (40, 40), checkpoint=SMALL)
     subject = graph.add(
-        "CNTLoRASubject", (40, 200), folder="example/clock", class_name="clock", tall=480
+        "CNTLoRASubject", (40, 200), folder="example/clock", class_name="clock", tall=550
     )
     others = graph.add(
         "CNTLoRAClassImages", (420, 40), model=model.out(), subject=subject.out(), count=50,
@@ -115,7 +115,7 @@ def compare_initializations() -> Graph:
     )  # fmt: skip
     loras = []
     for i, method in enumerate(("lora", "self", "cross")):
-        y = 40 + i * 870
+        y = 40 + i * 1040
         initialized = graph.add(
             "CNTLoRAInitialize", (800, y), model=model.out(), subject=subject.out(), method=method,
             rank=16, passes=8, title=f"Initialise: {method}", tall=400,
@@ -123,7 +123,7 @@ def compare_initializations() -> Graph:
         lora = graph.add(
             "CNTLoRATrain", (1180, y), start=initialized.out(), class_images=others.out(),
             steps=150, learning_rate=1e-3, lr_schedule="cosine", preview_every=0,
-            title=f"Teach: {method}", tall=830,
+            title=f"Teach: {method}", tall=1000,
         )  # fmt: skip
         loras.append(lora.out())
     prompts = "a photo of sks clock\na photo of sks clock on the grass"
@@ -132,7 +132,7 @@ def compare_initializations() -> Graph:
         guidance=2.5, tall=800, wide=620, **{f"lora_{i}": x for i, x in enumerate(loras, 1)},
     )  # fmt: skip
     graph.note(
-        (40, 740),
+        (40, 810),
         "**One subject, three initialisations.** The same steps and seeds: an ordinary LoRA, and "
         "two that are initialised from the photos. With a checkpoint of SD1.5 in the first node, "
         "set *rank* to 128, *guidance* to 7.5, *steps* to 1000 and *learning_rate* to 0.0001.",
@@ -162,7 +162,7 @@ def subject_lora(key: str, folder: str, class_name: str) -> Subgraph:
     """Photos and class in; LoRA, MODEL and CLIP out."""
     graph = Subgraph("Subject LoRA", key)
     model = graph.add("CNTLoRALoadModel", (40, 40), checkpoint=CHECKPOINT)
-    subject = graph.add("CNTLoRASubject", (40, 200), folder=folder, class_name=class_name, tall=480)
+    subject = graph.add("CNTLoRASubject", (40, 200), folder=folder, class_name=class_name, tall=550)
     others = graph.add(
         "CNTLoRAClassImages", (420, 40), model=model.out(), subject=subject.out(), tall=480
     )
@@ -170,9 +170,9 @@ def subject_lora(key: str, folder: str, class_name: str) -> Subgraph:
         "CNTLoRAInitialize", (420, 560), model=model.out(), subject=subject.out(), tall=400
     )
     lora = graph.add(
-        "CNTLoRATrain", (800, 40), start=initialized.out(), class_images=others.out(), tall=830
+        "CNTLoRATrain", (800, 40), start=initialized.out(), class_images=others.out(), tall=1000
     )
-    opened = graph.add("CNTLoRAOpenModel", (800, 910), model=model.out())
+    opened = graph.add("CNTLoRAOpenModel", (800, 1080), model=model.out())
     applied = graph.add(
         "CNTLoRAApply", (1180, 40), model=opened.out(), clip=opened.out(1), lora=lora.out()
     )
