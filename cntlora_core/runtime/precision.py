@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import autocast
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -55,4 +56,4 @@ def multiply_in(dtype: torch.dtype, linears: Iterable[nn.Module]) -> None:
     """
     for linear in linears:
         device = next(linear.parameters()).device.type
-        linear.forward = torch.autocast(device, dtype)(linear.forward)
+        linear.forward = autocast(device, dtype)(linear.forward)
