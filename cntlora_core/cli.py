@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import tyro
+from rich.console import Console
 
 from cntlora_core.commands.compare import Compare
 from cntlora_core.commands.config_file import with_config
@@ -22,14 +23,16 @@ from cntlora_core.commands.demo import Demo
 from cntlora_core.commands.evaluate import Evaluate
 from cntlora_core.commands.flags import RefusedError, registry
 from cntlora_core.commands.inspect import Inspect
+from cntlora_core.commands.launch import check_processes, run_together
 from cntlora_core.commands.methods import Methods
 from cntlora_core.commands.pick import Pick
 from cntlora_core.commands.sample import Sample
 from cntlora_core.commands.train import Train
 from cntlora_core.runtime.console import Cancelled, ConsoleReporter, message_console, say
+from cntlora_core.runtime.launching import OtherProcessError, launched
 from cntlora_core.runtime.reading import lacks_memory, printable, reason
 
-EXPECTED_ERRORS = (ValueError, OSError, FloatingPointError, ImportError)
+EXPECTED_ERRORS = (ValueError, OSError, FloatingPointError, ImportError, OtherProcessError)
 
 BENCH_IS_ELSEWHERE = (
     "the measurements are not installed with the package: run `cntlora bench` in a checkout of the "
@@ -71,6 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(console, f"error: {error}", "red")
         return 2
     _quieten_libraries()
+    if isinstance(command, Train) and command.processes != 1 and not launched():
+        return _train_together(command, arguments[1:], console)
     reporter = ConsoleReporter(console)
     try:
         with reporter.running():
@@ -90,6 +95,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             say(console, unexpected(error), "red")
         return 1
     return 0
+
+
+def _train_together(command: Train, arguments: Sequence[str], console: Console) -> int:
+    try:
+        check_processes(command.processes, command.training)
+    except ValueError as error:
+        say(console, f"error: {error}", "red")
+        return 2
+    return run_together(arguments, command.processes, console)
 
 
 @contextmanager

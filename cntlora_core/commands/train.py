@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +17,7 @@ from cntlora_core.diffusion.settings import (
     SubjectSettings,
     TrainingSettings,
 )
-from cntlora_core.runtime.progress import Reporter
+from cntlora_core.runtime.console import ConsoleReporter
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Train:
         resume: Go on with the run in the output folder: an interrupted one to its end, a finished
             one to more steps, or to a LoRA file of another name, layout or precision.
         overwrite: Start anew even where the output folder holds a run.
+        processes: GPUs that train together: each takes its share of every batch, so that the LoRA
+            is that of one GPU. A multiple of it must be --batch-size or --gradient-accumulation.
     """
 
     model: str
@@ -49,6 +52,7 @@ class Train:
     clip_skip: int = 1
     resume: bool = False
     overwrite: bool = False
+    processes: int = 1
 
     def after_cancel(self) -> str:
         """What to do next, for a person who has pressed Ctrl-C."""
@@ -58,8 +62,9 @@ class Train:
             return "; the run goes on with --resume"
         return " before the first step; class images and encoded photos are kept for next time"
 
-    def run(self, reporter: Reporter) -> None:
+    def run(self, reporter: ConsoleReporter) -> None:
         from cntlora_core.diffusion.job import personalise
+        from cntlora_core.runtime.processes import joined
 
         settings = JobSettings(
             self.model,
@@ -70,7 +75,16 @@ class Train:
             self.training,
             self.clip_skip,
         )
-        result = personalise(
-            settings, resume=self.resume, overwrite=self.overwrite, reporter=reporter
-        )
-        print(result.lora)
+        with joined(self.training.device) as processes:
+            reporter.console.quiet = not processes.first  # one tells what is done
+            result = personalise(
+                settings, resume=self.resume, overwrite=self.overwrite, reporter=reporter
+            )
+            if processes.first:
+                print(result.lora)
+
+
+if __name__ == "__main__":  # as launchers of several processes start it
+    from cntlora_core.cli import main
+
+    sys.exit(main(["train", *sys.argv[1:]]))

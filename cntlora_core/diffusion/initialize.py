@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +17,12 @@ from cntlora_core.diffusion.family import UNET, Family, Networks, predict
 from cntlora_core.diffusion.from_lora import layers_to_go_on_from, points_of_layers
 from cntlora_core.diffusion.objective import sample_errors, training_target
 from cntlora_core.diffusion.settings import AdapterSettings
+from cntlora_core.initialization.plan import AdapterPlan
 from cntlora_core.initialization.report import InitializationReport
+from cntlora_core.initialization.solve import plan_from_first
 from cntlora_core.layers.attachment import AttachmentPoint, find_attachment_points
-from cntlora_core.methods import InitializationRequest, Limits, get_method
+from cntlora_core.methods import InitializationRequest, Limits, Method, get_method
+from cntlora_core.runtime.processes import Processes
 from cntlora_core.runtime.progress import Reporter, silent, stage_progress
 from cntlora_core.runtime.seeds import torch_seed
 
@@ -93,6 +97,19 @@ class NoisedPhotos:
             yield NoisedBatch(noised, timestep, self._tokens[photo][None], target, weights, sizes)
 
 
+class Share:
+    """Every so-manieth of some batches: what one process reads of them."""
+
+    def __init__(self, batches: NoisedPhotos, rank: int, count: int) -> None:
+        self._batches, self._rank, self._count = batches, rank, count
+
+    def __len__(self) -> int:
+        return len(range(self._rank, len(self._batches), self._count))
+
+    def __iter__(self) -> Iterator[NoisedBatch]:
+        return itertools.islice(self._batches, self._rank, None, self._count)
+
+
 def plan_adapter(
     networks: Networks,
     family: Family,
@@ -117,8 +134,11 @@ def plan_adapter(
         time_ids: (n, 6) the photos' sizes, where the family reads them.
         seed: Seed of timesteps and noise.
 
+    Under torch.distributed all processes call this with the same photos, and get one plan.
+
     Returns:
-        The plan, and a report (None for the plain initialisation, which reads nothing).
+        The plan, and a report (None for the plain initialisation, which reads nothing; it may be
+        None on other processes than the first).
     """
     method = get_method(settings.method)
     batches = NoisedPhotos(
@@ -129,6 +149,9 @@ def plan_adapter(
         seed=seed,
         time_ids=time_ids,
     )
+    processes = Processes()
+    if method.family == "cntlora":  # the others read all of it, on the first process
+        batches = Share(batches, processes.rank, processes.count)
     models, unet = nn.ModuleDict(networks), networks[UNET]
     parameter = next(unet.parameters())
 
@@ -188,8 +211,27 @@ def plan_adapter(
             passes_progress=passes_progress,
             solve_progress=solve_progress,
         )
-        planned = method.plan(request)
-        plan, report = planned.plan, planned.report
-        if note:
+        plan, report = _planned(method, request, processes)
+        if note and report is not None:
             report = dataclasses.replace(report, notes=(note,))
     return plan, None if method.name == "lora" else report
+
+
+def _planned(
+    method: Method, request: InitializationRequest, processes: Processes
+) -> tuple[AdapterPlan, InitializationReport | None]:
+    """The plan on every process, and a report at least on the first."""
+    assert method.plan is not None
+    if method.family == "cntlora":  # the processes sum up what they read, and agree
+        planned = method.plan(request)
+        return planned.plan, planned.report
+    reports: list[InitializationReport] = []
+
+    def make() -> AdapterPlan:
+        assert method.plan is not None
+        planned = method.plan(request)
+        reports.append(planned.report)
+        return planned.plan
+
+    plan = plan_from_first(make, processes)
+    return plan, reports[0] if reports else None

@@ -6,12 +6,17 @@ it, in the same order. With one process it does nothing but pass values through.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from cntlora_core.runtime.launching import OtherProcessError, launched
 
 Value = TypeVar("Value")
 
@@ -54,14 +59,24 @@ class Processes:
 
         Raises:
             BaseException: what ``work`` raised here.
-            RuntimeError: if it failed on another process.
+            OtherProcessError: if it failed on another process.
         """
         result, error = attempt(work)
         self.raise_together(error, doing)
         return result  # pyright: ignore[reportReturnType]
 
+    def first_before_others(self, work: Callable[[], Value], doing: str) -> Value:
+        """As :meth:`run`, the first process before all others: they find what it left on disk."""
+        result, error = attempt(work) if self.first else (None, None)
+        self.raise_together(error, doing)
+        if not self.first:
+            result, error = attempt(work)
+        if self.together:
+            self.raise_together(error, doing)
+        return result  # pyright: ignore[reportReturnType]
+
     def raise_together(self, error: BaseException | None, doing: str) -> None:
-        """Raise ``error`` where it happened, and a RuntimeError that quotes it everywhere else.
+        """Raise ``error`` where it happened, an OtherProcessError that quotes it everywhere else.
 
         Where it is a KeyboardInterrupt, that is raised everywhere.
         """
@@ -73,7 +88,7 @@ class Processes:
             if said is not None and said[0]:
                 raise KeyboardInterrupt
             if said is not None:
-                raise RuntimeError(
+                raise OtherProcessError(
                     f"process {rank} failed while {doing}, and process {self.rank} stops with it: "
                     f"{said[1]}"
                 )
@@ -125,3 +140,57 @@ def attempt(work: Callable[[], Value]) -> tuple[Value | None, BaseException | No
         return work(), None
     except BaseException as error:
         return None, error
+
+
+def require_devices(count: int, device: str | None) -> None:
+    """Refuse more processes than there are GPUs, or one GPU for several processes.
+
+    Args:
+        count: Processes of this machine.
+        device: As a user named it; None for the default.
+
+    Raises:
+        ValueError: with what to use instead.
+    """
+    if count == 1 or device == "cpu":
+        return
+    if device not in (None, "cuda"):
+        raise ValueError(
+            f"each of {count} processes takes a GPU of its own, and device={device!r} is one for "
+            "all: leave --device out, or use --device cpu"
+        )
+    found = torch.cuda.device_count()
+    if count > found:
+        there = f"{found} GPU{'s' if found != 1 else ''}" if found else "no GPU"
+        fewer = f"at most {found} processes" if found > 1 else "one process"
+        raise ValueError(
+            f"{count} processes need a GPU each, and this machine has {there}: use {fewer}, or "
+            "--device cpu"
+        )
+
+
+@contextmanager
+def joined(device: str | None) -> Iterator[Processes]:
+    """Within the block this process works with the others of its launcher, if there are any.
+
+    Args:
+        device: As a user named it; on CUDA each process takes the GPU of its local rank.
+
+    Raises:
+        ValueError: as :func:`require_devices`.
+    """
+    if not launched() or dist.is_initialized():
+        yield Processes()
+        return
+    require_devices(int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])), device)
+    on_gpus = device != "cpu"
+    if on_gpus:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", os.environ["RANK"])))
+    # What is said of steps and errors goes from CPU to CPU, and waits for no GPU. The others wait
+    # long where the first generates class images; the launcher ends them if it dies.
+    backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(days=1))
+    try:
+        yield Processes()
+    finally:
+        dist.destroy_process_group()

@@ -133,6 +133,20 @@ def test_a_batch_of_several_shapes_is_the_mean_over_its_samples(trainer_of):
     assert float(total.detach()) == pytest.approx(mean[0] + 0.5 * mean[1], rel=1e-5)
 
 
+def test_the_losses_and_gradients_of_a_batch_s_parts_add_up_to_those_of_the_whole(trainer_of):
+    trainer = trainer_of([TALL, SQUARE, WIDE], masked=True, batch_size=3, min_snr_gamma=5).trainer
+    trainer.unet.eval()
+    parameters = list(trainer.parameters.values())
+    whole = trainer._batch(0)
+    expected = trainer._loss(whole)
+    parts = [trainer._loss(whole.part(places)) for places in ([0, 4], [1, 2, 3], [5])]
+    for value, terms in zip(expected, zip(*parts, strict=True), strict=True):
+        assert float(value.detach()) == pytest.approx(float(sum(terms).detach()), rel=1e-5)
+    summed = torch.autograd.grad(sum(total for total, *_ in parts), parameters)
+    for got, gradient in zip(summed, torch.autograd.grad(expected[0], parameters), strict=True):
+        assert torch.allclose(got, gradient, rtol=1e-3, atol=1e-6)
+
+
 def test_a_step_s_batch_follows_from_seed_and_step_alone(trainer_of):
     data = trainer_of([TALL, SQUARE, WIDE]).trainer.data
     training = TrainingSettings(steps=9, batch_size=2, seed=5)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from cntlora_core.config import CNTLoRAConfig
-from cntlora_core.diffusion import job
+from cntlora_core.diffusion import job, material
 from cntlora_core.diffusion.job import personalise
 from cntlora_core.diffusion.stages import encode_class_images
 
@@ -57,7 +57,7 @@ def test_given_class_images_are_held_at_the_training_resolution(settings, tmp_pa
         held.extend(photo.image for photo in photos.photos)
         return encode_class_images(parts, subject, photos, **options)
 
-    monkeypatch.setattr(job, "encode_class_images", keep)
+    monkeypatch.setattr(material, "encode_class_images", keep)
     settings = change(settings, "subject", resolution=32)
     personalise(change(settings, "prior", class_images=str(folder)))
     assert [image.size for image in held] == [(40, 32)] * 3
