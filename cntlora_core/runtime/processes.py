@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cntlora_core.runtime.launching import OtherProcessError, launched
+from cntlora_core.runtime.reading import lacks_memory
 
 Value = TypeVar("Value")
 
@@ -47,7 +48,8 @@ class Processes:
         if not self.together:
             return [value]
         values: list[Any] = [None] * self.count
-        dist.all_gather_object(values, value)
+        with _connected():
+            dist.all_gather_object(values, value)
         return values
 
     def run(self, work: Callable[[], Value], doing: str) -> Value:
@@ -110,7 +112,8 @@ class Processes:
     def add_up(self, tensor: Tensor) -> Tensor:
         """The sum over processes, in place where the tensor is where the group can reach it."""
         there = tensor.to(self._device()).contiguous()
-        dist.all_reduce(there)
+        with _connected():
+            dist.all_reduce(there)
         return there.to(tensor.device)
 
     def add_up_all(self, tensors: Sequence[Tensor]) -> None:
@@ -125,13 +128,27 @@ class Processes:
         if tensor is None:
             tensor = torch.empty(*shape)
         there = tensor.to(self._device(), torch.float32).contiguous()
-        dist.broadcast(there, 0)
+        with _connected():
+            dist.broadcast(there, 0)
         return there.cpu()
 
     def _device(self) -> torch.device:
         if "nccl" in dist.get_backend():
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu")
+
+
+@contextmanager
+def _connected() -> Iterator[None]:
+    """Says of an error of the connection that another process is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if lacks_memory(error):
+            raise
+        raise OtherProcessError(
+            f"another process has ended without a word, and this one stops with it ({error})"
+        ) from error
 
 
 def attempt(work: Callable[[], Value]) -> tuple[Value | None, BaseException | None]:

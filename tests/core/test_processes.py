@@ -88,7 +88,7 @@ def test_they_fail_together_and_name_the_culprit(folder, scenario, culprit, own,
         if rank == culprit:
             assert message.startswith(own)
         else:
-            assert message.startswith(f"RuntimeError: process {culprit} failed while {others}")
+            assert message.startswith(f"OtherProcessError: process {culprit} failed while {others}")
             assert own in message
 
 
