@@ -13,7 +13,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import torch
 import tyro
 from accelerate import init_empty_weights
 from diffusers import DDPMScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -105,9 +106,12 @@ def trainer_of(b: Benchmark, precision: str, checkpointing: bool) -> SubjectTrai
     """A trainer of Stable Diffusion 1.5's size with plain LoRA."""
     with init_empty_weights():
         networks = {part: build_model(part, SD15.configs) for part in (UNET, *SD15.text_encoders)}
-    for network in networks.values():  # memory that is not touched is not used
-        torch.nn.Module.to(network, torch_dtype(precision)).to_empty(device="cpu")
-        network.requires_grad_(False).eval()
+    for network in networks.values():
+        torch.nn.Module.to(network, torch_dtype(precision)).eval()
+        for module in network.modules():
+            for name, weight in list(module.named_parameters(recurse=False)):
+                memory = torch.empty(weight.shape, dtype=weight.dtype)  # not used until touched
+                module.register_parameter(name, nn.Parameter(memory, requires_grad=False))
     adapter = AdapterSettings(method="lora", rank=b.rank)
     points = diffusion_attachment_points(networks, SD15, adapter)
     latent = torch.zeros(4, 8, 8)
@@ -142,70 +146,78 @@ def one_batch(b: Benchmark, resolution: int) -> Batch:
 
 
 def measure(
-    b: Benchmark, precision: str, resolution: int, checkpointing: bool, fake: bool = True
-) -> dict[str, Any]:
-    """Bytes of the base's weights, of all that stays between two steps, and of a step's peak."""
+    b: Benchmark,
+    precision: str,
+    checkpointing: bool,
+    resolutions: Sequence[int],
+    fake: bool = True,
+) -> list[dict[str, Any]]:
+    """By resolution: bytes of the base's weights, of all that stays between two steps, and of a
+    step's peak."""
     trainer: Any = trainer_of(b, precision, checkpointing)
-    models = trainer.networks.values()
-    for model in models:
-        model.train()
-    base = {id(p): p.nbytes for model in models for p in model.parameters() if not p.requires_grad}
-    adapter = sum(p.nbytes for p in trainer.parameters.values())
-    before = sum(base.values()) + adapter + sum(t.nbytes for t in trainer._initial.values())
-    trainer._look_every = 10  # fake tensors have no values to look at
-    batch = one_batch(b, resolution)
-    trainer._batch = lambda _micro: batch
+    networks = trainer.networks.values()
+    for network in networks:
+        network.train()
+    base = sum(p.nbytes for m in networks for p in m.parameters() if not p.requires_grad)
+    before = base + sum(p.nbytes for p in trainer.parameters.values())
+    before += sum(tensor.nbytes for tensor in trainer._initial.values())
     if not fake:
-        with torch.no_grad():
-            for parameter in (p for model in models for p in model.parameters()):
-                parameter.normal_(0, 0.01)
-        live = LiveBytes()
-        with live:
-            trainer._one_step()
-            live.peak = live.now
-            reset_peak()
-            trainer._one_step()
-    else:
-        # Of fake prompts it is not known which are the same.
-        trainer._batch_loss.conditioning = lambda b: SD15.encode(trainer.networks, b.tokens)
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            known = [t for m in models for t in (*m.parameters(), *m.buffers())]
-            known += trainer._initial.values()
-            stand_ins = [mode.from_tensor(t) for t in known]
-            live = LiveBytes(stand_ins)
-            with live:
-                trainer._one_step()
+        for weight in (p for m in networks for p in m.parameters() if not p.requires_grad):
+            weight.normal_(0, 0.01)
+    trainer._look_every = 10  # fake tensors have no values to look at
+
+    def step(resolution: int) -> None:
+        batch = one_batch(b, resolution)
+        trainer._batch = lambda _micro: batch
+        trainer._one_step()
+
+    rows, known = [], [t for m in networks for t in (*m.parameters(), *m.buffers())]
+    with FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext() as mode:
+        known += trainer._initial.values()
+        if mode is not None:
+            # Of fake prompts it is not known which are the same.
+            trainer._batch_loss.conditioning = lambda b: SD15.encode(trainer.networks, b.tokens)
+            known = [mode.from_tensor(tensor) for tensor in known]
+        with LiveBytes(known) as live:
+            step(min(resolutions))  # the optimizer's state comes with the first step
+            for resolution in resolutions:
                 live.peak = live.now
-                trainer._one_step()
-    row = {
-        "precision": precision,
-        "resolution": resolution,
-        "gradient_checkpointing": checkpointing,
-        "weights": sum(base.values()),
-        "between_steps": before + live.now,
-        "peak": before + live.peak,
-    }
-    return row if fake else row | {"process_peak": peak_bytes()}
+                reset_peak()
+                step(resolution)
+                rows.append(
+                    {
+                        "precision": precision,
+                        "resolution": resolution,
+                        "gradient_checkpointing": checkpointing,
+                        "weights": base,
+                        "between_steps": before + live.now,
+                        "peak": before + live.peak,
+                        **({} if fake else {"process_peak": peak_bytes()}),
+                    }
+                )
+    return rows
 
 
 def run(b: Benchmark) -> dict[str, Any]:
     """All rows; the result is also written to ``b.output``."""
-    rows = []
-    for case in itertools.product(b.precisions, b.resolutions, (False, True)):
-        rows.append(measure(b, *case))
-        sizes = (f"{name} {rows[-1][name] / 1e9:.2f}" for name in SIZES)
-        print(*case, *sizes, "GB", flush=True)
     result: dict[str, Any] = {
         "settings": {k: str(v) for k, v in dataclasses.asdict(b).items()},
-        "rows": rows,
         "torch": torch.__version__,
+        "rows": [],
     }
+    for precision, checkpointing in itertools.product(b.precisions, (False, True)):
+        rows = measure(b, precision, checkpointing, b.resolutions)
+        result["rows"] += rows
+        for row in rows:
+            sizes = (f"{name} {row[name] / 1e9:.2f}" for name in SIZES)
+            print(precision, row["resolution"], checkpointing, *sizes, "GB", flush=True)
+        write_json_atomic(b.output, result)
     if b.real:
-        case = (b.precisions[0], min(b.resolutions), False)
+        case = (b.precisions[0], False, [min(b.resolutions)])
         with freed_memory_kept():
             result["real"] = measure(b, *case, fake=False)
         print(result["real"])
-    write_json_atomic(b.output, result)
+        write_json_atomic(b.output, result)
     return result
 
 
