@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
 
 _NAMES = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder of CLIP's make"}
+_EMPTY_PROMPT = "force_zeros_for_empty_prompt"
+"""Of SDXL's pipelines: whether an empty negative prompt is read as zeros."""
 _OTHER_MODEL = "Download the folder again, or give another model."
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _FILE_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".bin")
@@ -66,6 +68,7 @@ class StableDiffusionParts:
         noise_scheduler: the noise schedule for training, made from ``scheduler_config``.
         scheduler_config: the model's own sampler settings; every scheduler made here honours its
             noise schedule and prediction type.
+        pipeline_options: what the stock pipeline is made with, beside the parts.
         source: what was given to ``load_stable_diffusion``.
         fingerprint: 16 hex digits that identify the weights, a key for caches; see
             ``fingerprint_files``.
@@ -77,6 +80,7 @@ class StableDiffusionParts:
     tokenizers: tuple[CLIPTokenizer, ...]
     noise_scheduler: DDPMScheduler
     scheduler_config: dict[str, Any]
+    pipeline_options: dict[str, Any]
     source: str
     fingerprint: str
 
@@ -135,7 +139,7 @@ class StableDiffusionParts:
             **self.networks,
             **dict(zip(family.tokenizers, self.tokenizers, strict=True)),
             scheduler=sampler(scheduler, self.scheduler_config),
-            **family.pipeline_options,
+            **self.pipeline_options,
         )
         if self.unet.device.type != "cpu":
             vae.enable_slicing()  # images are decoded one by one
@@ -297,6 +301,10 @@ def assemble(
         raise CheckpointError(configs, "its tokenizers cut prompts at different lengths.")
     for model in models.values():
         model.requires_grad_(False).eval()
+    options = dict(family.pipeline_options)
+    if family.reads_sizes:
+        zeros = read_json(configs / "model_index.json").get(_EMPTY_PROMPT)
+        options |= {_EMPTY_PROMPT: zeros} if isinstance(zeros, bool) else {}
     return StableDiffusionParts(
         family=family,
         networks={UNET: unet, **{name: models[name] for name in family.text_encoders}},
@@ -304,6 +312,7 @@ def assemble(
         tokenizers=tuple(tokenizers),
         noise_scheduler=schedule_of_training,
         scheduler_config=scheduler_config,
+        pipeline_options=options,
         source=source,
         fingerprint=fingerprint,
     )

@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from cntlora_core.data.framing import frame
 from cntlora_core.diffusion.checkpoint import CheckpointError
@@ -71,6 +72,7 @@ def test_sizes_are_those_of_the_picture_and_of_what_is_kept_of_it():
 
 def test_generated_images_are_the_stock_pipeline_s(tiny_sdxl, stock):
     ours = load_stable_diffusion(str(tiny_sdxl)).pipeline()
+    assert ours.config.force_zeros_for_empty_prompt
     settings = SamplingSettings(steps=2, guidance=5.0, seed=3)
     (picture,) = generate(ours, [PROMPT], settings)
     (expected,) = stock(
@@ -96,10 +98,26 @@ def test_a_single_file_is_read_as_diffusers_reads_it(tiny_sdxl, stock, tmp_path)
     assert torch.allclose(prediction(loaded.networks), prediction(networks_of(stock)), atol=1e-5)
 
 
-def test_a_second_encoder_of_another_width_is_refused(tiny_sdxl, tmp_path):
+def test_what_a_folder_says_of_itself_is_heeded(tiny_sdxl, tmp_path):
     folder = tmp_path / "other"
     shutil.copytree(tiny_sdxl, folder)
-    index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps(index | {"text_encoder": [None, None]}))
+    file = folder / "model_index.json"
+    index = json.loads(file.read_text())
+    file.write_text(json.dumps(index | {"force_zeros_for_empty_prompt": False}))
+    pipeline = load_stable_diffusion(str(folder)).pipeline()
+    assert not pipeline.config.force_zeros_for_empty_prompt
+    file.write_text(json.dumps(index | {"text_encoder": [None, None]}))
     with pytest.raises(CheckpointError, match="refiner"):
+        load_stable_diffusion(str(folder))
+
+
+def test_a_pooled_embedding_of_another_width_is_refused(tiny_sdxl, tmp_path):
+    folder = tmp_path / "other"
+    shutil.copytree(tiny_sdxl, folder)
+    file = folder / "text_encoder_2" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"projection_dim": 20}))
+    weights = folder / "text_encoder_2" / "model.safetensors"
+    tensors = load_file(weights)
+    save_file(tensors | {"text_projection.weight": torch.ones(20, 48)}, weights)
+    with pytest.raises(CheckpointError, match=r"pooled text embedding of width 24, .* makes 20"):
         load_stable_diffusion(str(folder))
