@@ -57,8 +57,8 @@ def test_a_folder_s_text_encoder_has_the_names_that_comfyui_looks_for(
 
 
 def test_a_wrong_checkpoint_is_said_when_it_is_queued(pack: Pack, comfy: Path) -> None:
-    path = comfy / "models" / "checkpoints" / "sdxl.safetensors"
-    save_file({"conditioner.embedders.0.x": torch.zeros(1)}, path)
+    path = comfy / "models" / "checkpoints" / "sd2.safetensors"
+    save_file({"cond_stage_model.model.x": torch.zeros(1)}, path)
     validate = pack.nodes["CNTLoRALoadModel"].validate_inputs
-    assert "Stable Diffusion XL" in validate("sdxl.safetensors")
+    assert "Stable Diffusion 2.x" in validate("sd2.safetensors")
     assert "no checkpoint" in validate("../../etc/passwd")

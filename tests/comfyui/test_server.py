@@ -250,7 +250,8 @@ def test_a_cancelled_training_goes_on_when_it_is_queued_again(server: Server) ->
     server.post("/interrupt", {})
     assert server.outcome(prompt).status == "interrupted"
     (folder,) = runs_of(server, "resumed")
-    assert {path.name for path in folder.iterdir()} - {".lock"} == {"state.safetensors"}
+    left = {path.name for path in folder.iterdir()} - {".lock"}
+    assert left == {"photos.jpg", "state.safetensors"}
     again = server.run(graph)
     assert again.status == "success"
     record = json.loads((folder / "run.json").read_text("utf-8"))
@@ -305,9 +306,9 @@ def test_any_folder_name_will_do_and_a_missing_package_is_one_line(tmp_path: Pat
         server.stop()
 
 
-def sdxl(server: Server) -> dict[str, Any]:
-    path = server.base / "models" / "checkpoints" / "sdxl.safetensors"
-    save_file({"conditioner.embedders.0.x": torch.zeros(1)}, path)
+def sd2(server: Server) -> dict[str, Any]:
+    path = server.base / "models" / "checkpoints" / "sd2.safetensors"
+    save_file({"cond_stage_model.model.x": torch.zeros(1)}, path)
     return {"CNTLoRALoadModel": {"checkpoint": path.name}}
 
 
@@ -322,7 +323,7 @@ def rank_above_the_width(server: Server) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("spoil", "kind", "words"),
     [
-        (sdxl, "CNTLoRALoadModel", "Stable Diffusion XL"),
+        (sd2, "CNTLoRALoadModel", "Stable Diffusion 2.x"),
         (no_photos, "CNTLoRASubject", "there are no photos"),
         (rank_above_the_width, "CNTLoRAInitialize", "more than their widths hold"),
     ],
