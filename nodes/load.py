@@ -23,7 +23,7 @@ class LoadModel(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="CNTLoRALoadModel",
-            display_name="Load SD1.5 to Teach",
+            display_name="Load Model to Teach",
             category=CATEGORY,
             description="Chooses the Stable Diffusion 1.5 or XL model that is to learn your "
             "subject: a checkpoint, a diffusers folder, or the small model that comes with this "
@@ -100,7 +100,7 @@ class OpenModel(io.ComfyNode):
             description="Opens the model that is taught for ComfyUI's own nodes, in place of Load "
             "Checkpoint: the checkpoint is chosen once, for training and for sampling.",
             inputs=[
-                ModelSocket.Input("model", tooltip="The chosen model, from Load SD1.5 to Teach."),
+                ModelSocket.Input("model", tooltip="The chosen model, from Load Model to Teach."),
             ],
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="To Apply Subject LoRA."),
@@ -117,12 +117,16 @@ class OpenModel(io.ComfyNode):
         if model.name == SMALL_MODEL:
             raise ValueError(
                 "KSampler cannot use the small model: generate images with Generate Images "
-                "(diffusers), or choose a checkpoint of Stable Diffusion 1.5"
+                "(diffusers), or choose a checkpoint of Stable Diffusion"
             )
+        from cntlora_core.diffusion.family import family_of
+
         denoiser, clip, vae = _opened(model)
         if model.clip_skip > 1:
             clip = clip.clone()
-            clip.clip_layer(-model.clip_skip)
+            # ComfyUI counts from the last layer of all, SDXL from the last that it reads.
+            unread = max(family_of(model.path).unread_layers.values(), default=0)
+            clip.clip_layer(-model.clip_skip - unread)
         return io.NodeOutput(denoiser, clip, vae)
 
 
