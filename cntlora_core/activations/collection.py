@@ -90,7 +90,9 @@ def collect_moments(
     return partial.finish(points)
 
 
-def _all_run_again(error: Exception | None, batches: Iterable[Any], processes: Processes) -> bool:
+def _all_run_again(
+    error: BaseException | None, batches: Iterable[Any], processes: Processes
+) -> bool:
     """Whether a sharing of inputs that did not last is the only trouble, and can be mended.
 
     All processes read their data again or none does: reading may itself be a collective call.

@@ -193,7 +193,7 @@ class Run:
                 cntlora=CNTLoRAConfig(**of(_CNTLORA)),
                 **of(_ADAPTER),
             ),
-            training=TrainingSettings(**{"precision": "float32"} | of(_TRAINING)),
+            training=TrainingSettings(**{"precision": "float32", **of(_TRAINING)}),
             prior=PriorSettings(**of(_PRIOR)),
         )
 
