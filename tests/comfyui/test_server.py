@@ -262,6 +262,7 @@ def test_a_cancelled_training_goes_on_when_it_is_queued_again(server: Server) ->
 def test_a_new_name_trains_nothing_and_more_steps_go_on(server: Server) -> None:
     def notes_of(name: str, **widgets: Any) -> str:
         asked = {"training_seed": 10, "steps": 4, "preview_every": 0, "name": name, **widgets}
+        asked["lr_schedule"] = "constant"  # cosine is another course for each number of steps
         graph = workflow("personalise_small_model", few(CNTLoRATrain=asked))
         assert server.run(graph).status == "success"
         (folder,) = runs_of(server, "named")
