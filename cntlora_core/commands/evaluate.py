@@ -32,8 +32,8 @@ class Evaluate:
         output: Folder for the numbers, the sheet and the images that are generated.
         generated: Folders of generated pictures; prompts.json or text files beside the pictures
             say their prompts.
-        model: Stable Diffusion 1.5 as one .safetensors file, a diffusers folder or a hub id, to
-            generate with.
+        model: Stable Diffusion 1.5 or XL as one .safetensors file, a diffusers folder or a hub id,
+            to generate with.
         lora: LoRA files; a strength may follow each after a colon: dog.safetensors:0.8
         base: Generate without a LoRA too.
         prompt: Prompts, or text files (.txt) with one in each line; {token} and {class} are filled

@@ -19,7 +19,7 @@ class Sample:
     """Draw pictures from a checkpoint and any number of LoRA files.
 
     Attributes:
-        model: Stable Diffusion 1.5 as one .safetensors file, a diffusers folder or a hub id.
+        model: Stable Diffusion 1.5 or XL as one .safetensors file, a diffusers folder or a hub id.
         prompt: One or more prompts.
         output: Folder for the pictures.
         lora: LoRA files; a strength may follow each after a colon: dog.safetensors:0.8

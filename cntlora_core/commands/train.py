@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,13 +23,13 @@ from cntlora_core.runtime.console import ConsoleReporter
 
 @dataclass(frozen=True)
 class Train:
-    """Teach a Stable Diffusion 1.5 model a subject: photos in, a LoRA file out.
+    """Teach a Stable Diffusion 1.5 or XL model a subject: photos in, a LoRA file out.
 
     --help-all shows all flags. --config FILE takes flags from a TOML file, or those of another run
     from its run.json; flags of the command line win.
 
     Attributes:
-        model: Stable Diffusion 1.5 as one .safetensors file, a diffusers folder or a hub id.
+        model: Stable Diffusion 1.5 or XL as one .safetensors file, a diffusers folder or a hub id.
         clip_skip: Which layer of the text encoder is read, from the last; 1 is the last.
         resume: Go on with the run in the output folder: an interrupted one to its end, a finished
             one to more steps, or to a LoRA file of another name, layout or precision.
@@ -85,6 +86,5 @@ class Train:
 
 
 if __name__ == "__main__":  # as launchers of several processes start it
-    from cntlora_core.cli import main
-
-    sys.exit(main(["train", *sys.argv[1:]]))
+    sys.argv.insert(1, "train")
+    runpy.run_module("cntlora_core.cli", run_name="__main__")

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from cntlora_core.data.framing import Frame
 from cntlora_core.diffusion.checkpoint import CheckpointError, CheckpointKind, identify
-from cntlora_core.lora_file.families import SD15_FILES, SDXL_FILES, FileFamily
-from cntlora_core.lora_file.names import UNET
+from cntlora_core.lora_file.families import SD15_FILES, SDXL_FILES, UNET, FileFamily
 
 Networks = Mapping[str, Any]
 """What an adapter may change, by component: ``unet``, then the text encoders. The names are those

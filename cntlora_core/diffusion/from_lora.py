@@ -8,8 +8,9 @@ from cntlora_core.diffusion.family import Family, Networks
 from cntlora_core.diffusion.fingerprint import fingerprint_files
 from cntlora_core.diffusion.settings import AdapterSettings
 from cntlora_core.layers.attachment import AttachmentPoint, attachment_point
+from cntlora_core.lora_file.families import UNET
 from cntlora_core.lora_file.find_lora import find_lora
-from cntlora_core.lora_file.names import TEXT_MODEL, UNET
+from cntlora_core.lora_file.names import TEXT_MODEL
 from cntlora_core.lora_file.reading import (
     PEFT_CONFIG,
     LoRALayers,

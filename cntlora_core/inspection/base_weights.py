@@ -19,7 +19,8 @@ from cntlora_core.diffusion.checkpoint import (
 from cntlora_core.diffusion.family import SD15, Family, family_of
 from cntlora_core.diffusion.original_layout import original_key
 from cntlora_core.lora_file.algebra import LoRALayer
-from cntlora_core.lora_file.names import COMPONENTS, TEXT_MODEL, UNET
+from cntlora_core.lora_file.families import UNET
+from cntlora_core.lora_file.names import COMPONENTS, TEXT_MODEL
 from cntlora_core.runtime.reading import reading, require_file
 
 _KOHYA_PREFIXES = ("lora_unet_", "lora_te1_", "lora_te2_", "lora_te3_", "lora_te_", "lora_")

@@ -22,8 +22,8 @@ from cntlora_core.inspection.base_weights import base_weight_norms
 from cntlora_core.inspection.origin import base_model_of, method_of, settings_of
 from cntlora_core.lora_file.algebra import LoRALayer, singular_values
 from cntlora_core.lora_file.contents import read_contents
+from cntlora_core.lora_file.families import TEXT_ENCODER, UNET
 from cntlora_core.lora_file.find_lora import find_lora
-from cntlora_core.lora_file.names import TEXT_ENCODER, UNET
 from cntlora_core.runtime.reading import user_path
 from cntlora_core.runtime.thread_pool import map_in_threads
 

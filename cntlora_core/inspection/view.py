@@ -11,7 +11,7 @@ from rich.text import Text
 
 from cntlora_core.figures.plots import plot_ranks, plot_spectra
 from cntlora_core.inspection.inspect import LayerInspection, LoRAInspection, PartInspection
-from cntlora_core.lora_file.names import TEXT_ENCODER, UNET
+from cntlora_core.lora_file.families import TEXT_ENCODER, UNET
 from cntlora_core.runtime.console import result_console
 from cntlora_core.runtime.files import require_writable_folder
 from cntlora_core.runtime.reading import printable

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from cntlora_core.lora_file.names import SECOND_TEXT_ENCODER, TEXT_ENCODER, UNET
+UNET, TEXT_ENCODER, SECOND_TEXT_ENCODER = "unet", "text_encoder", "text_encoder_2"
+"""The components of a model that adapters change."""
 
 
 @dataclass(frozen=True)

@@ -11,17 +11,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
+from cntlora_core.lora_file.families import SECOND_TEXT_ENCODER, TEXT_ENCODER, UNET, FileFamily
 from cntlora_core.lora_file.original_unet import diffusers_path, original_path
-
-if TYPE_CHECKING:
-    from cntlora_core.lora_file.families import FileFamily
 
 Layout = Literal["kohya", "diffusers", "peft"]
 Role = Literal["down", "up", "mid", "alpha"]
 
-UNET, TEXT_ENCODER, SECOND_TEXT_ENCODER = "unet", "text_encoder", "text_encoder_2"
 COMPONENTS = (UNET, TEXT_ENCODER, SECOND_TEXT_ENCODER)
 KOHYA_PREFIXES = {
     "lora_unet_": UNET,

@@ -112,6 +112,7 @@ def test_the_command_measures_in_processes_and_ends_what_takes_too_long(tmp_path
     assert late["forward_seconds"] > 0
 
 
+@pytest.mark.slow
 def test_an_initialisation_that_fails_is_said_to(tmp_path: Path):
     task = InitTask("roberta-large", "eva", model=str(tmp_path / "nowhere"))
     found = run_worker(task, 60.0, tmp_path / "log")

@@ -178,7 +178,7 @@ def test_metadata_says_what_the_model_predicts(train, tiny_model):
         result, kept = train(ADAPTERS["unet-only"])
     finally:
         file.write_text(before)
-    assert kept["trainer"]._scheduler.config["prediction_type"] == "v_prediction"
+    assert kept["trainer"]._batch_loss._scheduler.config["prediction_type"] == "v_prediction"
     assert read_lora_file(result.lora).metadata["modelspec.prediction_type"] == "v"
 
 

@@ -21,8 +21,8 @@ from cntlora_core.diffusion.settings import (
     TrainingSettings,
 )
 from cntlora_core.lora_file.algebra import LoRALayer
-from cntlora_core.lora_file.families import SD15_FILES, SDXL_FILES
-from cntlora_core.lora_file.names import TEXT_MODEL, UNET
+from cntlora_core.lora_file.families import SD15_FILES, SDXL_FILES, UNET
+from cntlora_core.lora_file.names import TEXT_MODEL
 from cntlora_core.lora_file.writing import read_lora_file, write_lora_file
 
 
