@@ -36,60 +36,27 @@ class Options(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls,
-        rank_budget: RankBudget,
-        split: float,
-        shift: float,
-        shift_kind: str,
-        factorization: Factorization,
-        subspace: Subspace,
-        damping: float,
-        preserve_output: bool,
-        min_rank: int,
-        rho: float,
-        convolutions: bool,
-        orthogonality: float,
-        unit: Unit,
-        solver: Solver,
-    ) -> io.NodeOutput:
-        options = initialization_options(
-            rank_budget, split, shift, shift_kind, factorization, subspace, damping,
-            preserve_output, min_rank, rho, convolutions, orthogonality, unit, solver,
-        )  # fmt: skip
-        return io.NodeOutput(options)
+    def execute(cls, **widgets: Any) -> io.NodeOutput:
+        return io.NodeOutput(initialization_options(**widgets))
 
 
 def initialization_options(
-    rank_budget: RankBudget,
-    split: float,
-    shift: float,
-    shift_kind: str,
-    factorization: Factorization,
-    subspace: Subspace,
-    damping: float,
-    preserve_output: bool,
-    min_rank: int,
-    rho: float,
-    convolutions: bool,
-    orthogonality: float,
-    unit: Unit,
-    solver: Solver,
+    shift: float = default_of(CNTLoRAConfig, "shift"),
+    shift_kind: str = SHIFT_KINDS[0],
+    convolutions: bool = AdapterSettings.convolutions,
+    orthogonality: float = AdapterSettings.orthogonality,
+    **others: Any,
 ) -> InitializationOptions:
-    """The core's settings from what the widgets hold."""
-    cntlora = CNTLoRAConfig(
-        rank_budget=rank_budget,
-        split=split,
-        shift=shift if shift_kind == SHIFT_KINDS[0] else "normal",
-        factorization=factorization,
-        subspace=subspace,
-        unit=unit,
-        damping=damping,
-        solver=solver,
-        preserve_output=preserve_output,
-        min_rank=min_rank,
-        rho=rho,
-    )
+    """The core's settings from what the widgets hold.
+
+    Args:
+        shift: The number.
+        shift_kind: One of SHIFT_KINDS; whether the number counts.
+        convolutions: As in AdapterSettings.
+        orthogonality: As in AdapterSettings.
+        others: Fields of CNTLoRAConfig.
+    """
+    cntlora = CNTLoRAConfig(shift=shift if shift_kind == SHIFT_KINDS[0] else "normal", **others)
     return InitializationOptions(cntlora, convolutions, orthogonality)
 
 
@@ -108,17 +75,14 @@ def not_the_defaults(options: InitializationOptions) -> str:
     )
 
 
-def option_inputs(
-    optional: bool = False, extra_dict: dict[str, Any] | None = None
-) -> list[io.Input]:
-    """The widgets of this node."""
+def option_inputs(**common: Any) -> list[io.Input]:
+    """The widgets of this node; what is given holds for each."""
     return [
         io.Combo.Input(
             "rank_budget",
             options=list(get_args(RankBudget)),
             default=default_of(CNTLoRAConfig, "rank_budget"),
-            optional=optional,
-            extra_dict=extra_dict,
+            **common,
             tooltip="ranks: layers that need more get more, at the same total of ranks. "
             "parameters: at the same size of the LoRA. fixed: every layer gets the same rank.",
         ),
@@ -128,8 +92,7 @@ def option_inputs(
             min=0.0,
             max=1.0,
             step=0.05,
-            optional=optional,
-            extra_dict=extra_dict,
+            **common,
             tooltip="Which of the two matrices carries the initialisation. More than 0.5 brings "
             "the subject out more, less keeps closer to the prompt.",
         ),
@@ -139,8 +102,7 @@ def option_inputs(
             min=-1000.0,
             max=1000.0,
             step=0.1,
-            optional=optional,
-            extra_dict=extra_dict,
+            **common,
             tooltip="Only for the method shift: how far what the model knew is taken to be from "
             "your photos.",
         ),
@@ -148,16 +110,14 @@ def option_inputs(
             "shift_kind",
             options=list(SHIFT_KINDS),
             default=SHIFT_KINDS[0],
-            optional=optional,
-            extra_dict=extra_dict,
+            **common,
             tooltip="Only for the method shift: the number above, or a random matrix in its place.",
         ),
         io.Combo.Input(
             "factorization",
             options=list(get_args(Factorization)),
             default=default_of(CNTLoRAConfig, "factorization"),
-            optional=optional,
-            extra_dict=extra_dict,
+            **common,
             tooltip="How the initialisation is divided into two matrices. qr has no split "
             "to choose.",
         ),
@@ -165,8 +125,7 @@ def option_inputs(
             "subspace",
             options=list(get_args(Subspace)),
             default=default_of(CNTLoRAConfig, "subspace"),
-            optional=optional,
-            extra_dict=extra_dict,
+            **common,
             tooltip="principal uses what your photos show most of; full uses all, noise too.",
         ),
         io.Float.Input(
@@ -176,8 +135,7 @@ def option_inputs(
             max=100.0,
             step=0.001,
             round=0.0001,
-            optional=optional,
-            extra_dict=extra_dict,
+            **common,
             tooltip="Only for the unit mean: holds back directions that your photos hardly show; "
             "more is gentler.",
         ),
@@ -186,8 +144,7 @@ def option_inputs(
             default=default_of(CNTLoRAConfig, "preserve_output"),
             label_on="yes",
             label_off="no",
-            optional=optional,
-            extra_dict=extra_dict,
+            **common,
             tooltip="Begin the training at exactly the pre-trained model.",
         ),
         io.Int.Input(
@@ -195,8 +152,7 @@ def option_inputs(
             default=default_of(CNTLoRAConfig, "min_rank"),
             min=1,
             max=1280,
-            optional=optional,
-            extra_dict=extra_dict,
+            **common,
             tooltip="No layer gets less than this where ranks vary.",
         ),
         io.Float.Input(
@@ -205,8 +161,7 @@ def option_inputs(
             min=1.0,
             max=100.0,
             step=0.1,
-            optional=optional,
-            extra_dict=extra_dict,
+            **common,
             tooltip="No layer gets more than this many times the rank where ranks vary.",
         ),
         io.Boolean.Input(
@@ -214,8 +169,7 @@ def option_inputs(
             default=default_of(AdapterSettings, "convolutions"),
             label_on="yes",
             label_off="no",
-            optional=optional,
-            extra_dict=extra_dict,
+            **common,
             tooltip="Only for lava: teach the convolutions, or the attention alone.",
         ),
         io.Float.Input(
@@ -225,8 +179,7 @@ def option_inputs(
             max=100.0,
             step=0.01,
             round=1e-6,
-            optional=optional,
-            extra_dict=extra_dict,
+            **common,
             tooltip="Only for lava: how strongly the training keeps what it learns in directions "
             "of their own; 0 is off.",
         ),
@@ -234,8 +187,7 @@ def option_inputs(
             "unit",
             options=list(get_args(Unit)),
             default=default_of(CNTLoRAConfig, "unit"),
-            optional=optional,
-            extra_dict=extra_dict,
+            **common,
             tooltip="least-change measures what the photos show such that each layer changes "
             "least; mean measures all layers alike, and changes those that read text much more.",
         ),
@@ -243,8 +195,7 @@ def option_inputs(
             "solver",
             options=list(get_args(Solver)),
             default=default_of(CNTLoRAConfig, "solver"),
-            optional=optional,
-            extra_dict=extra_dict,
+            **common,
             tooltip="exact takes longer in wide layers; the report says how far off fast may be.",
         ),
     ]

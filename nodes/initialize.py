@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from comfy_api.latest import io  # pyright: ignore[reportMissingImports]
 
-from cntlora_core.config import CNTLoRAConfig, Factorization, RankBudget, Solver, Subspace, Unit
 from cntlora_core.diffusion.settings import AdapterKind, AdapterSettings, Method, torch_dtype
 
 from .initialization_options import (
-    SHIFT_KINDS,
     initialization_options,
     not_the_defaults,
     option_inputs,
@@ -113,33 +111,17 @@ class Initialize(io.ComfyNode):
         alpha: float,
         train_text_encoder: bool,
         options: InitializationOptions | None = None,
-        rank_budget: RankBudget = CNTLoRAConfig.rank_budget,
-        split: float = CNTLoRAConfig.split,
-        shift: float = default_of(CNTLoRAConfig, "shift"),
-        shift_kind: str = SHIFT_KINDS[0],
-        factorization: Factorization = CNTLoRAConfig.factorization,
-        subspace: Subspace = CNTLoRAConfig.subspace,
-        damping: float = CNTLoRAConfig.damping,
-        preserve_output: bool = CNTLoRAConfig.preserve_output,
-        min_rank: int = CNTLoRAConfig.min_rank,
-        rho: float = CNTLoRAConfig.rho,
         passes: int = AdapterSettings.init_passes,
         start_seed: int = 0,
         adapter: AdapterKind = AdapterSettings.adapter,
-        convolutions: bool = AdapterSettings.convolutions,
-        orthogonality: float = AdapterSettings.orthogonality,
-        unit: Unit = CNTLoRAConfig.unit,
-        solver: Solver = CNTLoRAConfig.solver,
         from_lora: str = NO_FOLDER,
+        **moved: Any,
     ) -> io.NodeOutput:
         from cntlora_core.figures.plots import rank_picture
 
         unseen = ""
         if options is None:  # what a graph holds that was saved before these had their own node
-            options = initialization_options(
-                rank_budget, split, shift, shift_kind, factorization, subspace, damping,
-                preserve_output, min_rank, rho, convolutions, orthogonality, unit, solver,
-            )  # fmt: skip
+            options = initialization_options(**moved)
             unseen = not_the_defaults(options)
         settings = AdapterSettings(
             method=method,
