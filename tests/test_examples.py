@@ -17,6 +17,7 @@ def main_of(name: str) -> Any:
     return runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"]
 
 
+@pytest.mark.thorough
 def test_an_image_lora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     lora = main_of("image_lora")(tmp_path / "penguin", steps=2, class_images=1, sampling=2)

@@ -17,6 +17,7 @@ def initialize(pack: Pack, **inputs: Any) -> Any:
     return pack.run("CNTLoRAInitialize", model=model, subject=subject, **{**few, **inputs})
 
 
+@pytest.mark.thorough
 def test_lava_is_initialised_trained_saved_and_sampled_with(pack: Pack) -> None:
     initialized = initialize(pack)
     names = list(initialized.args[0].initialization.plan.ranks)

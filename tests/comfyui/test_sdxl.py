@@ -22,6 +22,7 @@ def model(pack: Pack, comfy: Path, tiny_sdxl: Path) -> Any:  # noqa: F811
     return pack.run("CNTLoRALoadModel", checkpoint="diffusers/tiny sdxl", clip_skip=2).args[0]
 
 
+@pytest.mark.thorough
 def test_a_lora_of_sdxl_is_trained_and_changes_the_pictures(pack: Pack, model: Any) -> None:
     subject = subject_of(pack, images=[pictures()]).args[0]
     few = {"rank": 2, "passes": 1}

@@ -170,6 +170,7 @@ assert "cntlora_core" not in sys.modules
 """
 
 
+@pytest.mark.thorough
 def test_a_fresh_process_with_peft_alone_gets_the_trained_models(tmp_path):
     def base():
         torch.manual_seed(8)

@@ -47,7 +47,13 @@ ADAPTERS = {
 
 
 @pytest.mark.parametrize("layout", ["kohya", "diffusers"])
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=[] if n in ("cross", "lora") else pytest.mark.thorough)
+        for n in ADAPTERS
+    ],
+)
 def test_a_stock_pipeline_with_the_file_equals_the_trained_model(train, tiny_model, name, layout):
     result, kept = train(ADAPTERS[name], layout=layout)
     pipeline = StableDiffusionPipeline.from_pretrained(str(tiny_model), safety_checker=None)
@@ -91,7 +97,7 @@ def test_a_file_is_truncated_where_that_loses_little(train, tiny_model, monkeypa
 
 
 @pytest.mark.parametrize("layout", ["kohya", "diffusers", "peft"])
-@pytest.mark.parametrize("name", ["cross", "lora"])
+@pytest.mark.parametrize("name", ["cross", pytest.param("lora", marks=pytest.mark.thorough)])
 def test_half_precision_pipelines_hold_what_was_learned(
     train, tiny_model, monkeypatch, name, layout
 ):

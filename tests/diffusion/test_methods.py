@@ -34,7 +34,14 @@ def stock(tiny_model: Path) -> StableDiffusionPipeline:
     return StableDiffusionPipeline.from_pretrained(str(tiny_model), safety_checker=None)
 
 
-@pytest.mark.parametrize("name", [n for n in image_file_methods() if n != "pissa_niter_16"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in ("cross", "pissa", "lora") else pytest.mark.thorough)
+        for name in image_file_methods()
+        if name != "pissa_niter_16"
+    ],
+)
 def test_a_file_on_the_stock_model_equals_the_trained_model(
     name, stock, tiny_model, photo_folder, tmp_path, monkeypatch
 ):

@@ -62,9 +62,15 @@ def test_the_text_encoder_stops_learning(moved):
     "training",
     [
         {"optimizer": "prodigy", "learning_rate": 1.0},
-        {"text_encoder_steps": 2, "caption_dropout": 0.5},
-        {"text_encoder_steps": 5, "lr_schedule": "cosine_with_restarts", "lr_cycles": 2},
-        {"lr_schedule": "piecewise_constant", "lr_step_rules": "1:3,0.1"},
+        pytest.param({"text_encoder_steps": 2, "caption_dropout": 0.5}, marks=pytest.mark.thorough),
+        pytest.param(
+            {"text_encoder_steps": 5, "lr_schedule": "cosine_with_restarts", "lr_cycles": 2},
+            marks=pytest.mark.thorough,
+        ),
+        pytest.param(
+            {"lr_schedule": "piecewise_constant", "lr_step_rules": "1:3,0.1"},
+            marks=pytest.mark.thorough,
+        ),
     ],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(settings, tmp_path, training):

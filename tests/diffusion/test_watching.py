@@ -52,6 +52,7 @@ def test_held_out_photos_are_measured_and_change_nothing(settings, held_out, tmp
     assert measured(personalise(change(again, "training", held_out_every=2)))[4] == found[4]
 
 
+@pytest.mark.thorough
 def test_a_held_out_loss_falls_where_the_photos_are_those_trained_on(settings):
     same = change(settings, "subject", held_out=settings.subject.images)
     asked = change(same, "training", steps=30, learning_rate=5e-3, held_out_every=10)

@@ -59,6 +59,7 @@ def test_the_file_is_what_was_trained(train, tiny_model, tmp_path, name):
         assert any("convolutions miss" in note for note in result.notes)
 
 
+@pytest.mark.thorough
 def test_layouts_that_know_no_mid_hold_the_same_change(train, tiny_model):
     result, kept = train(ADAPTERS["fixed"], layout="diffusers")
     assert result.export.relative_error < 1e-6
@@ -107,6 +108,7 @@ class Stop:
             raise KeyboardInterrupt
 
 
+@pytest.mark.thorough
 def test_a_resumed_run_equals_an_uninterrupted_one(train, tmp_path):
     whole, _ = train(ADAPTERS["fixed"], steps=4)
     again = {"output": str(tmp_path / "again")}

@@ -103,6 +103,7 @@ def test_all_linear_layers_also_for_one_more_adapter(net):
     assert found == {name: ["default", "two"] for name in ("turned", "head")}
 
 
+@pytest.mark.thorough
 def test_saved_and_loaded_in_a_fresh_process(net, x, tmp_path):
     model = trained(get_peft_model(net, config(rank_pattern={"second": 2})), x)
     model.save_pretrained(tmp_path)

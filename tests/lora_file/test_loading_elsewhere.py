@@ -44,8 +44,17 @@ from .conftest import (
 )
 
 
-@pytest.mark.parametrize("targets", [ATTENTION, EVERYTHING], ids=["attention", "everything"])
-@pytest.mark.parametrize("layout", ["kohya", "diffusers"])
+@pytest.mark.parametrize(
+    ("layout", "targets"),
+    [
+        pytest.param("kohya", ATTENTION, marks=pytest.mark.thorough, id="kohya-attention"),
+        pytest.param("kohya", EVERYTHING, id="kohya-everything"),
+        pytest.param("diffusers", ATTENTION, id="diffusers-attention"),
+        pytest.param(
+            "diffusers", EVERYTHING, marks=pytest.mark.thorough, id="diffusers-everything"
+        ),
+    ],
+)
 def test_stock_pipeline_gives_the_trained_output(
     base, tmp_path: Path, loader_messages: list[str], layout: Layout, targets: list[str]
 ) -> None:

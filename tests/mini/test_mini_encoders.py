@@ -57,6 +57,7 @@ def test_held_out_pictures_are_nearest_to_the_photos_of_their_subject(encoders: 
     assert (nearest == own).float().mean() > 0.75  # 0.86; chance: 0.1
 
 
+@pytest.mark.thorough
 def test_a_generated_image_is_nearest_to_its_name_and_to_its_whole_prompt(
     encoders: Encoders, generated: Generated
 ) -> None:

@@ -12,6 +12,7 @@ from cntlora_core.diffusion.trainer import NonFiniteLossError, SubjectTrainer
 from ..conftest import change
 
 
+@pytest.mark.thorough
 def test_a_float16_base_may_skip_a_step(settings, monkeypatch):
     plain = SubjectTrainer._loss
 

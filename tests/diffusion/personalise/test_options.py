@@ -77,8 +77,14 @@ LOOSE = CNTLoRAConfig(preserve_output=False, damping=0.5)
             "adapter": {"train_text_encoder": False},
             "subject": {"flip": True},
         },
-        {"training": {"precision": "bfloat16"}, "adapter": {"cntlora": LOOSE}},
-        {"training": {"precision": "float16"}, "output": {"compress": False}},
+        pytest.param(
+            {"training": {"precision": "bfloat16"}, "adapter": {"cntlora": LOOSE}},
+            marks=pytest.mark.thorough,
+        ),
+        pytest.param(
+            {"training": {"precision": "float16"}, "output": {"compress": False}},
+            marks=pytest.mark.thorough,
+        ),
     ],
 )
 def test_options_run(settings, options):
@@ -90,7 +96,9 @@ def test_options_run(settings, options):
     assert result.lora.exists()
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "precision", ["bfloat16", pytest.param("float16", marks=pytest.mark.thorough)]
+)
 def test_photos_are_encoded_in_float32_whatever_the_precision(settings, monkeypatch, precision):
     monkeypatch.setattr(job, "_finish", lambda trainer, *rest: trainer.data.photos)
     settings = change(change(settings, "prior", prior_weight=0.0), "training", steps=1)

@@ -32,6 +32,7 @@ def flags(settings, *more):
     return command(settings, "--batch-size", "2", "--steps", steps, *more)
 
 
+@pytest.mark.thorough
 def test_two_processes_train_what_one_does_and_stop_together(two, tmp_path):
     arguments = flags(two, "--processes", "2", "--save-every", "1", "--sample-prompts", "a dog")
     folder = tmp_path / "out put"

@@ -25,7 +25,9 @@ from cntlora_core.runtime.threads import threads
 from ..conftest import ForkedCommand, StopAt, change, command, losses
 
 
-@pytest.mark.parametrize(("stop", "schedule"), [(1, "constant"), (4, "cosine")])
+@pytest.mark.parametrize(
+    ("stop", "schedule"), [pytest.param(1, "constant", marks=pytest.mark.thorough), (4, "cosine")]
+)
 def test_a_resumed_run_equals_an_uninterrupted_one(settings, tmp_path, stop, schedule):
     settings = change(settings, "training", lr_schedule=schedule)
     whole = personalise(settings)

@@ -40,6 +40,7 @@ def mixed(settings, photo_folder):
     return change(settings, "training", steps=3, batch_size=2)
 
 
+@pytest.mark.thorough
 def test_tall_and_wide_photos_train_with_class_images_and_resume_to_the_same(mixed, tmp_path):
     whole = job.personalise(mixed)
     again = change(mixed, "output", output=str(tmp_path / "again"))

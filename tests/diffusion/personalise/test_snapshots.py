@@ -56,6 +56,7 @@ def test_a_snapshot_is_the_lora_of_a_run_of_its_steps_and_changes_no_training(pl
     assert record["export"]["step"] == 3
 
 
+@pytest.mark.thorough
 def test_snapshots_of_lava_change_no_training(plain, tmp_path):
     plain = change(plain, "adapter", adapter="lava", convolutions=False, orthogonality=0.0)
     whole = personalise(change(plain, "training", steps=2))
@@ -66,6 +67,7 @@ def test_snapshots_of_lava_change_no_training(plain, tmp_path):
     assert not same_lora(kept.lora, whole.lora)
 
 
+@pytest.mark.thorough
 def test_an_interrupted_and_a_lengthened_run_keep_every_snapshot(plain, monkeypatch):
     keeping = change(plain, "output", save_lora_every=1, layout="peft")
     write = job.export_lora

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from cntlora_core.diffusion.pipeline import StableDiffusionParts, load_stable_diffusion
@@ -12,6 +13,7 @@ from cntlora_core.diffusion.random_checkpoint import main, random_parts, write_r
 from .conftest import assert_same, load_narrow
 
 
+@pytest.mark.thorough
 def test_script_writes_both_layouts_and_spares_what_is_there(narrow: Path, tmp_path: Path) -> None:
     lines: list[str] = []
     written = write_random_checkpoint(

@@ -68,6 +68,7 @@ def random_lora(path: Path, parts: StableDiffusionParts) -> Path:
 PLAIN = AdapterSettings("lora", rank=2)
 
 
+@pytest.mark.thorough
 def test_gradient_checkpointing_and_a_stopped_text_encoder_compute_the_same(train):
     plain = train(PLAIN, steps=3, text_encoder_steps=2)
     checkpointed = train(PLAIN, steps=3, text_encoder_steps=2, gradient_checkpointing=True)
