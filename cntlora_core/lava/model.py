@@ -8,7 +8,7 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.other import get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -53,6 +53,15 @@ class LavaModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # one more adapter is not trained before it is chosen
         self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        if isinstance(child, AuxiliaryTrainingWrapper):
+            # What modules_to_save names; peft would look for the one weight of a head of several.
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     def add_weighted_adapter(self, *_args: Any, **_kwargs: Any) -> None:
         """Not for LAVA.
