@@ -27,6 +27,7 @@ from cntlora_core.commands.launch import check_processes, run_together
 from cntlora_core.commands.methods import Methods
 from cntlora_core.commands.pick import Pick
 from cntlora_core.commands.sample import Sample
+from cntlora_core.commands.task import Task
 from cntlora_core.commands.train import Train
 from cntlora_core.runtime.console import Cancelled, ConsoleReporter, message_console, say
 from cntlora_core.runtime.launching import OtherProcessError, launched
@@ -47,6 +48,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "evaluate": Evaluate,
     "inspect": Inspect,
     "methods": Methods,
+    "task": Task,
 }
 if find_spec("cntlora_core.benchmark") is not None:  # a checkout: the wheel has no measurements
     from cntlora_core.commands.bench import Bench

@@ -24,6 +24,14 @@ from cntlora_core.diffusion.settings import (
     SubjectSettings,
     TrainingSettings,
 )
+from cntlora_core.tasks.recipes import (
+    DepthSettings,
+    LmSettings,
+    SegmentationSettings,
+    TextSettings,
+    VisionSettings,
+    VlmSettings,
+)
 
 HELP_ALL = "--help-all"
 
@@ -41,6 +49,17 @@ SHOWN = {
     CNTLoRAConfig: (),
 }
 """With the model, ``--resume`` and ``--overwrite``: what ``--help`` shows of a training."""
+_OF_ALL_TASKS = ("output", "model", "data", "method", "adapter", "rank", "learning_rate")
+_OF_ALL_TASKS += ("epochs", "batch_size", "seed", "preset", "resume", "overwrite")
+SHOWN_IN_TASKS = {
+    TextSettings: (*_OF_ALL_TASKS, "task"),
+    VisionSettings: (*_OF_ALL_TASKS, "tune"),
+    LmSettings: (*_OF_ALL_TASKS, "sets"),
+    VlmSettings: (*_OF_ALL_TASKS, "prompt", "images", "sentence_encoder"),
+    SegmentationSettings: _OF_ALL_TASKS,
+    DepthSettings: (*_OF_ALL_TASKS, "max_depth"),
+}
+"""What ``--help`` shows of a recipe."""
 _REPEATED = {CNTLoRAConfig: ("constraint",)}
 """What another flag says already: the constraint is the method."""
 
@@ -54,14 +73,20 @@ def registry(arguments: Sequence[str]) -> tuple[ConstructorRegistry, list[str]]:
     """
     brief = HELP_ALL not in arguments and bool({"-h", "--help"} & {*arguments})
     rules = ConstructorRegistry()
+    shown = SHOWN | SHOWN_IN_TASKS
 
     @rules.struct_rule
     def settings(info: StructTypeInfo) -> StructConstructorSpec | None:
         cls: Any = info.type
-        if cls not in SHOWN:
+        if cls not in shown:
             return None
         given = info.default if isinstance(info.default, cls) else None
-        texts = {p.arg_name: p.description for p in docstring_parser.parse(cls.__doc__).params}
+        texts = {
+            p.arg_name: p.description
+            for kind in reversed(cls.__mro__)
+            if dataclasses.is_dataclass(kind)
+            for p in docstring_parser.parse(kind.__doc__ or "").params
+        }
         hints = get_type_hints(cls, include_extras=True)
         fields = []
         for field in dataclasses.fields(cls):
@@ -71,7 +96,7 @@ def registry(arguments: Sequence[str]) -> tuple[ConstructorRegistry, list[str]]:
             if cls is CNTLoRAConfig:
                 flag = f"cntlora.{field.name}".replace("_", "-")
                 kind = Annotated[kind, tyro.conf.arg(name=flag)]
-            if brief and field.name not in SHOWN[cls]:
+            if brief and field.name not in shown[cls]:
                 kind = Annotated[kind, tyro.conf.Suppress]
             default = _default(field) if given is None else getattr(given, field.name)
             text = " ".join((texts.get(field.name) or "").split())

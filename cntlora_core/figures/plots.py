@@ -27,7 +27,7 @@ _PROJECTIONS = {
 
 def plot_loss(history: Sequence[Mapping[str, float]], path: Path, title: str = "") -> None:
     """Loss and gradient norm against steps, with a running mean."""
-    _save(_loss_figure(history, title), path)
+    save_figure(_loss_figure(history, title), path)
 
 
 def loss_picture(history: Sequence[Mapping[str, float]], title: str = "") -> Image.Image:
@@ -61,9 +61,25 @@ def _loss_figure(history: Sequence[Mapping[str, float]], title: str) -> Figure:
     return figure
 
 
+def curve_figure(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], title: str = ""
+) -> Figure:
+    """One panel for each quantity, in it one line of (step, value) for each run."""
+    figure, axes = _panels(len(panels), title, columns=2)
+    for axis, (quantity, lines) in zip(axes, panels.items(), strict=True):
+        for name, points in lines.items():
+            if points:
+                marker = "o" if len(points) < 40 else None
+                axis.plot(*zip(*points, strict=True), marker=marker, markersize=3, label=name)
+        axis.set(xlabel="step", ylabel=quantity.replace("_", " "))
+        if any(lines.values()):
+            axis.legend(frameon=False, fontsize=8)
+    return figure
+
+
 def plot_ranks(ranks: Mapping[str, int], path: Path, title: str = "") -> None:
     """Rank against depth: one line for each projection, one panel for each part of the model."""
-    _save(_rank_figure(ranks, title), path)
+    save_figure(_rank_figure(ranks, title), path)
 
 
 def rank_picture(ranks: Mapping[str, int], title: str = "") -> Image.Image:
@@ -123,7 +139,7 @@ def plot_spectra(
         right.set(title=part, xlabel="depth", ylim=(0, None))
         right.set(ylabel="norm of delta / norm of weight" if relative else "norm of delta")
         left.legend(frameon=False, fontsize=8)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def rank_lines(ranks: Mapping[str, int]) -> dict[str, dict[str, list[int]]]:
@@ -206,7 +222,8 @@ def _picture(figure: Figure) -> Image.Image:
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes a figure as PNG."""
     FigureCanvasAgg(figure)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)

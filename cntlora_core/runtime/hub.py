@@ -27,5 +27,5 @@ def why_not_fetched(error: BaseException, wanted: str) -> str:
     elif "LocalEntryNotFoundError" in kinds:
         reason = "it is not in the hub's cache, and local_files_only forbids to download it"
     else:
-        reason = f"{type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {error}".rstrip(".")
     return f"there is no such file or folder here, and as a hub id it cannot be had: {reason}."

@@ -1,0 +1,28 @@
+"""Metrics, from arrays to numbers."""
+
+from __future__ import annotations
+
+import numpy as np
+
+Array = np.ndarray
+
+
+def accuracy(predicted: Array, labels: Array) -> float:
+    """Share of predictions that are right."""
+    return float(np.mean(predicted == labels))
+
+
+def matthews_correlation(predicted: Array, labels: Array) -> float:
+    """Matthews' correlation coefficient of two classes, -1 to 1; 0 where it is undefined."""
+    p, y = predicted.astype(bool), labels.astype(bool)
+    tp, tn = float((p & y).sum()), float((~p & ~y).sum())
+    fp, fn = float((p & ~y).sum()), float((~p & y).sum())
+    below = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
+    return (tp * tn - fp * fn) / below**0.5 if below else 0.0
+
+
+def pearson_correlation(predicted: Array, labels: Array) -> float:
+    """Pearson's correlation coefficient, -1 to 1; 0 where one of both does not vary."""
+    x, y = predicted.astype(float) - predicted.mean(), labels.astype(float) - labels.mean()
+    below = float((x @ x) * (y @ y)) ** 0.5
+    return float(x @ y) / below if below else 0.0

@@ -1,0 +1,243 @@
+"""GLUE: formats, labels, metrics, training, saving, resuming."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+
+from cntlora_core.methods.registry import METHODS
+from cntlora_core.tasks.presets import TEXT
+from cntlora_core.tasks.scores import matthews_correlation, pearson_correlation
+from cntlora_core.tasks.settings import planned
+from cntlora_core.tasks.text import GLUE, TextSettings, halved, text_task, train_text
+
+SENTENCES = [
+    "the cat sat on the mat",
+    "a big dog ran",
+    "it is not good",
+    "the red dog saw a small cat",
+]
+
+
+def pairs(count: int, **columns) -> list[dict]:
+    """Pairs of which the second repeats the first, or not."""
+    rows = []
+    for i in range(count):
+        first, second = SENTENCES[i % 4], SENTENCES[(i + i % 2) % 4]
+        rows.append({"sentence1": first, "sentence2": second, "label": int(i % 2 == 0)})
+    return [{columns.get(k, k): v for k, v in row.items()} for row in rows]
+
+
+def rte(train: int = 16, validation: int = 10) -> dict[str, list[dict]]:
+    return {"train": pairs(train), "validation": pairs(validation)}
+
+
+def settings(tmp_path: Path, tiny_roberta: Path, **more) -> TextSettings:
+    given = {
+        "output": str(tmp_path / "run"),
+        "task": "rte",
+        "model": str(tiny_roberta),
+        "rank": 2,
+        "steps": 3,
+        "batch_size": 4,
+        "learning_rate": 0.02,
+        "log_every": 1,
+        "device": "cpu",
+    }
+    return TextSettings(**{**given, **more})
+
+
+def logits(model, tokenizer) -> torch.Tensor:
+    batch = tokenizer(SENTENCES, SENTENCES[::-1], padding=True, return_tensors="pt")
+    model.eval()
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"method": "cross", "weight_decay": 0.1},
+        {"preset": "lava"},
+        {"adapter": "lava", "method": "self"},
+        {"method": "adalora", "steps": 4},
+        {"method": "full", "layer_decay": 0.5},
+    ],
+    ids=lambda more: "-".join(map(str, more.values())),
+)
+def test_a_run_trains_measures_and_leaves_what_fits_the_stock_base(more, tmp_path, tiny_roberta):
+    from .conftest import make_tokenizer
+
+    result = train_text(settings(tmp_path, tiny_roberta, **more), data=rte())
+    record = json.loads((result.folder / "metrics.json").read_text())
+    curves = json.loads((result.folder / "curves.json").read_text())
+    assert record["metrics"] == result.metrics
+    last = "test" if more.get("preset") == "lava" else "validation"
+    assert {"accuracy", "loss"} <= set(result.metrics[last])
+    steps = more.get("steps", 3)
+    assert [point["step"] for point in curves["training"]] == list(range(1, steps + 1))
+    assert curves["validation"][-1].keys() >= {"step", "accuracy", "loss"}
+    assert (result.folder / "curves.png").stat().st_size > 1000
+    tokenizer = make_tokenizer()
+    expected = logits(result.model, tokenizer)
+    stock = AutoModelForSequenceClassification.from_pretrained(tiny_roberta, num_labels=2)
+    before = logits(stock, tokenizer)
+    if more.get("method") == "full":
+        found = AutoModelForSequenceClassification.from_pretrained(result.adapter)
+    else:
+        found = PeftModel.from_pretrained(stock, result.adapter)
+    torch.testing.assert_close(logits(found, tokenizer), expected, rtol=1e-3, atol=1e-4)
+    assert (before - expected).abs().max() > 1e-3
+
+
+def test_a_resumed_run_ends_as_one_that_was_not_interrupted(tmp_path, tiny_roberta):
+    from cntlora_core.runtime.console import Cancelled
+
+    wanted = settings(tmp_path, tiny_roberta, steps=4, eval_every=4, weight_decay=0.5)
+    whole = train_text(dataclasses.replace(wanted, output=str(tmp_path / "whole")), data=rte())
+
+    def stop(stage, done, total, values):
+        if stage.startswith("training") and done == 2:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        train_text(wanted, stop, data=rte())
+    with pytest.raises(ValueError, match="holds a run already"):
+        train_text(wanted, data=rte())
+    resumed = train_text(dataclasses.replace(wanted, resume=True), data=rte())
+    expected = [point["loss"] for point in whole.curves.training]
+    assert [p["loss"] for p in resumed.curves.training] == pytest.approx(expected, rel=1e-4)
+    assert resumed.metrics["validation"]["loss"] == pytest.approx(
+        whole.metrics["validation"]["loss"], rel=1e-4
+    )
+
+
+def write_tsv(path: Path, header: list[str] | None, rows: list[list]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [*([header] if header else []), *rows]
+    path.write_text("".join("\t".join(map(str, line)) + "\n" for line in lines), "utf-8")
+
+
+def samples(tmp_path, tiny_roberta, task: str, data: Path):
+    wanted = settings(tmp_path, tiny_roberta, task=task, data=str(data))
+    found = text_task(planned(wanted, TEXT["cntlora"][task]), wanted)
+    return [found.train[i] for i in range(len(found.train))], found
+
+
+def test_glue_s_own_files_are_read(tmp_path, tiny_roberta):
+    pytest.importorskip("datasets")
+    cola = [["gj04", 1, "", 'the "cat sat'], ["gj04", 0, "*", "null"]]
+    for split in ("train", "dev"):
+        write_tsv(tmp_path / f"glue/CoLA/{split}.tsv", None, cola)
+    rows, task = samples(tmp_path, tiny_roberta, "cola", tmp_path / "glue")
+    assert rows == [(('the "cat sat',), 1), (("null",), 0)]
+    assert task.best == "matthews_correlation"
+    mnli = [[0, "a cat", "a dog", "contradiction"], [1, "a cat", "a cat", "entailment"]]
+    header = ["index", "sentence1", "sentence2", "gold_label"]
+    for split in ("train", "dev_matched", "dev_mismatched"):
+        write_tsv(tmp_path / f"glue/MNLI/{split}.tsv", header, mnli)
+    rows, task = samples(tmp_path, tiny_roberta, "mnli", tmp_path / "glue")
+    assert rows == [(("a cat", "a dog"), 2), (("a cat", "a cat"), 0)]
+    assert list(task.splits) == ["validation_matched", "validation_mismatched"]
+    assert task.collate(rows)["labels"].tolist() == [2, 0]
+    mrpc = [[1, 11, 12, "a cat", "the cat"]]
+    for split in ("train", "dev"):
+        header = ["\ufeffQuality", "#1 ID", "#2 ID", "#1 String", "#2 String"]
+        write_tsv(tmp_path / f"glue/MRPC/{split}.tsv", header, mrpc)
+    assert samples(tmp_path, tiny_roberta, "mrpc", tmp_path / "glue")[0] == [
+        (("a cat", "the cat"), 1)
+    ]
+
+
+def test_parquet_and_json_lines_are_read(tmp_path, tiny_roberta):
+    datasets = pytest.importorskip("datasets")
+    scores = [{"sentence1": "a cat", "sentence2": "a dog", "label": 2.5, "idx": 0}]
+    (tmp_path / "stsb").mkdir()
+    for name in ("train-00000-of-00001", "validation-00000-of-00001"):
+        datasets.Dataset.from_list(scores).to_parquet(str(tmp_path / f"stsb/{name}.parquet"))
+    rows, task = samples(tmp_path, tiny_roberta, "stsb", tmp_path)
+    assert rows == [(("a cat", "a dog"), 2.5)]
+    assert task.collate(rows)["labels"].dtype == torch.float32
+    assert task.model.config.num_labels == 1
+    for name in ("train", "validation"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(pairs(1)[0]) + "\n")
+    assert samples(tmp_path, tiny_roberta, "rte", tmp_path)[0][0][1] == 1
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"train": [], "validation": pairs(2)}, "split 'train' is empty"),
+        ({"train": pairs(2)}, "there is no split 'validation'; there are train"),
+        (
+            {"train": pairs(2, sentence2="other"), "validation": pairs(2)},
+            "split 'train' has no column 'sentence2'; its columns are sentence1, other, label",
+        ),
+        (
+            {"train": [{**pairs(1)[0], "label": -1}], "validation": pairs(2)},
+            r"row 0, column 'label': the label -1 is not one of entailment, not_entailment.*test",
+        ),
+        ({"train": [{**pairs(1)[0], "label": "maybe"}], "validation": pairs(2)}, "label 'maybe'"),
+    ],
+)
+def test_data_of_another_form_are_refused(data, message, tmp_path, tiny_roberta):
+    with pytest.raises(ValueError, match=message):
+        train_text(settings(tmp_path, tiny_roberta), data=data)
+
+
+def test_folders_and_models_that_are_not_there_are_named(tmp_path, tiny_roberta):
+    pytest.importorskip("datasets")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no table named after a split \(train"):
+        train_text(settings(tmp_path, tiny_roberta, data=str(tmp_path / "empty")))
+    with pytest.raises(FileNotFoundError, match="there is no such file or folder here"):
+        train_text(settings(tmp_path, tiny_roberta, model="nobody/nothing"), data=rte())
+
+
+def test_settings_that_do_not_go_together_are_refused(tmp_path, tiny_roberta):
+    for more, message in (
+        ({"method": "best"}, "there is no method 'best'"),
+        ({"adapter": "lava", "method": "eva"}, "with adapter='lava' use"),
+        ({"epochs": 1.0}, "steps and epochs"),
+        ({"batch_size": 3, "accumulate": 2}, "multiple of 2"),
+        ({"targets": ("qkv",)}, "matches no module"),
+        ({"device": "cuda:1"}, "device must be cpu"),
+        ({"dropout": 1.0}, "below 1"),
+        ({"rank": 0}, "rank must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train_text(settings(tmp_path, tiny_roberta, **more), data=rte())
+
+
+def test_validation_sets_are_halved_as_in_the_paper():
+    sizes = {277: (139, 138), 1043: (522, 521), 872: (436, 436), 5463: (1000, 4463)}
+    for size, (validation, test) in sizes.items():
+        found = halved({"validation": range(size)}, seed=3)
+        first, second = found["validation"], found["test"]
+        assert (len(first), len(second)) == (validation, test)
+        values = {split[i] for split in (first, second) for i in range(len(split))}
+        assert values == set(range(size))
+
+
+def test_correlations_are_those_of_numpy():
+    generator = np.random.default_rng(0)
+    x, y = generator.random(50), generator.random(50)
+    assert pearson_correlation(x, y) == pytest.approx(np.corrcoef(x, y)[0, 1])
+    a, b = x > 0.5, (x + y) > 1
+    assert matthews_correlation(a, b) == pytest.approx(np.corrcoef(a, b)[0, 1])
+    assert matthews_correlation(np.zeros(3), np.ones(3)) == 0.0
+    assert pearson_correlation(np.ones(3), np.arange(3)) == 0.0
+
+
+def test_every_task_has_presets_and_every_method_is_one_of_the_registry():
+    for presets in TEXT.values():
+        assert presets.keys() == GLUE.keys()
+        assert {preset.method for preset in presets.values()} <= METHODS.keys()
+    assert TEXT["lava"]["cola"].orthogonality == 0.05
