@@ -127,8 +127,8 @@ def adapt_again(base: nn.Module, plan: Plan, checkpoint: Path) -> Adapted:
         return Adapted(base)  # the Trainer loads its weights
     if method in ("adalora", "loftq"):
         raise ValueError(
-            f"a run of {method!r} cannot be taken up again, since a checkpoint does not hold all of "
-            "its state: start anew with overwrite"
+            f"a run of {method!r} cannot be taken up again, since a checkpoint does not hold all "
+            "of its state: start anew with overwrite"
         )
     return Adapted(load_initialized(base, checkpoint, is_trainable=True))
 
@@ -143,7 +143,7 @@ def save_adapter(model: nn.Module, folder: Path, method: str) -> Path:
     if not isinstance(model, PeftModel):
         target = folder / "model"
         if isinstance(model, PreTrainedModel):
-            model.save_pretrained(str(target))
+            cast(Any, model).save_pretrained(str(target))
         else:
             target.mkdir(parents=True, exist_ok=True)
             torch.save(model.state_dict(), target / "model.pt")
@@ -156,7 +156,7 @@ def save_adapter(model: nn.Module, folder: Path, method: str) -> Path:
     if method == "loftq":
         base = model.get_base_model()
         weights = {_stock_name(n): t for n, t in base.state_dict().items() if _is_stock(n)}
-        cast(PreTrainedModel, base).save_pretrained(str(folder / "base"), state_dict=weights)
+        cast(Any, base).save_pretrained(str(folder / "base"), state_dict=weights)
     return target
 
 

@@ -13,6 +13,12 @@ IGNORED = -100
 """The label of a token whose prediction does not count."""
 
 
+def use_padding(tokenizer: Any) -> None:
+    """Give a tokenizer without a padding token one: what it has for unknown words, or the end."""
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+
+
 def encode_answer(tokenizer: Any, prompt: str, answer: str, max_tokens: int) -> dict[str, Tensor]:
     """Token numbers and labels of a prompt and its answer, which ends with the end-of-text token.
 

@@ -111,8 +111,8 @@ def read_tables(source: str, layout: TableFormat, config: str | None = None) -> 
     if not tables:
         expected = ", ".join(f"{names[0]}.*" for names in layout.splits.values())
         raise FileNotFoundError(
-            f"{folder} holds no table named after a split ({expected}, as parquet, jsonl, json, tsv "
-            f"or csv): it has {_listed(p.name for p in folder.iterdir())}"
+            f"{folder} holds no table named after a split ({expected}, as parquet, jsonl, json, "
+            f"tsv or csv): it has {_listed(p.name for p in folder.iterdir())}"
         )
     return tables
 

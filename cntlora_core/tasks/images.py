@@ -43,6 +43,6 @@ def pixels(
     filter: Image.Resampling = Image.Resampling.BICUBIC,
 ) -> Tensor:
     """A picture of that (height, width), normalised as ImageNet's are: float32 (3, h, w)."""
-    resized = picture.resize(size[::-1], filter)
+    resized = picture.resize((size[1], size[0]), filter)
     values = torch.from_numpy(np.asarray(resized, dtype=np.float32).copy()) / 255
     return ((values - torch.tensor(MEAN)) / torch.tensor(STD)).permute(2, 0, 1).contiguous()

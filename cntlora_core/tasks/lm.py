@@ -13,7 +13,12 @@ from torch import Tensor, nn
 
 from cntlora_core.runtime.progress import Reporter, silent
 from cntlora_core.runtime.reading import user_path
-from cntlora_core.tasks.answers import collate_answers, encode_answer, generate_answers
+from cntlora_core.tasks.answers import (
+    collate_answers,
+    encode_answer,
+    generate_answers,
+    use_padding,
+)
 from cntlora_core.tasks.data import Mapped, Rows, Some, read_records, require_columns, shuffled
 from cntlora_core.tasks.loading import load_model, load_part
 from cntlora_core.tasks.presets import LM
@@ -90,12 +95,10 @@ def lm_task(
                 choice_in(str(row["output"]))
             except ValueError as error:
                 raise ValueError(f"split {split!r}, row {i}: {error}") from None
-    if tokenizer is None:
-        tokenizer = load_part(AutoTokenizer, preset.model, "a model with a tokenizer")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    model = model or load_model(AutoModelForCausalLM, plan)
-    encode = _Encode(tokenizer, settings.max_tokens or preset.options["max_tokens"])
+    words: Any = tokenizer or load_part(AutoTokenizer, preset.model, "a model with a tokenizer")
+    use_padding(words)
+    base: Any = model if model is not None else load_model(AutoModelForCausalLM, plan)
+    encode = _Encode(words, settings.max_tokens or preset.options["max_tokens"])
     measured = {name: Mapped(rows, encode) for name, rows in data.items() if name != "train"}
     train: Any = data["train"]
     if settings.held_out >= len(train):
@@ -110,12 +113,12 @@ def lm_task(
     generated: list[dict[str, Any]] = []
     return Task(
         name="commonsense",
-        model=model,
+        model=base,
         train=Mapped(train, encode),
         splits={**splits, **measured},
-        collate=_Collate(tokenizer.pad_token_id),
+        collate=_Collate(words.pad_token_id),
         measure=_Measure(
-            tokenizer,
+            words,
             generated,
             settings.max_new_tokens or preset.options["max_new_tokens"],
             settings.beams or preset.options["beams"],
@@ -177,8 +180,8 @@ def choice_in(output: str) -> tuple[str, re.Pattern[str]]:
         if found := kind.search(output.lower()):
             return found[0], kind
     raise ValueError(
-        f"the output {output[:60]!r} names no answer; the sets' answers are true, false, solutionN, "
-        "answerN, endingN and optionN"
+        f"the output {output[:60]!r} names no answer; the sets' answers are true, false, "
+        "solutionN, answerN, endingN and optionN"
     )
 
 
@@ -208,9 +211,7 @@ class _Measure:
     max_new_tokens: int
     beams: int
 
-    def __call__(
-        self, model: nn.Module, batch: Mapping[str, Any]
-    ) -> tuple[Tensor | None, Tensor]:
+    def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor | None, Tensor]:
         loss = model(**batch).loss
         prompts, expected, written = generate_answers(
             model, batch, self.tokenizer, max_new_tokens=self.max_new_tokens, num_beams=self.beams

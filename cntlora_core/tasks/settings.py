@@ -179,11 +179,11 @@ class TaskSettings:
         if self.steps is not None and self.epochs is not None:
             raise ValueError("steps and epochs say the same: give one of them")
         if self.resume and self.overwrite:
-            raise ValueError("resume goes on with a run and overwrite starts anew: give one of them")
+            raise ValueError("resume goes on with a run, overwrite starts anew: give one of them")
         if self.device not in (None, "cpu"):
             raise ValueError(
-                f"device must be cpu or left out, got {self.device!r}: the Trainer chooses the best "
-                "device; CUDA_VISIBLE_DEVICES restricts it to one"
+                f"device must be cpu or left out, got {self.device!r}: the Trainer chooses the "
+                "best device; CUDA_VISIBLE_DEVICES restricts it to one"
             )
 
     def _require_numbers(self) -> None:

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from cntlora_core.runtime.progress import Reporter, silent
-from cntlora_core.tasks.data import Mapped, Rows, Some, TableFormat, column_of, read_tables, shuffled
+from cntlora_core.tasks.data import (
+    Mapped,
+    Rows,
+    Some,
+    TableFormat,
+    column_of,
+    read_tables,
+    shuffled,
+)
 from cntlora_core.tasks.loading import load_model, load_part
 from cntlora_core.tasks.presets import TEXT
 from cntlora_core.tasks.recipes import TextSettings
@@ -112,7 +120,7 @@ def text_task(
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     glue, preset = GLUE[settings.task], plan.preset
-    splits = {"train": ("train",)}
+    splits: dict[str, tuple[str, ...]] = {"train": ("train",)}
     for name in glue.splits:
         splits[name] = (name, name.replace("validation", "dev"))
     if data is None:
@@ -123,16 +131,17 @@ def text_task(
         raise ValueError(f"there is no split {missing[0]!r}; there are {', '.join(data)}")
     samples = {name: _samples(data[name], glue, f"split {name!r}") for name in splits}
     tokenizer = tokenizer or load_part(AutoTokenizer, preset.model, "a model with a tokenizer")
-    if model is None:
+    base: Any = model
+    if base is None:
         classes = max(1, len(glue.classes))
-        model = load_model(AutoModelForSequenceClassification, plan, num_labels=classes)
+        base = load_model(AutoModelForSequenceClassification, plan, num_labels=classes)
     measured: dict[str, Any] = {name: samples[name] for name in glue.splits}
     if preset.options.get("halve_validation"):
         measured = halved(measured, settings.seed)
     length = settings.max_tokens or preset.options["max_tokens"]
     return Task(
         name=f"GLUE {glue.folder}",
-        model=model,
+        model=base,
         train=samples["train"],
         splits=measured,
         collate=_Collate(tokenizer, length, not glue.classes),
@@ -236,5 +245,5 @@ def _label(value: Any, glue: _Glue, where: str) -> float:
     if glue.classes and number in range(len(glue.classes)):
         return int(number)
     expected = f"one of {', '.join(glue.classes)}" if glue.classes else "a score from 0 to 5"
-    hint = " (a test set of GLUE has no labels: measure on the validation set)" if number == -1 else ""
+    hint = " (GLUE's test sets have none: measure on the validation set)" if number == -1 else ""
     raise ValueError(f"{where}: the label {value!r} is not {expected}{hint}")

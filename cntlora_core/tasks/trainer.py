@@ -106,7 +106,7 @@ class TaskTrainer(Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: Any, *_args: Any, **_options: Any
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """One row of numbers for each sample, as predictions and, since those are asked for, labels."""
+        """One row of numbers for each sample, twice: a Trainer that scores asks for labels too."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, rows = self.task.measure(self.accelerator.unwrap_model(model), inputs)

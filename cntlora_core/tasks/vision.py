@@ -101,19 +101,22 @@ def vision_task(
             f"a split 'train' and one to measure on are needed; there are {', '.join(data)}"
         )
     count = max(_count_classes(data), len(classes or ()))
-    if model is None:
-        model = load_model(
+    base: Any = model
+    if base is None:
+        base = load_model(
             AutoModelForImageClassification, plan, num_labels=count, ignore_mismatched_sizes=True
         )
-        _fresh_head(model, settings.seed)
-    elif (own := getattr(getattr(model, "config", None), "num_labels", count)) < count:
-        raise ValueError(f"the data have the class {count - 1}, and the model {own} classes, from 0")
+        _fresh_head(base, settings.seed)
+    elif (own := getattr(getattr(base, "config", None), "num_labels", count)) < count:
+        raise ValueError(
+            f"the data have the class {count - 1}, and the model {own} classes, from 0"
+        )
     side = settings.image_size or preset.options["image_size"]
     make = transform or _Transform(side)
     samples = {key: Mapped(split, _Sample(make)) for key, split in data.items()}
     return Task(
         name=name,
-        model=model,
+        model=base,
         train=samples["train"],
         splits={key: split for key, split in samples.items() if key != "train"},
         collate=collate_pictures,
@@ -159,7 +162,9 @@ def read_pictures(
             f"{found['train']} holds no folders of classes: one folder for each class is expected, "
             "with its pictures in it"
         )
-    return {split: _from_classes(folder, classes) for split, folder in found.items()}, tuple(classes)
+    return {split: _from_classes(folder, classes) for split, folder in found.items()}, tuple(
+        classes
+    )
 
 
 def collate_pictures(samples: list[tuple[Tensor, int]]) -> Mapping[str, Tensor]:

@@ -12,7 +12,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-WORDS = "a the cat dog sat ran on mat red blue good bad is not big small it saw one two".split()
+TEXT = "a the cat dog sat ran on mat red blue good bad is not big small it saw one two"
+WORDS = TEXT.split()
 SHAPE = {
     "hidden_size": 16,
     "num_hidden_layers": 2,

@@ -77,7 +77,9 @@ def write(folder: Path, name: str, content: object) -> None:
     (folder / name).write_text(json.dumps(content))
 
 
-@pytest.mark.parametrize(("kind", "steps"), [("Llama", 40), ("Gemma2", 3)])
+@pytest.mark.parametrize(
+    ("kind", "steps"), [("Llama", 40), pytest.param("Gemma2", 3, marks=pytest.mark.thorough)]
+)
 def test_a_model_learns_to_answer_and_the_adapter_fits_the_stock_base(kind, steps, tmp_path):
     model, tokenizer = tiny(kind)
     wanted = settings(
@@ -92,7 +94,7 @@ def test_a_model_learns_to_answer_and_the_adapter_fits_the_stock_base(kind, step
         assert result.metrics["boolq"]["accuracy"] == 1.0
         written = json.loads((result.folder / "generated-boolq.json").read_text())
         assert written[0]["generated"] == "the correct answer is true"
-        assert written[0]["prompt"].endswith("the cat sat <unk> <unk> <unk>") or written[0]["prompt"]
+        assert "the cat sat" in written[0]["prompt"]
     stock = tiny(kind)[0]
     ids = torch.randint(5, 20, (2, 9), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

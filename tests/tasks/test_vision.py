@@ -28,9 +28,7 @@ def dinov2(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("dinov2")
     shape = {k: v for k, v in SHAPE.items() if k != "intermediate_size"}
     torch.manual_seed(0)
-    config = Dinov2Config(
-        image_size=28, patch_size=14, mlp_ratio=2, initializer_range=0.3, **shape
-    )
+    config = Dinov2Config(image_size=28, patch_size=14, mlp_ratio=2, initializer_range=0.3, **shape)
     Dinov2Model(config).save_pretrained(str(folder))
     return folder
 
@@ -45,11 +43,15 @@ def picture(path: Path, label: int, i: int = 0) -> None:
 def vtab(tmp_path_factory) -> Path:
     """A task in VTAB-1K's layout: lists of paths and classes beside the images."""
     folder = tmp_path_factory.mktemp("vtab") / "caltech101"
-    lists = {"train800": (8, "train800val200"), "val200": (4, "train800val200"), "test": (6, "test")}
+    lists = {
+        "train800": (8, "train800val200"),
+        "val200": (4, "train800val200"),
+        "test": (6, "test"),
+    }
     lines = {}
-    for name, (count, inner) in lists.items():
+    for name, (count, folder_of) in lists.items():
         for i in range(count):
-            path = f"images/{inner}/{name}{i:06d}.jpg"
+            path = f"images/{folder_of}/{name}{i:06d}.jpg"
             picture(folder / path, i % 3, i)
             lines.setdefault(name, []).append(f"{path} {i % 3}")
     lines["train800val200"] = lines["train800"] + lines["val200"]
@@ -87,14 +89,16 @@ def test_head_adapters_and_biases_train_and_fit_the_stock_base(tmp_path, dinov2,
     loaded = PeftModel.from_pretrained(stock, result.adapter).eval()
     with torch.no_grad():
         expected = result.model.eval()(pixel_values=batch).logits
-        torch.testing.assert_close(loaded(pixel_values=batch).logits, expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            loaded(pixel_values=batch).logits, expected, rtol=1e-3, atol=1e-4
+        )
 
 
 def test_a_fresh_head_is_small_and_has_no_bias(tmp_path, dinov2, vtab):
     wanted = settings(tmp_path, dinov2, vtab)
     task = vision_task(planned(wanted, VISION["cntlora"]), wanted)
     head = task.model.classifier
-    assert float(head.weight.std()) == pytest.approx(HEAD_DEVIATION, rel=0.2)
+    assert head.weight.std().item() == pytest.approx(HEAD_DEVIATION, rel=0.2)
     assert not head.bias.any()
     assert len(task.train) == 12
     assert list(task.splits) == ["test"]
@@ -134,7 +138,9 @@ def test_folders_of_classes_and_parquet_are_read(tmp_path):
 
     datasets = pytest.importorskip("datasets")
     rows = [{"image": str(tmp_path / f"pets/train/cat/{i}.png"), "label": i // 2} for i in (0, 2)]
-    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["a", "b"]))
+    features = datasets.Features(
+        image=datasets.Image(), label=datasets.ClassLabel(names=["a", "b"])
+    )
     table = datasets.Dataset.from_list(rows, features=features)
     for split in ("train", "test"):
         table.to_parquet(str(tmp_path / f"{split}-00000-of-00001.parquet"))

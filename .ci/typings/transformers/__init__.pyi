@@ -19,6 +19,7 @@ from transformers.trainer import Trainer as Trainer
 from transformers.trainer_callback import TrainerCallback as TrainerCallback
 from transformers.trainer_callback import TrainerControl as TrainerControl
 from transformers.trainer_callback import TrainerState as TrainerState
+from transformers.trainer_utils import EvalPrediction as EvalPrediction
 from transformers.training_args import TrainingArguments as TrainingArguments
 
 class PreTrainedModel(Module):
