@@ -11,6 +11,7 @@ from cntlora_core.figures.sheets import (
     contact_sheet,
     loss_thumbnail,
     running_mean,
+    with_hero_row,
 )
 
 
@@ -34,7 +35,19 @@ def test_a_comparison_has_a_cell_for_each_row_and_column() -> None:
         count = int((pixels == flat(colour).getpixel((0, 0))).all(1).sum())
         assert count == 64 * 64, colour
     with_photos = comparison_sheet([flat("red")], rows, ["left", "right"], side=64)
-    assert with_photos.height > comparison_sheet([], rows, ["left", "right"], side=64).height
+    plain = comparison_sheet([], rows, ["left", "right"], side=64)
+    assert with_photos.height > plain.height
+    scored = comparison_sheet([], rows, ["left", "right"], side=64, below=["DINO 60", "DINO 70"])
+    assert np.asarray(scored)[plain.height :].min() < 128
+
+
+def test_the_hero_row_shows_the_photos_and_each_picture_large() -> None:
+    sheet = flat("white", 900, 100)
+    pictures = [("before", flat("red")), ("after", flat("lime"))]
+    whole = np.asarray(with_hero_row(sheet, [flat("blue")] * 4, "a cat in the snow", pictures))
+    areas = [int((whole == flat(c).getpixel((0, 0))).all(2).sum()) for c in ("red", "lime", "blue")]
+    assert len(set(areas)) == 1
+    assert areas[0] > 250**2
 
 
 @pytest.mark.parametrize("losses", [[0.5], [0.1] * 7, list(np.linspace(1, 0.1, 300))])

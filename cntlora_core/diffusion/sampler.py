@@ -292,7 +292,8 @@ def generate(
             return values
 
         generators = [torch.Generator().manual_seed(torch_seed(seed)) for seed in seeds[chosen]]
-        with threads(threads_for(pipeline.unet)):
+        rows = len(prompts[chosen]) * (2 if settings.guidance > 1 else 1)
+        with threads(threads_for(pipeline.unet, rows)):
             pictures += pipeline(
                 prompt=list(prompts[chosen]),
                 negative_prompt=negative and [negative] * len(prompts[chosen]),

@@ -24,6 +24,7 @@ def comparison_sheet(
     columns: Sequence[str],
     *,
     side: int = 160,
+    below: Sequence[str] = (),
 ) -> Image.Image:
     """The subject's photos above, if any, then rows of pictures under labelled columns.
 
@@ -32,16 +33,19 @@ def comparison_sheet(
         rows: A label such as the prompt, and for each column the pictures that belong there.
         columns: A heading for each column.
         side: Side of a picture in pixels.
+        below: What stands under each column, such as its scores; may be left out.
     """
     gap, label_width, line = 6, 190, 16
     font = ImageFont.load_default(13)
     per_cell = max(len(cell) for _, cells in rows for cell in cells)
     column_width = per_cell * (side + gap) + 2 * gap
     headings = [textwrap.wrap(text, max(8, column_width // 8)) for text in columns]
+    footings = [textwrap.wrap(text, max(8, column_width // 8)) for text in below]
     heading_height = max(1, *(len(lines) for lines in headings)) * line
+    footing_height = max((len(lines) for lines in footings), default=0) * line
     width = max(label_width + len(columns) * column_width, label_width + len(photos) * (side + gap))
     photos_height = side + 2 * gap if photos else 0
-    height = photos_height + heading_height + 3 * gap + len(rows) * (side + gap)
+    height = photos_height + heading_height + 3 * gap + len(rows) * (side + gap) + footing_height
     sheet = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(sheet)
 
@@ -55,9 +59,13 @@ def comparison_sheet(
     for i, photo in enumerate(photos):
         put(photo, label_width + i * (side + gap), y)
     y += photos_height
-    for i, lines in enumerate(headings):
-        place = (label_width + i * column_width, y)
-        pen.multiline_text(place, "\n".join(lines), fill="black", font=font)
+
+    def write(texts: Sequence[list[str]], y: int) -> None:
+        for i, lines in enumerate(texts):
+            place = (label_width + i * column_width, y)
+            pen.multiline_text(place, "\n".join(lines), fill="black", font=font)
+
+    write(headings, y)
     y += heading_height + gap
     for prompt, cells in rows:
         text = "\n".join(textwrap.wrap(prompt, 26))
@@ -66,7 +74,40 @@ def comparison_sheet(
             for j, image in enumerate(cell):
                 put(image, label_width + i * column_width + j * (side + gap), y)
         y += side + gap
+    write(footings, y)
     return sheet
+
+
+def with_hero_row(
+    sheet: Image.Image,
+    photos: Sequence[Image.Image],
+    prompt: str,
+    pictures: Sequence[tuple[str, Image.Image]],
+) -> Image.Image:
+    """A sheet under a row of large pictures: the subject's photos together, then one picture each.
+
+    Args:
+        sheet: What stands below; the row is as wide.
+        photos: The subject, fitted together into the first square.
+        prompt: Of the pictures.
+        pictures: What is written under each, and the picture.
+    """
+    gap, line, font = 12, 26, ImageFont.load_default(17)
+    shown = [("photos of the subject", contact_sheet(photos)), *pictures]
+    side = min((sheet.width - gap) // len(shown) - gap, 420)
+    height = side + 2 * line + 3 * gap
+    whole = Image.new("RGB", (sheet.width, sheet.height + height), "white")
+    pen = ImageDraw.Draw(whole)
+    pen.text((2 * gap + side, gap), f'"{prompt}"', fill="black", font=font)
+    for i, (label, picture) in enumerate(shown):
+        x = gap + i * (side + gap)
+        pen.text((x, gap + line + side + 4), label, fill="black", font=font)
+        fitted = ImageOps.pad(
+            picture.convert("RGB"), (side, side), Image.Resampling.LANCZOS, "white"
+        )
+        whole.paste(fitted, (x, gap + line))
+    whole.paste(sheet, (0, height))
+    return whole
 
 
 def contact_sheet(pictures: Sequence[Image.Image], *, side: int = 128) -> Image.Image:

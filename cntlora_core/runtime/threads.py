@@ -12,22 +12,24 @@ from typing import Any
 
 import torch
 
-WORTH_DIVIDING = 20_000_000
-"""Multiplications of a linear layer on one picture from which several threads are used. The small
+WORTH_DIVIDING = 16_000_000
+"""Multiplications of a linear layer from which several threads are used. For one picture the small
 model's first level has 1 million (64 px), Stable Diffusion 1.5's 419 million (512 px); the small
 encoders have 2 million, DINO's ViT-S/16 has 29 million."""
 
 
-def threads_for(unet: Any) -> int:
+def threads_for(unet: Any, pictures: int = 1) -> int:
     """The number of threads for work with this denoiser: 1, or all that torch has.
 
-    It depends on the model's configuration alone, so that all stages and a resumed run agree.
+    In training it depends on the model's configuration alone, so that all stages and a resumed run
+    agree.
 
     Args:
         unet: A UNet2DConditionModel; its first level's pixels and width are what counts.
+        pictures: How many it reads at once, where images are generated.
     """
     config = unet.config
-    return _threads_for(config["sample_size"] ** 2, config["block_out_channels"][0])
+    return _threads_for(pictures * config["sample_size"] ** 2, config["block_out_channels"][0])
 
 
 def threads_for_encoder(config: Any) -> int:

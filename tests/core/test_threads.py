@@ -20,6 +20,7 @@ def unet(pixels: int, width: int) -> SimpleNamespace:
 def test_small_models_get_one_thread_and_stable_diffusion_all() -> None:
     with threads(3):
         assert threads_for(unet(16, 64)) == 1
+        assert threads_for(unet(16, 64), 24) == 3
         assert threads_for(unet(64, 320)) == 3
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from PIL import Image
@@ -107,6 +106,8 @@ class Measurements:
         values = {name: getattr(found, name) for name in ("dino", "clip_i", "clip_t")}
         right = None
         if self._bench.small:
+            from cntlora_core.mini.making.evaluate import right_backgrounds
+
             right = right_backgrounds(images, prompts, str(subject.subject.prompts.class_name))
         return values | {"backgrounds": right}, images
 
@@ -122,44 +123,9 @@ class Measurements:
         return prediction.float().cpu()
 
 
-def right_backgrounds(
-    images: Sequence[Image.Image], prompts: Sequence[str], class_name: str
-) -> float | None:
-    """Share of the images whose background the classifier takes for the one of the prompt.
-
-    Only prompts that end in a plain background or a scene count; None where none does.
-    """
-    from cntlora_core.mini.making.evaluate import (
-        CLASSIFIED_NAMES,
-        as_batch,
-        classify,
-        rows_of_prompts,
-    )
-
-    chosen = [
-        # The name is that of any object which the classifier knows: backgrounds alone are asked.
-        (image, (prompt, CLASSIFIED_NAMES[0], row[2]))
-        for image, prompt, row in zip(
-            images, prompts, rows_of_prompts(prompts, class_name), strict=True
-        )
-        if row is not None
-    ]
-    if not chosen:
-        return None
-    pictures, rows = zip(*chosen, strict=True)
-    return float(classify(_classifier(), as_batch(pictures), list(rows))[1].float().mean())
-
-
 @functools.lru_cache(maxsize=1)
 def _encoders(dino: str, clip: str, device: str) -> Encoders:
     return load_encoders(dino, clip, device=device)
-
-
-@functools.lru_cache(maxsize=1)
-def _classifier() -> Any:
-    from cntlora_core.mini.making.evaluate import load_classifier
-
-    return load_classifier()
 
 
 def _joined(batches: NoisedPhotos, size: int) -> list[NoisedBatch]:

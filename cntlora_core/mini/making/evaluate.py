@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,6 +31,7 @@ __all__ = [
     "classify_folder",
     "load_classifier",
     "prompts_to_classify",
+    "right_backgrounds",
 ]
 
 CLASSIFIER = Path(__file__).parents[1] / "encoders" / "judge"
@@ -117,6 +119,37 @@ def rows_of_prompts(prompts: Sequence[str], object_name: str) -> list[tuple[str,
         fits = behind in [*plain, *SCENES] and " wearing " not in prompt and " and " not in prompt
         rows.append((prompt, object_name, behind) if fits else None)
     return rows
+
+
+def right_backgrounds(
+    images: Sequence[Image.Image], prompts: Sequence[str], class_name: str
+) -> float | None:
+    """Share of the images whose background the classifier takes for the one of the prompt.
+
+    Args:
+        images: Generated images.
+        prompts: The prompt of each.
+        class_name: What they all show, as the prompts have it.
+
+    Only prompts that end in a plain background or a scene count; None where none does.
+    """
+    chosen = [
+        # The name is that of any object which the classifier knows: backgrounds alone are asked.
+        (image, (prompt, CLASSIFIED_NAMES[0], row[2]))
+        for image, prompt, row in zip(
+            images, prompts, rows_of_prompts(prompts, class_name), strict=True
+        )
+        if row is not None
+    ]
+    if not chosen:
+        return None
+    pictures, rows = zip(*chosen, strict=True)
+    return float(classify(_classifier(), as_batch(pictures), list(rows))[1].float().mean())
+
+
+@functools.lru_cache(maxsize=1)
+def _classifier() -> ResNetForImageClassification:
+    return load_classifier()
 
 
 def classify_folder(
