@@ -14,6 +14,7 @@ from cntlora_core.tasks.recipes import (
     LmSettings,
     TextSettings,
     VisionSettings,
+    VlmSettings,
 )
 from cntlora_core.tasks.settings import TaskSettings
 
@@ -21,6 +22,7 @@ RECIPES: dict[type[TaskSettings], str] = {
     TextSettings: "text",
     VisionSettings: "vision",
     LmSettings: "lm",
+    VlmSettings: "vlm",
 }
 """By settings, the recipe's module in ``cntlora_core.tasks`` and the end of its function's name."""
 
@@ -34,13 +36,15 @@ class Task:
     ...`.
 
     Attributes:
-        what: text: GLUE. vision: VTAB-1K, or folders of classes. lm: the commonsense sets.
+        what: text: GLUE. vision: VTAB-1K, or folders of classes. lm: the commonsense sets. vlm:
+            image descriptions and instructions.
     """
 
     what: Annotated[
         Annotated[TextSettings, tyro.conf.subcommand("text")]
         | Annotated[VisionSettings, tyro.conf.subcommand("vision")]
-        | Annotated[LmSettings, tyro.conf.subcommand("lm")],
+        | Annotated[LmSettings, tyro.conf.subcommand("lm")]
+        | Annotated[VlmSettings, tyro.conf.subcommand("vlm")],
         tyro.conf.arg(name=""),
         tyro.conf.OmitArgPrefixes,
     ]

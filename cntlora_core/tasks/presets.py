@@ -12,6 +12,7 @@ from cntlora_core.tasks.settings import Preset
 
 _CNTLORA = "ConsNoTrainLoRA, supplement, section 1"
 _ATTENTION = ("query", "key", "value")
+_QKV = ("q_proj", "k_proj", "v_proj")
 
 
 def _glue_large(learning_rate: float, epochs: int, batch_size: int, max_tokens: int) -> Preset:
@@ -130,4 +131,78 @@ def _commonsense(model: str) -> Preset:
 LM: Mapping[str, Preset] = {
     "gemma-2": _commonsense("google/gemma-2-2b"),
     "llama-2": _commonsense("meta-llama/Llama-2-7b-hf"),
+}
+
+_LANGUAGE = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+_SENTENCES = "sentence-transformers/all-MiniLM-L6-v2"
+
+
+def _instructions(model: str) -> Preset:
+    return Preset(
+        source="the study of LoRA initialisations in vision-language models: rank 8, learning rate "
+        "1e-4, cosine, warm-up 0.1, one epoch of 30,000 conversations of LLaVA-Instruct-150K; its "
+        "PiSSA has 16 iterations (method pissa_niter_16); the layers are LLaMA-Factory's",
+        model=model,
+        data="",
+        targets=_LANGUAGE,
+        method="lora",
+        rank=8,
+        alpha=16.0,
+        learning_rate=1e-4,
+        schedule="cosine",
+        warmup=0.1,
+        epochs=1,
+        batch_size=16,
+        precision="bfloat16",
+        base_precision="bfloat16",
+        options={"held_out": 0.01, "max_train": 30_000, "sentence_encoder": ""},
+    )
+
+
+VLM: Mapping[str, Preset] = {
+    "myvlm": Preset(
+        source=f"{_CNTLORA}; the share that is held out is not given there",
+        model="llava-hf/llava-1.5-7b-hf",
+        data="",
+        targets=(
+            r".*vision_tower.*\.(q_proj|k_proj|v_proj)|"
+            r".*language_model.*\.(q_proj|k_proj|v_proj|gate_proj|up_proj|down_proj)"
+        ),
+        rank=128,
+        alpha=256.0,
+        learning_rate=2e-4,
+        epochs=20,
+        batch_size=8,
+        precision="bfloat16",
+        base_precision="bfloat16",
+        options={
+            "prompt": "Provide a personalized description of the image",
+            "held_out": 0.2,
+            "sentence_encoder": _SENTENCES,
+        },
+    ),
+    "apd": Preset(
+        source=f"{_CNTLORA}; the share that is held out is not given there",
+        model="THUDM/glm-edge-v-5b",
+        data="philschmid/amazon-product-descriptions-vlm",
+        targets=_QKV,
+        rank=32,
+        alpha=64.0,
+        learning_rate=2e-4,
+        epochs=20,
+        batch_size=8,
+        precision="bfloat16",
+        base_precision="bfloat16",
+        options={
+            "class": "AutoModelForCausalLM",
+            "prompt": "Create a Short Product description based on the provided <PRODUCT NAME> and "
+            "<CATEGORY> and image. Only return description. The description should be SEO "
+            "optimized and for a better mobile search experience.\n\n"
+            "<PRODUCT NAME>: {product_name} <CATEGORY>: {category}",
+            "held_out": 0.1,
+            "sentence_encoder": _SENTENCES,
+        },
+    ),
+    "qwen2.5-vl": _instructions("Qwen/Qwen2.5-VL-7B-Instruct"),
+    "llama-3.2-vision": _instructions("meta-llama/Llama-3.2-11B-Vision-Instruct"),
 }

@@ -16,6 +16,7 @@ import torch
 from peft import PeftConfig
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from cntlora_core.lava import with_orthogonality
@@ -255,7 +256,7 @@ def _trainer(
     if adapted.after_step is not None:
         own.append(AfterStep(adapted.after_step))
     kind = with_orthogonality(TaskTrainer) if preset.adapter == "lava" else TaskTrainer
-    return kind(
+    trainer = kind(
         task,
         layer_decay=preset.layer_decay if preset.method == "full" else 1.0,
         decay_to_zero=not initial,
@@ -265,6 +266,8 @@ def _trainer(
         eval_dataset=next(iter(splits.values()), None),
         callbacks=own,
     )
+    trainer.remove_callback(PrinterCallback)  # the reporter tells
+    return trainer
 
 
 def _measured(trainer: TaskTrainer, name: str, split: Any) -> dict[str, float]:
