@@ -25,6 +25,7 @@ LAYERS = (
     "methods",
     "data",
     "figures",
+    "dynamics",
     "mini",
     "diffusion",
     "metrics",

@@ -20,6 +20,8 @@ from cntlora_core.diffusion.packages import require_packages
 from cntlora_core.diffusion.pipeline import StableDiffusionParts, load_stable_diffusion
 from cntlora_core.diffusion.record import JobResult, ModelFacts, file_metadata, run_record
 from cntlora_core.diffusion.run_folder import (
+    DYNAMICS_NAME,
+    DYNAMICS_PLOT,
     LOSS_NAME,
     PHOTOS_NAME,
     RANKS_NAME,
@@ -46,7 +48,7 @@ from cntlora_core.diffusion.stages import (
 )
 from cntlora_core.diffusion.state import TrainingState
 from cntlora_core.diffusion.trainer import SubjectTrainer
-from cntlora_core.diffusion.watching import HeldOutLoss
+from cntlora_core.diffusion.watching import HeldOutLoss, dynamics_recorder, plot_recorded
 from cntlora_core.figures.plots import plot_loss, plot_ranks
 from cntlora_core.figures.sheets import photo_sheet, save_image
 from cntlora_core.methods import get_method
@@ -197,6 +199,8 @@ def _personalise(
         if processes.first:
             state_path.unlink(missing_ok=True)  # of a run that is not gone on with
             remove_snapshots(folder)
+            for name in (DYNAMICS_NAME, DYNAMICS_PLOT):
+                (folder / name).unlink(missing_ok=True)
         with run.timed("initialization"):
             initialization = initialization or plan_initialization(
                 parts, encoded, settings.adapter, seed=seed, reporter=reporter
@@ -279,6 +283,7 @@ def _personalise(
             reporter=reporter,
             state_path=state_path if processes.first else None,
             after_step=between,
+            recorder=dynamics_recorder(trainer, folder) if processes.first else None,
         )
     run.notes += trainer.notes
     if between is not None:
@@ -325,6 +330,7 @@ def _finish(
     run.reporter("writing the LoRA file", 1, 1, {})
     run.note(export.summary())
     plot_loss(trainer.history, folder / LOSS_NAME, f"{settings.adapter.method}: {target.stem}")
+    plot_recorded(folder, target.stem)
     plot_ranks(trainer.plan.ranks, folder / RANKS_NAME, f"{settings.adapter.method}: ranks")
     result = JobResult(
         lora=export.path,

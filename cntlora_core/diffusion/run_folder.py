@@ -9,12 +9,14 @@ from cntlora_core.diffusion.run_identity import RECORD_NAME, STATE_NAME, finishe
 from cntlora_core.diffusion.settings import JobSettings
 from cntlora_core.diffusion.snapshots import SNAPSHOTS_NAME
 from cntlora_core.diffusion.stages import Subject
+from cntlora_core.dynamics.log import FILE_NAME
 from cntlora_core.lora_file.names import COMPONENTS
 from cntlora_core.runtime.file_names import distinct_names, safe_name
 from cntlora_core.runtime.files import path_within
 
 LOSS_NAME, RANKS_NAME, SAMPLES_NAME = "loss.png", "ranks.png", "samples"
 PHOTOS_NAME = "photos.jpg"
+DYNAMICS_NAME, DYNAMICS_PLOT = FILE_NAME, "dynamics.png"
 
 
 def lora_path(folder: Path, settings: JobSettings, subject: Subject) -> Path:
@@ -30,7 +32,7 @@ def lora_path(folder: Path, settings: JobSettings, subject: Subject) -> Path:
     )
     stem = safe_name(name)
     target = folder / (stem if output.layout == "peft" else f"{stem}.safetensors")
-    pictures = (LOSS_NAME, RANKS_NAME, PHOTOS_NAME)
+    pictures = (LOSS_NAME, RANKS_NAME, PHOTOS_NAME, DYNAMICS_NAME, DYNAMICS_PLOT)
     own = (STATE_NAME, RECORD_NAME, *pictures, SAMPLES_NAME, SNAPSHOTS_NAME)
     if target.name.casefold() in own:
         raise ValueError(

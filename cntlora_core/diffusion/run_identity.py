@@ -33,6 +33,7 @@ _MAY_CHANGE = {
     ("job", "subject", "held_out"),
     ("job", "training", "held_out_every"),
     ("job", "training", "log_with"),
+    ("job", "training", "dynamics_every"),
     ("job", "model"),
     ("job", "adapter", "init_minutes"),
     ("job", "adapter", "from_lora"),

@@ -171,6 +171,8 @@ class TrainingSettings:
         sample_steps: Sampling steps of such a sample.
         held_out_every: Steps between measurements of the loss on held-out photos.
         log_with: Trackers that are told of every step: tensorboard, wandb.
+        dynamics_every: Record gradient norms and updates of every step in dynamics.jsonl, and what
+            the adapted layers read each time so many steps are done; 0 records nothing.
     """
 
     steps: int = 1000
@@ -199,6 +201,7 @@ class TrainingSettings:
     lr_power: float = 1.0
     lr_step_rules: str = ""
     caption_dropout: float = 0.0
+    dynamics_every: int = 0
 
     def __post_init__(self) -> None:
         for name in (
@@ -213,7 +216,7 @@ class TrainingSettings:
         require_unicode("sample_prompts", *self.sample_prompts)
         if not all(prompt.strip() for prompt in self.sample_prompts):
             raise ValueError("sample_prompts has an empty prompt: write it out or leave it away")
-        for name in ("lr_warmup", "sample_every"):
+        for name in ("lr_warmup", "sample_every", "dynamics_every"):
             require_at_least(name, getattr(self, name), 0)
         for name in ("learning_rate", "weight_decay", "max_grad_norm"):
             require_finite(name, getattr(self, name), 0)

@@ -39,6 +39,7 @@ from cntlora_core.diffusion.optimizers import (
 )
 from cntlora_core.diffusion.settings import AdapterSettings, TrainingSettings
 from cntlora_core.diffusion.state import TrainingState, all_finite
+from cntlora_core.dynamics.recorder import DynamicsRecorder
 from cntlora_core.runtime.precision import tensor_cores
 from cntlora_core.runtime.processes import Processes
 from cntlora_core.runtime.progress import Reporter, silent
@@ -101,6 +102,7 @@ class SubjectTrainer:
         self._processes = Processes()
         require_shareable(training, self._processes.count)
         self._reporter: Reporter = silent
+        self._recorder: DynamicsRecorder | None = None
         self._horizon = noise_scheduler.config["num_train_timesteps"]
         self._settings = settings or {}
         self._device = next(self.unet.parameters()).device
@@ -149,6 +151,7 @@ class SubjectTrainer:
         reporter: Reporter = silent,
         state_path: Path | None = None,
         after_step: Callable[[int], None] | None = None,
+        recorder: DynamicsRecorder | None = None,
     ) -> None:
         """Train to the last step.
 
@@ -157,6 +160,7 @@ class SubjectTrainer:
                 between two steps.
             state_path: Where states go, every ``save_every`` steps and when the run is ended early.
             after_step: Called with the number of steps done, for samples and the like.
+            recorder: Records the dynamics of each step; closed at the end.
 
         Raises:
             NonFiniteLossError: naming the step; the last good state has been kept.
@@ -164,7 +168,7 @@ class SubjectTrainer:
         self.unet.train()
         for text_encoder in self._text_encoders:
             text_encoder.train(self._batch_loss.trains_text)
-        self._reporter = reporter
+        self._reporter, self._recorder = reporter, recorder
         total, every = self.training.steps, self.training.save_every
         saved_at = self.step if state_path is not None and state_path.is_file() else -1
 
@@ -200,12 +204,17 @@ class SubjectTrainer:
                 ) from error
             raise
         finally:
+            self._recorder = None
             for network in self.networks.values():
                 network.eval()
+            if recorder is not None:
+                recorder.close()
 
     def _one_step(self) -> None:
         self._history.begin_step()
         self._stop_text_encoder()
+        if self._recorder is not None:
+            self._recorder.begin_step()
         losses = self._processes.run(
             lambda: with_less_memory(self._gradients, self._use_less_memory), "training"
         )
@@ -213,6 +222,8 @@ class SubjectTrainer:
         if self._processes.together:
             self._sum_over_processes(losses, parameters)
         self._scaler.unscale_(self.optimizer)
+        if self._recorder is not None:
+            self._recorder.gradients()
         limit = self.training.max_grad_norm
         norm = nn.utils.clip_grad_norm_(parameters, limit if limit > 0 else float("inf"))
         measured = torch.cat([losses, norm.detach().float().reshape(1)])
@@ -230,6 +241,8 @@ class SubjectTrainer:
         self._history.add(measured, {"learning_rate": learning_rate})
         self.step += 1
         self._sound = True
+        if self._recorder is not None:
+            self._recorder.end_step(losses[0])
 
     def _gradients(self) -> Tensor:
         """Gradients of this process's share of a step, and (3,) its part of the loss."""

@@ -1,4 +1,4 @@
-"""Watching a training: the loss on photos it does not see, and trackers such as TensorBoard."""
+"""Watching a training: the loss on photos it does not see, trackers, and its dynamics."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ from cntlora_core.diffusion.family import UNET, predict
 from cntlora_core.diffusion.initialize import NoisedPhotos
 from cntlora_core.diffusion.objective import sample_errors
 from cntlora_core.diffusion.pipeline import StableDiffusionParts
+from cntlora_core.diffusion.run_folder import DYNAMICS_NAME, DYNAMICS_PLOT
 from cntlora_core.diffusion.settings import JobSettings
 from cntlora_core.diffusion.stages import EncodedSubject
+from cntlora_core.diffusion.trainer import SubjectTrainer
+from cntlora_core.dynamics import DynamicsRecorder, plot_dynamics, read_dynamics
 from cntlora_core.runtime.modes import evaluating
 
 _PASSES = 4
@@ -120,6 +123,22 @@ class Trackers:
         """Write what is left."""
         for tracker in self._trackers:
             tracker.finish()
+
+
+def dynamics_recorder(trainer: SubjectTrainer, folder: Path) -> DynamicsRecorder | None:
+    """What records the dynamics of a training that begins or goes on; None if nothing does."""
+    every = trainer.training.dynamics_every
+    if not every:
+        return None
+    return DynamicsRecorder(
+        trainer.networks, folder / DYNAMICS_NAME, every=every, step=trainer.step
+    )
+
+
+def plot_recorded(folder: Path, name: str) -> None:
+    """Plot the dynamics of a run, if they were recorded."""
+    if (folder / DYNAMICS_NAME).is_file():
+        plot_dynamics({name: read_dynamics(folder / DYNAMICS_NAME)}, folder / DYNAMICS_PLOT)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
