@@ -20,6 +20,7 @@ from rich.console import Console
 from cntlora_core.commands.compare import Compare
 from cntlora_core.commands.config_file import with_config
 from cntlora_core.commands.demo import Demo
+from cntlora_core.commands.dynamics import Dynamics
 from cntlora_core.commands.evaluate import Evaluate
 from cntlora_core.commands.flags import RefusedError, registry
 from cntlora_core.commands.inspect import Inspect
@@ -46,6 +47,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "pick": Pick,
     "demo": Demo,
     "evaluate": Evaluate,
+    "dynamics": Dynamics,
     "inspect": Inspect,
     "methods": Methods,
     "task": Task,

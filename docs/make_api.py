@@ -15,6 +15,7 @@ PAGE = Path(__file__).with_name("api.md")
 PACKAGES = (
     "cntlora_core",
     "cntlora_core.diffusion",
+    "cntlora_core.dynamics",
     "cntlora_core.lava",
     "cntlora_core.lora_file",
     "cntlora_core.methods",

@@ -34,41 +34,45 @@ def plot_dynamics(runs: Mapping[str, Sequence[Record]], path: str | Path, title:
     """
     if not any(runs.values()):
         raise ValueError("there are no records to plot")
-    named = [r.get("grad_norms", {}) for records in runs.values() for r in records[:1]]
-    groups = list(dict.fromkeys(group for found in named for group in found))
-    columns = max(2, len(groups))
-    figure = Figure(figsize=(4.2 * columns, 13.6), layout="constrained")
-    grid = figure.add_gridspec(4, 2 * columns)
-    for row, key, label in (
-        (1, "grad_norms", "gradient norm"),
-        (2, "update_ratios", "update / weight"),
-    ):
-        width = 2 * columns // len(groups)
-        for i, group in enumerate(groups):
-            axis = figure.add_subplot(grid[row, i * width : (i + 1) * width])
-            _by_step(axis, runs, (key, group))
-            axis.set(title=f"{label}: {group}", xlabel="step", ylabel=label, yscale="log")
-    for row, left, right in ((0, _plot_loss, _plot_norm), (3, _plot_moments, _plot_ratios)):
-        left(figure.add_subplot(grid[row, :columns]), runs)
-        right(figure.add_subplot(grid[row, columns:]), runs)
-    if title:
-        figure.suptitle(title)
+    figure = _figure(runs, title)
     FigureCanvasAgg(figure)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=90)
     return Path(path)
 
 
+def _figure(runs: Mapping[str, Sequence[Record]], title: str) -> Figure:
+    named = [r.get("grad_norms", {}) for records in runs.values() for r in records[:1]]
+    groups = list(dict.fromkeys(group for found in named for group in found))
+    columns = max(2, len(groups))
+    figure = Figure(figsize=(4.2 * columns, 13.6), layout="constrained")
+    grid = figure.add_gridspec(4, 2 * columns)
+    for row, left, right in ((0, _plot_loss, _plot_norm), (3, _plot_moments, _plot_ratios)):
+        left(figure.add_subplot(grid[row, :columns]), runs)
+        right(figure.add_subplot(grid[row, columns:]), runs)
+    for row, key, label in (
+        (1, "grad_norms", "gradient norm"),
+        (2, "update_ratios", "update-to-weight ratio"),
+    ):
+        for i, group in enumerate(groups):
+            axis = figure.add_subplot(grid[row, 2 * i : 2 * i + 2])
+            _by_step(axis, runs, (key, group))
+            axis.set(title=f"{label}: {group}", xlabel="step", yscale="log")
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
 def _plot_loss(axis: Axes, runs: Mapping[str, Sequence[Record]]) -> None:
     _by_step(axis, runs, ("loss",))
-    axis.set(title="loss", xlabel="step", ylabel="loss")
+    axis.set(title="loss", xlabel="step")
     if axis.lines:
         axis.legend(frameon=False)
 
 
 def _plot_norm(axis: Axes, runs: Mapping[str, Sequence[Record]]) -> None:
     _by_step(axis, runs, ("grad_norm",))
-    axis.set(title="gradient norm", xlabel="step", ylabel="gradient norm", yscale="log")
+    axis.set(title="gradient norm", xlabel="step", yscale="log")
 
 
 def _plot_moments(axis: Axes, runs: Mapping[str, Sequence[Record]]) -> None:
@@ -98,7 +102,7 @@ def _plot_ratios(axis: Axes, runs: Mapping[str, Sequence[Record]]) -> None:
             axis.plot(
                 *zip(*places, strict=True), "o-", color=f"C{i % 10}", label=name, markersize=3
             )
-    axis.set(xlabel="adapted layer", ylabel="visual / text", title="second moment: visual / text")
+    axis.set(title="second moment: visual / text", xlabel="adapted layer")
     if axis.lines:
         axis.set_yscale("log")
         axis.axhline(1.0, color="#888888", linewidth=0.7)

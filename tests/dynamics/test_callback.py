@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from PIL import Image
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from cntlora_core import get_cntlora_model, load_initialized
-from cntlora_core.dynamics import DynamicsCallback, DynamicsRecorder, read_dynamics
+from cntlora_core import load_initialized
+from cntlora_core.dynamics import DynamicsCallback, read_dynamics
 
 from ..core import trainer_run as run
 
@@ -142,17 +145,17 @@ def test_a_training_that_fails_can_be_closed(tmp_path):
     assert len(read_dynamics(tmp_path / "other.jsonl")) == 2
 
 
-def test_the_loop_of_the_docs_records(tmp_path, monkeypatch):
+def test_the_loops_of_the_docs_record(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    model = get_cntlora_model(run.base(), run.config("cross"), None, run.batches())
+    docs = Path(__file__).parents[2] / "docs" / "dynamics.md"
+    trainers, loop = re.findall(r"```python\n(.*?)```", docs.read_text("utf-8"), re.DOTALL)
+    model = run.initialised("cross")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
-    with DynamicsRecorder({"": model}, "dynamics.jsonl") as recorder:
-        for batch in run.batches():
-            recorder.begin_step()
-            loss = model(**batch).loss
-            loss.backward()
-            recorder.gradients()
-            optimizer.step()
-            recorder.end_step(loss)
-            optimizer.zero_grad()
+    names = {"model": model, "optimizer": optimizer, "batches": run.batches()}
+    exec(compile(loop, str(docs), "exec"), names)
     assert len(read_dynamics("dynamics.jsonl")) == len(run.batches())
+    assert Path("dynamics.png").is_file()
+    args = TrainingArguments("out", max_steps=2, report_to=[], disable_tqdm=True, use_cpu=True)
+    names |= {"args": args, "train": run.examples()}
+    exec(compile(trainers, str(docs), "exec"), names)
+    assert len(read_dynamics("out/dynamics.jsonl")) == 2
