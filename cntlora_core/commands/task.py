@@ -11,7 +11,9 @@ import tyro
 
 from cntlora_core.runtime.console import ConsoleReporter
 from cntlora_core.tasks.recipes import (
+    DepthSettings,
     LmSettings,
+    SegmentationSettings,
     TextSettings,
     VisionSettings,
     VlmSettings,
@@ -23,6 +25,8 @@ RECIPES: dict[type[TaskSettings], str] = {
     VisionSettings: "vision",
     LmSettings: "lm",
     VlmSettings: "vlm",
+    SegmentationSettings: "segmentation",
+    DepthSettings: "depth",
 }
 """By settings, the recipe's module in ``cntlora_core.tasks`` and the end of its function's name."""
 
@@ -37,14 +41,17 @@ class Task:
 
     Attributes:
         what: text: GLUE. vision: VTAB-1K, or folders of classes. lm: the commonsense sets. vlm:
-            image descriptions and instructions.
+            image descriptions and instructions. segmentation: masks of one kind of object. depth:
+            distances.
     """
 
     what: Annotated[
         Annotated[TextSettings, tyro.conf.subcommand("text")]
         | Annotated[VisionSettings, tyro.conf.subcommand("vision")]
         | Annotated[LmSettings, tyro.conf.subcommand("lm")]
-        | Annotated[VlmSettings, tyro.conf.subcommand("vlm")],
+        | Annotated[VlmSettings, tyro.conf.subcommand("vlm")]
+        | Annotated[SegmentationSettings, tyro.conf.subcommand("segmentation")]
+        | Annotated[DepthSettings, tyro.conf.subcommand("depth")],
         tyro.conf.arg(name=""),
         tyro.conf.OmitArgPrefixes,
     ]

@@ -206,3 +206,60 @@ VLM: Mapping[str, Preset] = {
     "qwen2.5-vl": _instructions("Qwen/Qwen2.5-VL-7B-Instruct"),
     "llama-3.2-vision": _instructions("meta-llama/Llama-3.2-11B-Vision-Instruct"),
 }
+
+
+def _segmentation(
+    learning_rate: float, epochs: int, orthogonality: float, best: str, loss: str
+) -> Preset:
+    return Preset(
+        source="LAVA, table 12; its multiplier lambda of 4 has no counterpart here; layers as in "
+        "Conv-LoRA, the neck's convolutions, and the mask decoder in full",
+        model="facebook/sam-vit-huge",
+        data="",
+        targets=r"vision_encoder\.(layers\.\d+\.attn\.qkv|neck\.conv[12])",
+        head=("mask_decoder",),
+        method="lora",
+        adapter="lava",
+        rank=3,
+        alpha=32.0,
+        orthogonality=orthogonality,
+        learning_rate=learning_rate,
+        epochs=epochs,
+        batch_size=4,
+        options={"best": best, "loss": loss},
+    )
+
+
+SEGMENTATION: Mapping[str, Preset] = {
+    "polyp": _segmentation(1e-4, 30, 0.5, "s_measure", "structure"),
+    "camo": _segmentation(1e-4, 20, 0.1, "s_measure", "structure"),
+    "leaf": _segmentation(3e-4, 30, 0.1, "iou", "structure"),
+    "isic2017": _segmentation(1e-3, 30, 1.0, "iou", "structure"),
+    "sbu": _segmentation(1e-4, 10, 0.1, "balanced_error_rate", "balanced"),
+}
+
+DEPTH: Mapping[str, Preset] = {
+    "nyu": Preset(
+        source="LAVA, appendix A.8.1; rank, alpha and schedule are not given there; image size and "
+        "loss are ZoeDepth's",
+        model="LiheYoung/depth-anything-large-hf",
+        data="",
+        targets=(
+            # transformers 4's names of the encoder's layers, 5's, and the decoder's convolutions
+            r"backbone\..*\.(query|key|value|dense|fc1|fc2)|"
+            r"backbone\..*\.(q_proj|k_proj|v_proj|o_proj|up_proj|down_proj)|"
+            r"neck\..*\.(projection|convolution[12])|neck\.convs\.\d+|head\.conv[12]"
+        ),
+        head=("conv3",),
+        method="lora",
+        adapter="lava",
+        rank=8,
+        alpha=8.0,
+        orthogonality=0.01,
+        learning_rate=1.61e-4,
+        weight_decay=0.01,
+        epochs=10,
+        batch_size=4,
+        options={"max_depth": 10, "image_size": (392, 518)},
+    )
+}

@@ -129,12 +129,12 @@ class DepthSettings(TaskSettings):
 
     Attributes:
         preset: nyu: NYU depth v2.
-        max_depth: Largest distance that is estimated and measured, in metres.
+        max_depth: Largest distance that is estimated and measured, in whole metres.
         image_size: Height and width of the images in pixels.
         depth_scale: What the values of the depth images are divided by to give metres.
     """
 
     preset: Literal["nyu"] = "nyu"
-    max_depth: float | None = None
+    max_depth: int | None = None
     image_size: tuple[int, int] | None = None
     depth_scale: float = 1000.0

@@ -227,7 +227,6 @@ def training_arguments(
         label_names=["labels"],
         report_to=[],
         disable_tqdm=True,
-        ddp_find_unused_parameters=False,
     )
 
 

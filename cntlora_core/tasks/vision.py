@@ -29,7 +29,7 @@ from cntlora_core.tasks.presets import VISION
 from cntlora_core.tasks.recipes import VisionSettings
 from cntlora_core.tasks.run import TaskResult, run_task
 from cntlora_core.tasks.settings import Plan, planned, preset_named
-from cntlora_core.tasks.text import measure_classes, score_classes
+from cntlora_core.tasks.text import loss_of_classes, measure_classes, score_classes
 from cntlora_core.tasks.trainer import Task
 
 Picture = tuple[Any, int]
@@ -123,6 +123,7 @@ def vision_task(
         measure=measure_classes,
         score=score_classes,
         best="accuracy",
+        loss=loss_of_classes,
     )
 
 

@@ -57,6 +57,16 @@ def caches(tmp_path_factory, monkeypatch):
         monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", folder)
 
 
+@pytest.fixture(autouse=True)
+def few_curves(request, monkeypatch):
+    """A run draws its curves where a test looks at them: they are a third of a tiny run's time."""
+    import sys
+
+    run = sys.modules.get("cntlora_core.tasks.run")
+    if run is not None and request.node.get_closest_marker("plots") is None:
+        monkeypatch.setattr(run, "plot_curves", lambda *_: None)
+
+
 @pytest.fixture(scope="session")
 def tiny_roberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an encoder that has no head for classes, and its tokenizer."""
@@ -66,7 +76,12 @@ def tiny_roberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = make_tokenizer()
     torch.manual_seed(0)
     config = RobertaConfig(
-        vocab_size=len(tokenizer), max_position_embeddings=40, initializer_range=0.3, **SHAPE
+        vocab_size=len(tokenizer),
+        max_position_embeddings=40,
+        initializer_range=0.3,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        **SHAPE,
     )
     RobertaModel(config, add_pooling_layer=False).save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
