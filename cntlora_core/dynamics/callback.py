@@ -107,7 +107,11 @@ class DynamicsCallback(TrainerCallback):
     ) -> None:
         """Take the weights after the step."""
         if self._recorder is not None:
-            shares = [loss if whole else loss / len(self._losses) for loss, whole in self._losses]
+            whole = args.world_size if args.average_tokens_across_devices else 1
+            shares = [
+                loss * whole if scaled else loss / len(self._losses)
+                for loss, scaled in self._losses
+            ]
             self._recorder.end_step(torch.stack(shares).sum() if shares else None)
 
     def on_train_end(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -15,6 +16,7 @@ from cntlora_core import load_initialized
 from cntlora_core.dynamics import DynamicsCallback, read_dynamics
 
 from ..core import trainer_run as run
+from ..methods import true_classes as true
 
 STEPS = 6
 
@@ -159,3 +161,38 @@ def test_the_loops_of_the_docs_record(tmp_path, monkeypatch):
     names |= {"args": args, "train": run.examples()}
     exec(compile(trainers, str(docs), "exec"), names)
     assert len(read_dynamics("out/dynamics.jsonl")) == 2
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_kwargs. is deprecated")
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_the_image_token_is_the_configuration_s_and_checkpointed_layers_count_once(name, tmp_path):
+    asked = true.TRUE_CLASSES[name]
+    found = []
+    for checkpointing in (False, True):
+        config = LoraConfig(r=4, target_modules=asked.targets, init_lora_weights=False)
+        torch.manual_seed(0)
+        model = get_peft_model(asked.model(), config)
+        args = TrainingArguments(
+            str(tmp_path / str(checkpointing)),
+            max_steps=2,
+            gradient_checkpointing=checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+            save_strategy="no",
+        )
+        Trainer(
+            model,
+            args,
+            train_dataset=asked.batches(),  # pyright: ignore[reportArgumentType]
+            data_collator=lambda batches: batches[0],
+            callbacks=[DynamicsCallback(plot=False)],
+        ).train()
+        found.append(read_dynamics(tmp_path / str(checkpointing) / "dynamics.jsonl"))
+    plain, checkpointed = found
+    assert set(plain[0]["grad_norms"]) == {"vision", "language"}
+    for layer, moments in plain[0]["second_moments"].items():
+        assert set(moments) == ({"visual", "text"} if "language" in layer else {"visual"})
+        assert checkpointed[0]["second_moments"][layer] == pytest.approx(moments, rel=1e-5)
+    assert checkpointed[1]["grad_norms"] == pytest.approx(plain[1]["grad_norms"], rel=1e-4)
