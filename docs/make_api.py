@@ -21,6 +21,7 @@ PACKAGES = (
     "cntlora_core.methods",
     "cntlora_core.metrics",
     "cntlora_core.mini",
+    "cntlora_core.tasks",
 )
 HEAD = """# API
 

@@ -19,6 +19,7 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from cntlora_core import __version__
 from cntlora_core.lava import with_orthogonality
 from cntlora_core.methods import get_method
 from cntlora_core.runtime.files import require_writable_folder, write_json_atomic
@@ -137,7 +138,8 @@ def run_task(
         adapted = adapt_again(task.model, plan, Path(checkpoint))
     adapted.model.to(args.device)  # pyright: ignore[reportArgumentType]
     initialised = time.perf_counter() - start
-    progress = Progress(reporter, f"training by {preset.method}")
+    name = preset.method if config is None else str(config.peft_type).rpartition(".")[2].lower()
+    progress = Progress(reporter, f"training by {name}")
     trainer = _trainer(task, plan, adapted, args, train, splits, (progress, *callbacks))
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -160,7 +162,7 @@ def run_task(
         model,
     )
     if first:
-        _write(result, task, plan, adapted)
+        _write(result, task, plan, adapted, name)
     trainer.accelerator.wait_for_everyone()
     return result
 
@@ -293,31 +295,25 @@ def _world(device: str | None) -> int:
     return PartialState(cpu=device == "cpu").num_processes
 
 
-def _write(result: TaskResult, task: Task, plan: Plan, adapted: Adapted) -> None:
-    folder, preset = result.folder, plan.preset
-    save_adapter(result.model, folder, preset.method)
-    names = ("torch", "transformers", "peft", "accelerate", "cntlora")
+def _write(result: TaskResult, task: Task, plan: Plan, adapted: Adapted, name: str) -> None:
+    folder = result.folder
+    save_adapter(result.model, folder, plan.preset.method)
     record = {
         "task": task.name,
+        "method": name,
         "metrics": result.metrics,
         "best": task.best,
         "trained_parameters": result.trained_parameters,
         "seconds": result.seconds,
         "initialisation": write_report(adapted.report, folder),
         "settings": plan.to_dict(),
-        "versions": {name: _version(name) for name in names},
+        "versions": {
+            "cntlora": __version__,
+            **{name: version(name) for name in ("torch", "transformers", "peft", "accelerate")},
+        },
         "device": str(next(result.model.parameters()).device),
         "threads": torch.get_num_threads(),
     }
     write_json_atomic(folder / "curves.json", result.curves.to_dict())
-    plot_curves({preset.method: result.curves}, folder / "curves.png", task.name)
+    plot_curves({name: result.curves}, folder / "curves.png", task.name)
     write_json_atomic(folder / "metrics.json", record)
-
-
-def _version(name: str) -> str:
-    from importlib.metadata import PackageNotFoundError
-
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "unknown"

@@ -174,6 +174,29 @@ def test_parquet_and_json_lines_are_read(tmp_path, tiny_roberta):
     assert samples(tmp_path, tiny_roberta, "rte", tmp_path)[0][0][1] == 1
 
 
+def test_the_command_writes_a_run_and_says_what_came_out(tmp_path, tiny_roberta, capsys):
+    pytest.importorskip("datasets")
+    from cntlora_core.cli import main
+
+    (tmp_path / "data").mkdir()
+    for name, count in (("train", 6), ("validation", 4)):
+        lines = "".join(json.dumps(row) + "\n" for row in pairs(count))
+        (tmp_path / f"data/{name}.jsonl").write_text(lines)
+    words = ["task", "text", "--task", "rte", "--model", str(tiny_roberta), "--method", "lora"]
+    words += ["--data", str(tmp_path / "data"), "--output", str(tmp_path / "run"), "--rank", "2"]
+    words += ["--steps", "1", "--device", "cpu", "--batch-size", "4"]
+    assert main(words) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith("validation: ")
+    assert said.out.splitlines()[-1] == str(tmp_path / "run")
+    assert "training by lora: 1 of 1" in said.err
+    record = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert record["method"] == "lora"
+    assert record["settings"]["rank"] == 2
+    assert main(words) == 1
+    assert "holds a run already" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
