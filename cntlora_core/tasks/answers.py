@@ -90,7 +90,8 @@ def prompts_of(batch: Mapping[str, Any], padding: int) -> dict[str, Any]:
     for name, value in batch.items():
         if name == "labels":
             continue
-        if not isinstance(value, Tensor) or tuple(value.shape[:2]) != size:
+        by_token = isinstance(value, Tensor) and not value.is_floating_point()
+        if not by_token or tuple(value.shape[:2]) != size:
             found[name] = value
             continue
         fill = padding if name == "input_ids" else 0

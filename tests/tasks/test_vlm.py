@@ -12,7 +12,14 @@ from peft import PeftModel
 from PIL import Image
 
 from cntlora_core.tasks.answers import IGNORED, prompts_of
-from cntlora_core.tasks.chat import LLAVA_TEMPLATE, Conversation, SentenceEncoder, load_chat
+from cntlora_core.tasks.chat import (
+    LLAVA_TEMPLATE,
+    Chat,
+    Conversation,
+    Pair,
+    SentenceEncoder,
+    load_chat,
+)
 from cntlora_core.tasks.presets import VLM
 from cntlora_core.tasks.recipes import VlmSettings
 from cntlora_core.tasks.settings import planned
@@ -145,6 +152,72 @@ def test_labels_are_the_answers_after_the_image(llava, myvlm):
     assert prompts["pixel_values"].shape == batch["pixel_values"].shape
     alone = chat([Conversation(None, (("the cat", "a mat"),))])
     assert "pixel_values" not in alone
+
+
+def test_a_template_may_write_the_tokens_of_an_image_itself(llava, myvlm):
+    chat = load_chat(str(llava))
+    samples = [Conversation(myvlm / "my cat/0.jpg", (("the cat", "a red mat"),))]
+    expected = chat(samples)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llava)
+    tokenizer.chat_template = LLAVA_TEMPLATE.replace("<image>", "<image>" * 4)
+    found = Chat(Pair(chat.processor.image_processor, tokenizer))(samples)
+    for name in ("input_ids", "labels", "attention_mask", "pixel_values"):
+        torch.testing.assert_close(torch.as_tensor(found[name]), expected[name])
+
+
+@pytest.mark.thorough
+def test_llama_3_2_vision_answers_after_cross_attention(tmp_path):
+    special = ["<|image|>", "<|begin_of_text|>", "<|eot_id|>", "<|h|>"]
+    tokenizer = make_tokenizer("user", "assistant", *special, template=False)
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    tokenizer.bos_token = "<|begin_of_text|>"
+    template = (
+        "{{ bos_token }}{% for m in messages %}<|h|> {{ m['role'] }} <|h|> {% for c in "
+        "m['content'] %}{% if c['type'] == 'image' %}<|image|>{% else %}{{ c['text'] }}{% endif %}"
+        "{% endfor %}<|eot_id|>{% endfor %}"
+        "{% if add_generation_prompt %}<|h|> assistant <|h|> {% endif %}"
+    )
+    pillow = getattr(transformers, "MllamaImageProcessorPil", None)
+    images = (pillow or transformers.MllamaImageProcessor)(
+        size={"height": 28, "width": 28}, max_image_tiles=2
+    )
+    processor = transformers.MllamaProcessor(images, tokenizer, chat_template=template)
+    shape = {"hidden_size": 16, "intermediate_size": 16}
+    config = transformers.MllamaConfig(
+        vision_config={
+            **shape, "num_hidden_layers": 2, "num_global_layers": 1, "attention_heads": 2,
+            "vision_output_dim": 32, "image_size": 28, "patch_size": 14, "max_num_tiles": 2,
+            "intermediate_layers_indices": [0], "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]],
+        },
+        text_config={
+            **shape, "vocab_size": len(tokenizer), "num_hidden_layers": 3,
+            "cross_attention_layers": [1], "num_attention_heads": 2, "num_key_value_heads": 2,
+            "max_position_embeddings": 128, "bos_token_id": 0, "pad_token_id": 1,
+            "eos_token_id": 2, "rope_scaling": {"rope_type": "default"},
+        },
+        image_token_index=tokenizer.convert_tokens_to_ids("<|image|>"),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.MllamaForConditionalGeneration(config)
+    pictures = [Image.new("RGB", (40 + 4 * i, 36), (30 * i, 90, 120)) for i in range(6)]
+    conversations = [
+        Conversation(picture, (("the cat", "a red mat"), ("is it", "not big"))[: 1 + i % 2])
+        for i, picture in enumerate(pictures)
+    ]
+    wanted = settings(tmp_path, tmp_path, None, preset="llama-3.2-vision", method="cross")
+    result = train_vlm(
+        wanted,
+        model=model,
+        processor=processor,
+        data={"train": conversations},
+        encode=lambda sentences: torch.nn.functional.normalize(torch.ones(len(sentences), 3)),
+    )
+    assert result.metrics["validation"]["sentsim"] == pytest.approx(1.0)
+    written = json.loads((result.folder / "generated-validation.json").read_text())
+    assert [row["expected"] for row in written] == ["a red mat"] * 2
+    assert any(
+        "cross_attn" in name for name in json.loads((result.folder / "ranks.json").read_text())
+    )
 
 
 def test_products_and_instructions_are_read(tmp_path, llava, myvlm):
