@@ -180,6 +180,18 @@ PEFT_METHODS = (
         wrap=later("comparisons", "wrap_vera"),
     ),
     Method(
+        name="bitfit",
+        description="BitFit: trains the model's biases alone, without an adapter",
+        paper="arXiv 2106.10199",
+        needs="nothing",
+        rewrites_base=False,
+        b_initialized_to_zero=True,
+        peft_type=None,
+        image_file=None,
+        image_file_note="it changes biases, and leaves a checkpoint, not a LoRA",
+        wrap=later("comparisons", "wrap_bitfit"),
+    ),
+    Method(
         name="full",
         description="Full fine-tuning: trains every weight of the model, without an adapter",
         paper="",

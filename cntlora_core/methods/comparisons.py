@@ -148,6 +148,28 @@ def wrap_full(
     return WrappedModel(model, InitializationReport("full", {}, 0.0, 0.0, notes=tuple(notes)))
 
 
+def wrap_bitfit(
+    model: nn.Module, lora_config: LoraConfig, _request: InitializationRequest
+) -> WrappedModel:
+    """The model's biases and the modules to save train, in place (arXiv 2106.10199).
+
+    Raises:
+        ValueError: if the model has no biases.
+    """
+    heads = tuple(lora_config.modules_to_save or ())
+    biases = 0
+    for name, parameter in model.named_parameters():
+        is_bias = name.endswith("bias")
+        biases += is_bias
+        parameter.requires_grad_(is_bias or any(part in heads for part in name.split(".")))
+    if not biases:
+        raise ValueError(
+            "method 'bitfit' trains biases, and this model has none: use lora, or vera, which "
+            "trains as few numbers"
+        )
+    return WrappedModel(model, InitializationReport("bitfit", {}, 0.0, 0.0))
+
+
 def _wrapped(
     name: str, model: nn.Module, config: PeftConfig, request: InitializationRequest
 ) -> WrappedModel:

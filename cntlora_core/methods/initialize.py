@@ -66,14 +66,14 @@ class InitializedAdapter:
         adapter is subtracted, which doubles the ranks.
 
         Raises:
-            ValueError: for full fine-tuning, which has no adapter, and for LoftQ, whose adapter
-                fits the quantised base only.
+            ValueError: for full fine-tuning and BitFit, which have no adapter, and for LoftQ, whose
+                adapter fits the quantised base only.
         """
         model = self.model
         if not isinstance(model, PeftModel):
             raise ValueError(
-                "full fine-tuning leaves no adapter: save the model itself, by its save_pretrained "
-                "or its state_dict"
+                f"{self.method.name!r} leaves no adapter: save the model itself, by its "
+                "save_pretrained or its state_dict"
             )
         if self.method.name == "loftq":
             raise ValueError(
@@ -137,7 +137,7 @@ def initialize_adapter(
     check_not_distributed(model)
     _check(chosen, lora_config, dataloader, cntlora_config)
     root = lora_config.r**0.5 if lora_config.use_rslora else lora_config.r
-    points = [] if chosen.name == "full" else find_attachment_points(model, lora_config)
+    points = find_attachment_points(model, lora_config) if chosen.peft_type else []
     request = InitializationRequest(
         model=model,
         points=points,

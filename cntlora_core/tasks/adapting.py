@@ -121,10 +121,9 @@ def adapt_again(base: nn.Module, plan: Plan, checkpoint: Path) -> Adapted:
             base that is not the checkpoint's.
     """
     method = plan.preset.method
-    if method == "full":
-        for parameter in base.parameters():
-            parameter.requires_grad_(parameter.is_floating_point())
-        return Adapted(base)  # the Trainer loads its weights
+    if get_method(method).peft_type is None:
+        adapted = initialize_adapter(base, lora_config(plan.preset), method)
+        return Adapted(adapted.model)  # the Trainer loads its weights
     if method in ("adalora", "loftq"):
         raise ValueError(
             f"a run of {method!r} cannot be taken up again, since a checkpoint does not hold all "

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
@@ -154,7 +154,7 @@ def run_task(
     curves = Curves.of(trainer.state.log_history, task.best)
     result = TaskResult(
         folder,
-        folder / ("adapter" if preset.method != "full" else "model"),
+        folder / ("adapter" if isinstance(model, PeftModel) else "model"),
         metrics,
         curves,
         sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -261,6 +261,7 @@ def _trainer(
         task,
         layer_decay=preset.layer_decay if preset.method == "full" else 1.0,
         decay_to_zero=not initial,
+        lora_plus=preset.lora_plus,
         model=adapted.model,
         args=args,
         train_dataset=train,

@@ -51,6 +51,7 @@ class Preset:
         base_precision: What the frozen weights are kept in.
         select_best: Whether the checkpoint with the best validation metric is the result.
         options: What only one recipe has.
+        lora_plus: Learning rate of a LoRA's up matrices over that of its down matrices.
     """
 
     source: str
@@ -76,6 +77,7 @@ class Preset:
     base_precision: Precision = "float32"
     select_best: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
+    lora_plus: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +124,8 @@ class TaskSettings:
         resume: Go on from the last checkpoint in the output folder.
         overwrite: Start anew where the output folder holds a run.
         cntlora: Further settings of the data-driven initialisation.
+        lora_plus: Learning rate of a LoRA's up matrices over that of its down matrices; LoRA+
+            (arXiv 2402.12354) takes 16.
     """
 
     output: str
@@ -160,6 +164,7 @@ class TaskSettings:
     resume: bool = False
     overwrite: bool = False
     cntlora: CNTLoRAConfig = field(default_factory=CNTLoRAConfig)
+    lora_plus: float | None = None
 
     def __post_init__(self) -> None:
         if self.method is not None:
@@ -187,7 +192,7 @@ class TaskSettings:
             )
 
     def _require_numbers(self) -> None:
-        above_zero = ("alpha", "learning_rate", "epochs")
+        above_zero = ("alpha", "learning_rate", "epochs", "lora_plus")
         at_least_zero = ("orthogonality", "weight_decay")
         counts = ("rank", "steps", "batch_size", "accumulate", "eval_batch_size", "eval_every")
         counts += ("log_every", "keep_checkpoints", "max_train", "max_eval")
@@ -247,7 +252,7 @@ def planned(settings: TaskSettings, preset: Preset) -> Plan:
     targets = given.get("targets")
     if targets is not None and len(targets) == 1 and set(targets[0]) & set("\\*|()["):
         given["targets"] = targets[0]
-    if given.get("method") == "full":
+    if "method" in given and get_method(given["method"]).peft_type is None:
         given["adapter"] = "lora"  # there is none
     found = dataclasses.replace(preset, **given)
     if found.adapter == "lava" and found.method not in LAVA_METHODS:

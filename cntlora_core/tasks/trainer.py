@@ -79,13 +79,21 @@ class TaskTrainer(Trainer):
         layer_decay: Factor of the learning rate from one layer to the one below.
         decay_to_zero: Whether matrices of adapters decay like others; their initialisation is kept
             otherwise, by :class:`DecayToInitialisation`.
+        lora_plus: Learning rate of up matrices over that of down matrices.
         options: The Trainer's own.
     """
 
     def __init__(
-        self, task: Task, *, layer_decay: float = 1.0, decay_to_zero: bool = True, **options: Any
+        self,
+        task: Task,
+        *,
+        layer_decay: float = 1.0,
+        decay_to_zero: bool = True,
+        lora_plus: float = 1.0,
+        **options: Any,
     ) -> None:
         self.task, self.layer_decay, self.decay_to_zero = task, layer_decay, decay_to_zero
+        self.lora_plus = lora_plus
         super().__init__(
             compute_metrics=lambda found: task.score(_rows(found)),
             data_collator=task.collate,  # pyright: ignore[reportArgumentType]
@@ -123,6 +131,7 @@ class TaskTrainer(Trainer):
                 self.args.weight_decay,
                 self.layer_decay,
                 decay_adapters=self.decay_to_zero,
+                lora_plus=self.lora_plus,
             )
             self.optimizer = kind(groups, **options)
         return self.optimizer
@@ -135,6 +144,7 @@ def parameter_groups(
     layer_decay: float = 1.0,
     *,
     decay_adapters: bool = True,
+    lora_plus: float = 1.0,
 ) -> list[dict[str, Any]]:
     """The trained parameters, grouped by learning rate and weight decay.
 
@@ -145,6 +155,7 @@ def parameter_groups(
         layer_decay: Each layer's learning rate is that of the next one times this; embeddings are
             below the first layer, and what is in no layer is the head.
         decay_adapters: Whether adapters' matrices have the weight decay.
+        lora_plus: Learning rate of up matrices over that of down matrices (arXiv 2402.12354).
     """
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     adapters = {
@@ -160,6 +171,8 @@ def parameter_groups(
     for name, parameter in trained:
         depth = depths[name]
         rate = learning_rate * layer_decay ** (top - (top if depth is None else depth))
+        if ".lora_B." in name:
+            rate *= lora_plus
         decays = parameter.ndim > 1 and (decay_adapters or id(parameter) not in adapters)
         groups.setdefault((rate, weight_decay if decays else 0.0), []).append(parameter)
     return [{"params": p, "lr": r, "weight_decay": w} for (r, w), p in groups.items()]

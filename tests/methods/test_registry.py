@@ -32,6 +32,7 @@ EXPECTED = [
     "dora",
     "adalora",
     "vera",
+    "bitfit",
     "full",
 ]
 

@@ -70,6 +70,7 @@ def logits(model, tokenizer) -> torch.Tensor:
         pytest.param({"adapter": "lava", "method": "self"}, marks=pytest.mark.thorough),
         pytest.param({"method": "adalora", "steps": 4}, marks=pytest.mark.thorough),
         {"method": "full", "layer_decay": 0.5},
+        {"method": "bitfit"},
     ],
     ids=lambda more: "-".join(map(str, more.values())),
 )
@@ -90,7 +91,7 @@ def test_a_run_trains_measures_and_leaves_what_fits_the_stock_base(more, tmp_pat
     expected = logits(result.model, tokenizer)
     stock = AutoModelForSequenceClassification.from_pretrained(tiny_roberta, num_labels=2)
     before = logits(stock, tokenizer)
-    if more.get("method") == "full":
+    if more.get("method") in ("full", "bitfit"):
         found = AutoModelForSequenceClassification.from_pretrained(result.adapter)
     else:
         found = PeftModel.from_pretrained(stock, result.adapter)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from torch import nn
 
@@ -120,6 +120,15 @@ def test_layers_learn_more_slowly_the_lower_they_are():
     assert found["layer.1.weight"] == (0.75, 0.05)
     assert found["layer.0.bias"] == (0.75**2, 0.0)
     assert found["embeddings.weight"] == (0.75**3, 0.05)
+
+
+def test_up_matrices_learn_faster_by_the_ratio_of_lora_plus():
+    base = nn.Sequential(nn.Linear(4, 4))
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"]))
+    groups = parameter_groups(model, 1e-3, 0.0, lora_plus=16.0)
+    rates = {id(p): g["lr"] for g in groups for p in g["params"]}
+    found = {n.split(".")[-3]: rates[id(p)] for n, p in model.named_parameters() if "lora" in n}
+    assert found == pytest.approx({"lora_A": 1e-3, "lora_B": 16e-3})
 
 
 def test_folders_of_classes_and_parquet_are_read(tmp_path):

@@ -1,0 +1,1 @@
+"""Which initialisation helps, on tasks that are no image generation."""

@@ -1,0 +1,178 @@
+"""The problems of the study: model, data and metric, all of them small and at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import ViTForImageClassification
+
+from cntlora_core import mini
+from cntlora_core.tasks.glosses import load_gloss_task
+from cntlora_core.tasks.recipes import VisionSettings
+from cntlora_core.tasks.settings import Plan, Preset
+from cntlora_core.tasks.text import score_classes
+from cntlora_core.tasks.trainer import Task
+from cntlora_core.tasks.vision import HEAD_DEVIATION, vision_task
+
+ATTENTION = ("query", "key", "value", "q_proj", "k_proj", "v_proj")
+Make = Callable[[Plan, int, int, Path | None], Task]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem at several amounts of data.
+
+    Attributes:
+        make: ``make(plan, size, seed, folder)``, a fresh model with data; the folder is that of the
+            data where they are no package's.
+        preset: Settings of its source, for the method's own to go into.
+        sizes: Numbers of training samples, and the steps for each.
+    """
+
+    make: Make
+    preset: Preset
+    sizes: Mapping[int, int]
+
+
+def glosses(_plan: Plan, size: int, seed: int, _folder: Path | None) -> Task:
+    """WordNet's definitions of nouns to their 26 categories, on a pre-trained text encoder."""
+    found = load_gloss_task(train=size, seed=seed, batch_size=1)
+    return Task(
+        name=f"{size} glosses",
+        model=found.new_model(seed),
+        train=found.batches,
+        splits={"validation": found.validation},
+        collate=_padded,
+        measure=_measure_glosses,
+        score=score_classes,
+        best="accuracy",
+    )
+
+
+def style(plan: Plan, size: int, seed: int, folder: Path | None) -> Task:
+    """Names of objects in a style of drawing that the small image encoder never saw."""
+    from cntlora_core.mini.making.object_classes import OBJECT_CLASSES
+    from cntlora_core.mini.making.sprites import SpriteSource
+
+    if folder is None:
+        raise ValueError(
+            "the drawings are missing: python -m cntlora_core.mini.making.fetch --cache FOLDER, "
+            "then --folder FOLDER/node_modules"
+        )
+    source = SpriteSource(folder)
+    shown = [c.emoji[0] for c in OBJECT_CLASSES if source.path("3d", c.emoji[0]).is_file()]
+    sprites = [source.sprite("3d", emoji) for emoji in shown]
+    rng = np.random.default_rng(seed)
+    splits = {
+        name: [(_composed(sprites[i % len(sprites)], rng), i % len(sprites)) for i in range(count)]
+        for name, count in (("train", size), ("validation", 4 * len(sprites)))
+    }
+    return _vision(plan, f"{size} images in a new style", splits, len(sprites), seed)
+
+
+def digits(plan: Plan, size: int, seed: int, _folder: Path | None) -> Task:
+    """scikit-learn's handwritten digits, enlarged."""
+    try:
+        from sklearn.datasets import load_digits  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ImportError("the digits need scikit-learn: pip install scikit-learn") from error
+    images, labels = load_digits(return_X_y=True)
+    order = np.random.default_rng(seed).permutation(len(labels))
+
+    def pictures(chosen: Sequence[int]) -> list[tuple[Image.Image, int]]:
+        grey = [(images[i].reshape(8, 8) / 16 * 255).astype(np.uint8) for i in chosen]
+        enlarged = [Image.fromarray(g).resize((64, 64), Image.Resampling.BICUBIC) for g in grey]
+        return [(p.convert("RGB"), int(labels[i])) for p, i in zip(enlarged, chosen, strict=True)]
+
+    splits = {"train": pictures(order[:size]), "validation": pictures(order[-500:])}
+    return _vision(plan, f"{size} digits", splits, 10, seed)
+
+
+_TEXT = Preset(
+    source="as the recipe of GLUE: LoRA's settings for RoBERTa-large (arXiv 2106.09685, table 9)",
+    model="all-MiniLM-L6-v2",
+    data="WordNet 3.0",
+    targets=ATTENTION,
+    head=("head",),
+    rank=16,
+    alpha=32.0,
+    learning_rate=3e-4,
+    warmup=0.06,
+    batch_size=32,
+)
+_VISION = Preset(
+    source="as the recipe of VTAB-1K (ConsNoTrainLoRA, supplement), without its weight decay",
+    model="the small image encoder",
+    data="",
+    targets=(*ATTENTION, "dense", "o_proj", "fc1", "fc2"),
+    head=("classifier",),
+    rank=8,
+    alpha=16.0,
+    bias="all",
+    learning_rate=5e-4,
+    schedule="cosine",
+    warmup=0.1,
+    batch_size=16,
+    options={"image_size": 64},
+)
+
+PROBLEMS: Mapping[str, Problem] = {
+    "glosses": Problem(glosses, _TEXT, {640: 100, 1600: 150, 6400: 200}),
+    "style": Problem(style, _VISION, {600: 150, 1200: 200}),
+    "digits": Problem(digits, _VISION, {100: 60, 400: 120}),
+}
+
+
+def _vision(plan: Plan, name: str, splits: Mapping[str, Any], classes: int, seed: int) -> Task:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = ViTForImageClassification.from_pretrained(
+            mini.encoder_path("vision"),
+            num_labels=classes,
+            dtype=torch.float32,  # the file's is float16
+            local_files_only=True,
+        )
+        nn.init.normal_(model.classifier.weight, std=HEAD_DEVIATION)
+        nn.init.zeros_(model.classifier.bias)
+    settings = VisionSettings(output=plan.settings.output)
+    task = vision_task(plan, settings, model=model, data=splits, transform=_pixels)
+    return Task(**{**vars(task), "name": name})
+
+
+def _pixels(picture: Image.Image) -> Tensor:
+    """float32 (3, 64, 64) from -1 to 1, as the encoder was trained."""
+    values = torch.from_numpy(np.asarray(picture, dtype=np.float32).copy())
+    return (values / 127.5 - 1).permute(2, 0, 1).contiguous()
+
+
+def _composed(sprite: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """An object on any background, at any place."""
+    from cntlora_core.mini.making.compose import Placement, any_background, paste, render_background
+
+    image = render_background(any_background(rng), rng, 64)
+    extent = rng.uniform(0.5, 0.9)
+    slack = (1 - extent) / 2
+    centre = (0.5 + rng.uniform(-slack, slack), 0.5 + rng.uniform(-slack, slack))
+    paste(image, sprite, Placement(extent, centre, rng.uniform(-15, 15), rng.random() < 0.5))
+    return Image.fromarray(np.clip(image.round(), 0, 255).astype(np.uint8))
+
+
+def _padded(samples: list[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+    """Batches of one, joined: shorter ones are filled up with padding (0)."""
+    batch: dict[str, Tensor] = {}
+    for name in ("input_ids", "attention_mask"):
+        rows = [sample[name][0] for sample in samples]
+        batch[name] = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return {**batch, "labels": torch.cat([sample["labels"] for sample in samples])}
+
+
+def _measure_glosses(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor | None, Tensor]:
+    found = model(**batch)
+    return found["loss"], torch.cat([found["logits"], batch["labels"][:, None].float()], dim=1)
