@@ -20,7 +20,7 @@ from cntlora_core.lava import LavaConfig, get_lava_model
 from cntlora_core.lava.inject import adaptable_modules, lava_layers
 from cntlora_core.methods import get_method, initialize_adapter
 from cntlora_core.methods.cntlora import settings_for
-from cntlora_core.runtime.files import write_json_atomic
+from cntlora_core.runtime.files import save_safetensors_atomic, write_json_atomic
 from cntlora_core.runtime.progress import Reporter, stage_progress
 from cntlora_core.runtime.seeds import torch_seed
 from cntlora_core.saving.conversion import save_converted
@@ -145,7 +145,7 @@ def save_adapter(model: nn.Module, folder: Path, method: str) -> Path:
             cast(Any, model).save_pretrained(str(target))
         else:
             target.mkdir(parents=True, exist_ok=True)
-            torch.save(model.state_dict(), target / "model.pt")
+            save_safetensors_atomic(model.state_dict(), target / "model.safetensors")
         return target
     target = folder / "adapter"
     if base_is_rewritten(model):

@@ -91,7 +91,10 @@ def digits(plan: Plan, size: int, seed: int, _folder: Path | None) -> Task:
         enlarged = [Image.fromarray(g).resize((64, 64), Image.Resampling.BICUBIC) for g in grey]
         return [(p.convert("RGB"), int(labels[i])) for p, i in zip(enlarged, chosen, strict=True)]
 
-    splits = {"train": pictures(order[:size]), "validation": pictures(order[-500:])}
+    splits = {
+        "train": pictures(order[:size].tolist()),
+        "validation": pictures(order[-500:].tolist()),
+    }
     return _vision(plan, f"{size} digits", splits, 10, seed)
 
 
