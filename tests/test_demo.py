@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from functools import partial
 
 import pytest
@@ -40,6 +41,11 @@ def test_the_demo_in_short(tmp_path, monkeypatch):
     plain = json.loads((tmp_path / BASELINE / "run.json").read_text())
     assert plain["settings"]["adapter"]["method"] == "lora"
     assert plain["identity"]["class_images"] == record["identity"]["class_images"]
+
+
+def test_without_the_research_no_backgrounds_are_counted(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cntlora_core.mini.making.evaluate", None)
+    assert demo._right_backgrounds([Image.new("RGB", (64, 64))], ["a cat in space"], "cat") is None
 
 
 def test_own_pictures_need_a_class_name(tmp_path, capsys):
