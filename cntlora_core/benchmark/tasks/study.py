@@ -178,7 +178,7 @@ def best_rate(runs: Mapping[str, Mapping[str, Any]], problem: str, name: str, si
 def search_size(problem: str) -> int:
     """The amount of data at which learning rates are searched."""
     sizes = sorted(PROBLEMS[problem].sizes)
-    return sizes[len(sizes) // 2]
+    return sizes[(len(sizes) - 1) // 2]
 
 
 def read_runs(output: Path) -> dict[str, dict[str, Any]]:

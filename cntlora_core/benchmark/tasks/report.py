@@ -1,0 +1,182 @@
+"""Tables and plots of the study of tasks.
+
+python -m cntlora_core.benchmark.tasks.report runs/tasks --output docs/experiments
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from cntlora_core.benchmark.convergence.statistics import Estimate, estimate, paired
+from cntlora_core.benchmark.tasks.problems import PROBLEMS
+from cntlora_core.benchmark.tasks.study import (
+    SEARCH_SEED,
+    VARIANTS,
+    Run,
+    best_rate,
+    read_runs,
+    search_size,
+)
+from cntlora_core.figures.plots import curve_figure, save_figure
+from cntlora_core.runtime.files import atomic_write
+from cntlora_core.runtime.flags import UserPath
+
+Records = Mapping[str, Mapping[str, Any]]
+BASELINE = "lora"
+
+
+@dataclass(frozen=True)
+class TaskReport:
+    """Which runs, and where the tables and plots go.
+
+    Attributes:
+        runs: The study's output folder.
+        output: Folder for ``tasks-tables.md`` and ``tasks-*.png``.
+    """
+
+    runs: Annotated[UserPath, tyro.conf.Positional]
+    output: UserPath = Path("docs/experiments")
+
+
+def seeds_of(records: Records, problem: str, name: str, size: int, rate: float) -> dict[int, Any]:
+    """The runs of one setting by seed, without that of the search."""
+    found = {}
+    for key, record in records.items():
+        run = Run(**record["run"])
+        wanted = Run(problem, name, size, rate, run.seed)
+        if run == wanted and run.seed != SEARCH_SEED and run.key == key:
+            found[run.seed] = record
+    return found
+
+
+def table(records: Records, problem: str, size: int, rates: Mapping[str, float]) -> str:
+    """One row a method: accuracy and loss on the validation set, and differences from plain LoRA.
+
+    Args:
+        records: All runs by key.
+        problem: Its name.
+        size: Number of training samples.
+        rates: The learning rate of each method.
+    """
+    by_name = {n: seeds_of(records, problem, n, size, rate) for n, rate in rates.items()}
+    by_name = {name: runs for name, runs in by_name.items() if runs}
+    if not by_name:
+        return ""
+    lines = [
+        "| method | learning rate | seeds | accuracy | loss | accuracy - LoRA's | parameters "
+        "| initialisation |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    accuracies = {name: _metric(runs, "accuracy") for name, runs in by_name.items()}
+    for name, runs in by_name.items():
+        first = next(iter(runs.values()))
+        accuracy = estimate(list(accuracies[name].values()))
+        loss = estimate(list(_metric(runs, "loss").values()))
+        difference = (
+            paired(accuracies[name], accuracies[BASELINE])
+            if name != BASELINE and BASELINE in accuracies
+            else None
+        )
+        took = estimate([record["seconds"]["initialisation"] for record in runs.values()])
+        assert took is not None
+        lines.append(
+            f"| {name} | {rates[name]:g} | {len(runs)} | {_words(accuracy, 100, 1)} % "
+            f"| {_words(loss, 1, 3)} | {_words(difference, 100, 1, star=True)} "
+            f"| {first['trained_parameters']:,} | {took.mean:.1f} s |"
+        )
+    return "\n".join(lines)
+
+
+def report(records: Records, output: Path) -> Path:
+    """Write ``tasks-tables.md`` and a plot for each problem; returns the former.
+
+    Args:
+        records: All runs by key.
+        output: The folder.
+    """
+    parts = []
+    for problem, known in PROBLEMS.items():
+        middle = search_size(problem)
+        searched = [
+            name
+            for name, variant in VARIANTS.items()
+            if all(
+                Run(problem, name, middle, rate, SEARCH_SEED).key in records
+                for rate in variant.rates
+            )
+        ]
+        if not searched:
+            continue
+        best = {name: best_rate(records, problem, name, middle) for name in searched}
+        source = dict.fromkeys(searched, known.preset.learning_rate)
+        sections = [
+            (f"{middle} samples, every method at {known.preset.learning_rate:g}", middle, source),
+            *(
+                (f"{size} samples, every method at its best rate", size, best)
+                for size in known.sizes
+            ),
+        ]
+        for title, size, rates in sections:
+            if rows := table(records, problem, size, rates):
+                parts.append(f"### {problem}: {title}\n\n{rows}")
+        _plot(records, problem, middle, best, output / f"tasks-{problem}.png")
+    path = output / "tasks-tables.md"
+    with atomic_write(path) as temporary:
+        temporary.write_text("\n\n".join(parts) + "\n", "utf-8")
+    return path
+
+
+def _plot(
+    records: Records, problem: str, size: int, rates: Mapping[str, float], path: Path
+) -> None:
+    """Means over the seeds: training loss and accuracy against steps."""
+    left: dict[str, list[tuple[float, float]]] = {}
+    right: dict[str, list[tuple[float, float]]] = {}
+    for name, rate in rates.items():
+        runs = list(seeds_of(records, problem, name, size, rate).values())
+        if runs:
+            left[name] = _mean_course([r["curves"]["training"] for r in runs], "loss")
+            right[name] = _mean_course([r["curves"]["validation"] for r in runs], "accuracy")
+    if left:
+        figure = curve_figure({"training loss": left, "accuracy": right}, f"{size} samples")
+        save_figure(figure, path)
+
+
+def _mean_course(
+    courses: Sequence[Sequence[Mapping[str, float]]], key: str
+) -> list[tuple[float, float]]:
+    points = [[p for p in course if key in p] for course in courses]
+    return [
+        (row[0]["step"], sum(p[key] for p in row) / len(row)) for row in zip(*points, strict=False)
+    ]
+
+
+def _metric(runs: Mapping[int, Any], name: str) -> dict[int, float]:
+    return {seed: record["metrics"]["validation"][name] for seed, record in runs.items()}
+
+
+def _words(found: Estimate | None, factor: float, digits: int, *, star: bool = False) -> str:
+    if found is None:
+        return ""
+    mean = f"{factor * found.mean:{'+' if star else ''}.{digits}f}"
+    if found.half_width is None:
+        return mean
+    return f"{mean} ± {factor * found.half_width:.{digits}f}" + (
+        "*" if star and found.differs_from_zero else ""
+    )
+
+
+def main() -> int:
+    settings = tyro.cli(TaskReport, description=__doc__)
+    print(report(read_runs(settings.runs), settings.output))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""The study of tasks: a run, what is kept of it, the search of learning rates, the tables."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import ViTConfig, ViTForImageClassification
+
+from cntlora_core.benchmark.tasks import report, study
+from cntlora_core.benchmark.tasks.problems import PROBLEMS, Problem
+from cntlora_core.benchmark.tasks.study import SEARCH_SEED, VARIANTS, Run, TaskStudy
+from cntlora_core.tasks.text import measure_classes, score_classes
+from cntlora_core.tasks.trainer import Task
+
+CONFIG = ViTConfig(
+    hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+    image_size=8, patch_size=4, num_labels=3,
+)  # fmt: skip
+
+
+def bright(_plan, size, seed, _folder) -> Task:
+    """Three classes of brightness."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = [i % 3 for i in range(size)]
+    pictures = [torch.rand(3, 8, 8, generator=generator) + label for label in labels]
+    samples = list(zip(pictures, labels, strict=True))
+    torch.manual_seed(seed)
+    return Task(
+        name="bright",
+        model=ViTForImageClassification(CONFIG),
+        train=samples,
+        splits={"validation": samples},
+        collate=lambda rows: {
+            "pixel_values": torch.stack([p for p, _ in rows]),
+            "labels": torch.tensor([label for _, label in rows]),
+        },
+        measure=measure_classes,
+        score=score_classes,
+        best="accuracy",
+    )
+
+
+@pytest.fixture
+def tiny(monkeypatch) -> Problem:
+    preset = dataclasses.replace(PROBLEMS["digits"].preset, rank=2, alpha=4.0, batch_size=6)
+    problem = Problem(bright, preset, {12: 3})
+    monkeypatch.setattr(study, "PROBLEMS", {"digits": problem})
+    monkeypatch.setattr(report, "PROBLEMS", {"digits": problem})
+    return problem
+
+
+@pytest.mark.thorough
+def test_runs_are_kept_searched_and_compared(tiny, tmp_path):
+    runs = [Run("digits", "lora", 12, rate, SEARCH_SEED) for rate in VARIANTS["lora"].rates]
+    compared = [
+        Run("digits", name, 12, 5e-4, seed) for name in ("lora", "bitfit") for seed in (0, 1)
+    ]
+    compared += [Run("digits", "cross-qr", 12, 5e-4, 0)]
+    for run in (*runs, *compared):
+        study.train((run, tmp_path, None))
+    records = study.read_runs(tmp_path)
+    assert records.keys() == {run.key for run in (*runs, *compared)}
+    assert {p.name for p in (tmp_path / "runs" / runs[0].key).iterdir()} == {"run.json"}
+    record = records[compared[-1].key]
+    assert record["settings"]["cntlora"]["factorization"] == "qr"
+    losses = {r.learning_rate: records[r.key]["metrics"]["validation"]["loss"] for r in runs}
+    assert study.best_rate(records, "digits", "lora", 12) == min(losses, key=losses.__getitem__)
+
+    rows = report.table(records, "digits", 12, dict.fromkeys(("lora", "bitfit"), 5e-4))
+    assert [row.split(" | ")[0] for row in rows.splitlines()[2:]] == ["| lora", "| bitfit"]
+    path = report.report(records, tmp_path)
+    assert "12 samples, every method at 0.0005" in path.read_text()
+    assert "cross-qr" not in path.read_text(), "its learning rates were not searched"
+
+
+def test_a_run_s_key_follows_its_settings(tiny, monkeypatch):
+    run = Run("digits", "lora", 12, 1e-3, 0)
+    other = dataclasses.replace(run, seed=1)
+    assert len({run.key, other.key, dataclasses.replace(run, name="cross").key}) == 3
+    before = run.key
+    changed = dataclasses.replace(tiny, sizes={12: 4})
+    monkeypatch.setattr(study, "PROBLEMS", {"digits": changed})
+    assert run.key != before
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"), [({"methods": ("lorra",)}, "lorra"), ({"sizes": (7,)}, "400")]
+)
+def test_what_is_not_in_the_tables_is_refused(tmp_path, wrong, words):
+    with pytest.raises(ValueError, match=words):
+        study.study(TaskStudy(tmp_path, "digits", **wrong))
