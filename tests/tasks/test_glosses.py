@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from peft import LoraConfig, get_peft_model
 from transformers import BertConfig, BertModel
 
 from cntlora_core.tasks import glosses
-from cntlora_core.tasks.compare_initializations import Comparison, compare, table_of
 from cntlora_core.tasks.glosses import (
     CATEGORIES,
     Gloss,
@@ -136,43 +134,6 @@ def test_the_validation_loss_is_the_mean_over_glosses(task: GlossTask):
         logits = model(batch["input_ids"], batch["attention_mask"])["logits"].detach()
         losses.append(torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="none"))
     assert task.evaluate(model).loss == pytest.approx(float(torch.cat(losses).mean()), rel=1e-5)
-
-
-def test_initialisations_are_compared_on_the_same_glosses(
-    encoder: Path, wordnet: Path, tmp_path: Path
-):
-    comparison = Comparison(
-        initializations=("lora", "cross"),
-        steps=2,
-        evaluate_at=(1, 2),
-        rank=2,
-        alpha=4,
-        train=40,
-        validation=20,
-        encoder=encoder,
-        wordnet=wordnet,
-        output=tmp_path / "glosses.json",
-    )
-    compare(
-        replace(comparison, initializations=("lora",))
-    )  # as if interrupted after the first training
-    first = json.loads((tmp_path / "glosses.json").read_text())["evaluations"]
-    records = compare(comparison)
-    assert records[:2] == first
-    assert [(r["start"], r["step"]) for r in records] == [
-        ("lora", 1), ("lora", 2), ("cross", 1), ("cross", 2),
-    ]  # fmt: skip
-    stored = json.loads((tmp_path / "glosses.json").read_text())
-    assert stored["evaluations"] == records
-    assert table_of(records).row_count == 2
-    assert compare(comparison) == records
-    with pytest.raises(ValueError, match="other settings"):
-        compare(replace(comparison, rank=4))
-    # Both initialisations give the base model's output; the first step moves the same head.
-    assert records[0]["loss"] == pytest.approx(records[2]["loss"], rel=0.05)
-    with pytest.raises(ValueError, match="constraint must be one of"):
-        compare(Comparison(initializations=("best",), encoder=encoder, wordnet=wordnet,
-            train=40, validation=20))  # fmt: skip
 
 
 def test_all_of_wordnet():
