@@ -112,6 +112,15 @@ def test_records_that_hold_no_settings_are_refused(tmp_path: Path, capsys, conte
     assert "run.json" in capsys.readouterr().err.replace("\n", "")
 
 
+def test_flags_go_behind_the_name_of_a_command_within_another(tmp_path: Path):
+    file = tmp_path / "settings.toml"
+    file.write_text("rank = 4\n")
+    words = ["--config", str(file), "--task", "rte"]
+    assert with_config(["task", "text", *words]) == ["task", "text", "--rank=4", "--task", "rte"]
+    assert with_config(["bench", "lava", *words])[:3] == ["bench", "lava", "--rank=4"]
+    assert with_config(["train", *words])[:2] == ["train", "--rank=4"]
+
+
 def test_a_flag_without_its_file_is_refused(capsys):
     assert main(["train", "--config"]) == 2
     assert "--config needs a file" in capsys.readouterr().err

@@ -41,7 +41,8 @@ def with_config(arguments: Sequence[str]) -> list[str]:
         else:
             rest.append(word)
     flags = [flag for name in files for flag in _flags(_read(user_path(name)))]
-    return [*rest[:1], *flags, *rest[1:]]
+    names = 2 if rest[:1] in (["task"], ["bench"]) else 1  # these have commands of their own
+    return [*rest[:names], *flags, *rest[names:]]
 
 
 def _read(path: Path) -> Mapping[str, Any]:

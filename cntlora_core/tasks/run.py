@@ -195,7 +195,8 @@ def training_arguments(
     steps = settings.steps or max(1, math.ceil(epoch * preset.epochs))
     every = settings.eval_every or min(epoch, steps)
     strategy = "steps" if measures else "no"
-    best = preset.select_best and measures
+    kept = settings.keep_checkpoints
+    best = preset.select_best and measures and kept > 0
     return TrainingArguments(
         output_dir=str(folder / CHECKPOINTS),
         max_steps=steps,
@@ -212,9 +213,9 @@ def training_arguments(
         logging_steps=min(settings.log_every, steps),
         eval_strategy=strategy,
         eval_steps=every if measures else None,
-        save_strategy="steps",
+        save_strategy="steps" if kept else "no",
         save_steps=every,
-        save_total_limit=settings.keep_checkpoints,
+        save_total_limit=kept or None,
         load_best_model_at_end=best,
         metric_for_best_model=f"eval_{task.best}" if best else None,
         greater_is_better=not task.lower_is_better if best else None,
@@ -307,7 +308,7 @@ def _write(result: TaskResult, task: Task, plan: Plan, adapted: Adapted, name: s
         "trained_parameters": result.trained_parameters,
         "seconds": result.seconds,
         "initialisation": write_report(adapted.report, folder),
-        "settings": plan.to_dict(),
+        **plan.to_dict(),
         "versions": {
             "cntlora": __version__,
             **{name: version(name) for name in ("torch", "transformers", "peft", "accelerate")},

@@ -111,7 +111,8 @@ class TaskSettings:
         eval_batch_size: Samples measured at once by a process; default: those trained on at once.
         eval_every: Steps between two measurements and checkpoints; default: an epoch.
         log_every: Steps between two points of the training curve.
-        keep_checkpoints: How many checkpoints are kept.
+        keep_checkpoints: How many checkpoints are kept; 0 for none, and then a run cannot be
+            resumed unless it was stopped by Ctrl-C.
         select_best: The checkpoint with the best validation metric is the result, not the last.
         max_train: Train on this many samples, taken at random.
         max_eval: Measure on this many samples of each split, taken at random.
@@ -183,6 +184,8 @@ class TaskSettings:
                 raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {value}")
         if self.steps is not None and self.epochs is not None:
             raise ValueError("steps and epochs say the same: give one of them")
+        if self.select_best and not self.keep_checkpoints:
+            raise ValueError("select_best needs checkpoints: keep_checkpoints must be at least 1")
         if self.resume and self.overwrite:
             raise ValueError("resume goes on with a run, overwrite starts anew: give one of them")
         if self.device not in (None, "cpu"):
@@ -195,7 +198,7 @@ class TaskSettings:
         above_zero = ("alpha", "learning_rate", "epochs", "lora_plus")
         at_least_zero = ("orthogonality", "weight_decay")
         counts = ("rank", "steps", "batch_size", "accumulate", "eval_batch_size", "eval_every")
-        counts += ("log_every", "keep_checkpoints", "max_train", "max_eval")
+        counts += ("log_every", "max_train", "max_eval")
         for name in (*above_zero, *at_least_zero):
             value = getattr(self, name)
             low = value is not None and (value < 0 or (value == 0 and name in above_zero))
@@ -205,7 +208,7 @@ class TaskSettings:
         for name in counts:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        for name in ("init_batches", "workers"):
+        for name in ("init_batches", "workers", "keep_checkpoints"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         for name in ("dropout", "warmup"):
@@ -228,13 +231,9 @@ class Plan:
     settings: TaskSettings
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values, for the record of a run."""
+        """JSON values: ``settings`` as they were given, and ``decided`` as the run took them."""
         given = dataclasses.asdict(self.settings) | {"cntlora": self.settings.cntlora.to_dict()}
-        decided = dataclasses.asdict(self.preset)
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in {**given, **decided}.items()
-        }
+        return {"settings": given, "decided": dataclasses.asdict(self.preset)}
 
 
 def planned(settings: TaskSettings, preset: Preset) -> Plan:

@@ -237,7 +237,7 @@ class Progress(TrainerCallback):
     def __init__(self, reporter: Reporter, stage: str) -> None:
         self.reporter, self.stage = reporter, stage
         self.cancelled: Cancelled | None = None
-        self._measured = 0
+        self._measured = self._before = 0
         self._loss: dict[str, Any] = {}
 
     def on_log(
@@ -272,9 +272,10 @@ class Progress(TrainerCallback):
         **_: Any,
     ) -> None:
         self._measured += 1
-        total = len(eval_dataloader)
-        self.reporter(f"measuring at step {state.global_step}", self._measured, total, {})
-        self._measured %= total
+        total = self._before + len(eval_dataloader)  # all measurements are one stage
+        self.reporter("measuring", self._measured, total, {})
+        if self._measured == total:
+            self._before = total
 
 
 def _rows(found: EvalPrediction) -> Rows:

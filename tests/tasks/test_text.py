@@ -69,7 +69,7 @@ def logits(model, tokenizer) -> torch.Tensor:
         {"preset": "lava"},
         pytest.param({"adapter": "lava", "method": "self"}, marks=pytest.mark.thorough),
         pytest.param({"method": "adalora", "steps": 4}, marks=pytest.mark.thorough),
-        {"method": "full", "layer_decay": 0.5},
+        {"method": "full", "layer_decay": 0.5, "keep_checkpoints": 0},
         {"method": "bitfit"},
     ],
     ids=lambda more: "-".join(map(str, more.values())),
@@ -91,6 +91,7 @@ def test_a_run_trains_measures_and_leaves_what_fits_the_stock_base(more, tmp_pat
     expected = logits(result.model, tokenizer)
     stock = AutoModelForSequenceClassification.from_pretrained(tiny_roberta, num_labels=2)
     before = logits(stock, tokenizer)
+    assert any((result.folder / "checkpoints").glob("*")) == ("keep_checkpoints" not in more)
     if more.get("method") in ("full", "bitfit"):
         found = AutoModelForSequenceClassification.from_pretrained(result.adapter)
     else:
@@ -193,9 +194,15 @@ def test_the_command_writes_a_run_and_says_what_came_out(tmp_path, tiny_roberta,
     assert "training by lora: 1 of 1" in said.err
     record = json.loads((tmp_path / "run/metrics.json").read_text())
     assert record["method"] == "lora"
-    assert record["settings"]["rank"] == 2
+    assert record["decided"]["rank"] == 2
+    assert record["decided"]["learning_rate"] == 4e-4  # the preset's
     assert main(words) == 1
     assert "holds a run already" in capsys.readouterr().err
+    again = ["task", "text", "--config", str(tmp_path / "run/metrics.json")]
+    assert main([*again, "--output", str(tmp_path / "again"), "--learning-rate", "0.1"]) == 0
+    capsys.readouterr()
+    other = json.loads((tmp_path / "again/metrics.json").read_text())
+    assert other["decided"] == {**record["decided"], "learning_rate": 0.1}
 
 
 @pytest.mark.parametrize(
@@ -238,6 +245,7 @@ def test_settings_that_do_not_go_together_are_refused(tmp_path, tiny_roberta):
         ({"device": "cuda:1"}, "device must be cpu"),
         ({"dropout": 1.0}, "below 1"),
         ({"rank": 0}, "rank must be at least 1"),
+        ({"select_best": True, "keep_checkpoints": 0}, "select_best needs checkpoints"),
     ):
         with pytest.raises(ValueError, match=message):
             train_text(settings(tmp_path, tiny_roberta, **more), data=rte())
