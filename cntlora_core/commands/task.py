@@ -60,7 +60,12 @@ class Task:
         return "; the run goes on from its last checkpoint with --resume"
 
     def run(self, reporter: ConsoleReporter) -> None:
+        from transformers.utils import logging
+
         name = RECIPES[type(self.what)]
+        # The reporter tells of long work; what is loaded from files takes seconds.
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        logging.disable_progress_bar()
         train = getattr(import_module(f"cntlora_core.tasks.{name}"), f"train_{name}")
         first = os.environ.get("RANK", "0") == "0"
         reporter.console.quiet = not first  # one process tells what is done

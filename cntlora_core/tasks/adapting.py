@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -204,12 +204,13 @@ def lava_config(preset: Preset) -> LavaConfig:
 
 def initialization_batches(
     dataset: Sequence[Any],
-    collate: Callable[[list[Any]], Any],
+    collate: Callable[[list[Any]], Mapping[str, Any]],
     *,
     batch_size: int,
     count: int,
     seed: int,
     share: tuple[int, int] = (0, 1),
+    device: torch.device | str = "cpu",
 ) -> Iterable[Any]:
     """Batches of samples taken at random, made anew in each pass.
 
@@ -220,18 +221,20 @@ def initialization_batches(
         count: How many batches; 0 for all.
         seed: Which samples.
         share: (which process, of how many): every process takes its part.
+        device: Where the tensors of a batch are put.
     """
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(torch_seed(seed)))
     chosen = order[: count * batch_size or len(dataset)].tolist()[share[0] :: share[1]]
-    return _Batches(dataset, collate, chosen, batch_size)
+    return _Batches(dataset, collate, chosen, batch_size, device)
 
 
 @dataclass(frozen=True)
 class _Batches:
     dataset: Sequence[Any]
-    collate: Callable[[list[Any]], Any]
+    collate: Callable[[list[Any]], Mapping[str, Any]]
     chosen: Sequence[int]
     batch_size: int
+    device: torch.device | str
 
     def __len__(self) -> int:
         return -(-len(self.chosen) // self.batch_size)
@@ -239,7 +242,11 @@ class _Batches:
     def __iter__(self) -> Iterator[Any]:
         for start in range(0, len(self.chosen), self.batch_size):
             indices = self.chosen[start : start + self.batch_size]
-            yield self.collate([self.dataset[i] for i in indices])
+            batch = self.collate([self.dataset[i] for i in indices])
+            yield {
+                name: value.to(self.device) if isinstance(value, Tensor) else value
+                for name, value in batch.items()
+            }
 
 
 def write_report(report: InitializationReport | None, folder: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from cntlora_core.tasks.loading import load_model, load_part
 from cntlora_core.tasks.presets import DEPTH
 from cntlora_core.tasks.recipes import DepthSettings
 from cntlora_core.tasks.run import TaskResult, run_task
+from cntlora_core.tasks.scores import mean_of_each
 from cntlora_core.tasks.segmentation import read_pairs, require_splits
 from cntlora_core.tasks.settings import Plan, planned, preset_named
 from cntlora_core.tasks.trainer import Task
@@ -115,7 +117,7 @@ def depth_task(
         splits={name: split for name, split in samples.items() if name != "train"},
         collate=_collate,
         measure=measure,
-        score=lambda rows: dict(zip(DEPTH_SCORES, map(float, np.nanmean(rows, axis=0)))),
+        score=partial(mean_of_each, DEPTH_SCORES),
         best="delta_1",
         loss=loss,
         forward_fn=distances,

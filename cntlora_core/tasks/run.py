@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments, set_seed
@@ -23,6 +24,7 @@ from cntlora_core import __version__
 from cntlora_core.lava import with_orthogonality
 from cntlora_core.methods import get_method
 from cntlora_core.runtime.files import require_writable_folder, write_json_atomic
+from cntlora_core.runtime.processes import Processes
 from cntlora_core.runtime.progress import Reporter, silent
 from cntlora_core.runtime.seeds import torch_seed
 from cntlora_core.saving.trainer_callback import ConvertedCheckpoints
@@ -99,7 +101,12 @@ def run_task(
         Cancelled: if the reporter stops the run; ``resume`` goes on with it.
     """
     preset, settings = plan.preset, plan.settings
-    folder = require_writable_folder(fresh_folder(settings))
+    _world(settings.device)  # joins the processes of a launcher
+    processes = Processes()
+    folder = processes.run(
+        lambda: _folder(plan) if processes.first else Path(settings.output),
+        "preparing the output folder",
+    )
     if len(task.train) == 0:  # pyright: ignore[reportArgumentType]
         raise ValueError("there is no sample to train on")
     train = at_most(task.train, settings.max_train, settings.seed)
@@ -108,10 +115,7 @@ def run_task(
         for name, split in task.splits.items()
     }
     args = training_arguments(plan, len(train), folder, task, bool(splits))
-    first = args.process_index == 0
     checkpoints = folder / CHECKPOINTS
-    if settings.overwrite and first:
-        shutil.rmtree(checkpoints, ignore_errors=True)
     checkpoint = None
     if settings.resume:
         checkpoint = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
@@ -129,6 +133,7 @@ def run_task(
             count=settings.init_batches * (preset.batch_size // args.per_device_train_batch_size),
             seed=settings.seed,
             share=share,
+            device=args.device,
         )
         reading = Reading(batches, task.forward_fn, task.mask_fn, task.loss)
         adapted = adapt(
@@ -161,7 +166,7 @@ def run_task(
         seconds,
         model,
     )
-    if first:
+    if processes.first:
         _write(result, task, plan, adapted, name)
     trainer.accelerator.wait_for_everyone()
     return result
@@ -233,6 +238,13 @@ def training_arguments(
     )
 
 
+def _folder(plan: Plan) -> Path:
+    folder = require_writable_folder(fresh_folder(plan.settings))
+    if plan.settings.overwrite:
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    return folder
+
+
 def _checkpointing(wanted: bool) -> dict[str, Any]:
     """Checkpointing that lets gradients through where the first layers are frozen."""
     names = {f.name for f in dataclasses.fields(TrainingArguments)}
@@ -276,9 +288,10 @@ def _trainer(
 def _measured(trainer: TaskTrainer, name: str, split: Any) -> dict[str, float]:
     trainer.task.generated.clear()
     found = trainer.evaluate(split, metric_key_prefix="final")
-    if trainer.task.generated and trainer.is_world_process_zero():
+    generated = gather_object(trainer.task.generated)  # each process has written a part
+    if generated and trainer.is_world_process_zero():
         folder = Path(str(trainer.args.output_dir)).parent
-        write_json_atomic(folder / f"generated-{name}.json", trainer.task.generated)
+        write_json_atomic(folder / f"generated-{name}.json", generated)
     values = {key.removeprefix("final_"): value for key, value in found.items() if "final_" in key}
     return {key: float(value) for key, value in values.items() if not key.endswith(TIMES)}
 

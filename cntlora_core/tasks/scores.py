@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 Array = np.ndarray
+
+
+def mean_of_each(names: Sequence[str], rows: Array) -> dict[str, float]:
+    """The mean of each column over the rows that have a number there; none of an empty column."""
+    columns = {name: column[np.isfinite(column)] for name, column in zip(names, rows.T)}
+    return {name: float(column.mean()) for name, column in columns.items() if len(column)}
 
 
 def accuracy(predicted: Array, labels: Array) -> float:

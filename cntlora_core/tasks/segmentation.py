@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from cntlora_core.tasks.mask_scores import MASK_SCORES, mask_rows
 from cntlora_core.tasks.presets import SEGMENTATION
 from cntlora_core.tasks.recipes import SegmentationSettings
 from cntlora_core.tasks.run import TaskResult, run_task
+from cntlora_core.tasks.scores import mean_of_each
 from cntlora_core.tasks.settings import Plan, planned, preset_named
 from cntlora_core.tasks.trainer import Task
 
@@ -108,7 +110,7 @@ def segmentation_task(
         splits={name: split for name, split in samples.items() if name != "train"},
         collate=_collate,
         measure=measure,
-        score=lambda rows: dict(zip(MASK_SCORES, map(float, np.nanmean(rows, axis=0)))),
+        score=partial(mean_of_each, MASK_SCORES),
         best=best,
         lower_is_better=best == "balanced_error_rate",
         loss=loss,

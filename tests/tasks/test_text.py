@@ -13,6 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
 from cntlora_core.methods.registry import METHODS
+from cntlora_core.tasks.adapting import initialization_batches
 from cntlora_core.tasks.presets import TEXT
 from cntlora_core.tasks.scores import matthews_correlation, pearson_correlation
 from cntlora_core.tasks.settings import planned
@@ -259,6 +260,27 @@ def test_validation_sets_are_halved_as_in_the_paper():
         assert (len(first), len(second)) == (validation, test)
         values = {split[i] for split in (first, second) for i in range(len(split))}
         assert values == set(range(size))
+
+
+def test_processes_read_parts_of_the_samples_that_one_reads():
+    def chosen(share):
+        options = {"batch_size": 2, "count": 3, "seed": 5, "share": share, "device": "cpu"}
+        batches = initialization_batches(
+            range(20), lambda numbers: {"x": torch.tensor(numbers)}, **options
+        )
+        assert [int(n) for b in batches for n in b["x"]] == [
+            int(n) for b in batches for n in b["x"]
+        ]  # anew in each pass
+        return [int(n) for batch in batches for n in batch["x"]]
+
+    alone, first, second = chosen((0, 1)), chosen((0, 2)), chosen((1, 2))
+    assert len(set(alone)) == 6
+    assert sorted([*first, *second]) == sorted(alone)
+    everywhere = initialization_batches(
+        range(4), lambda n: {"x": torch.tensor(n)}, batch_size=3, count=0, seed=0, device="meta"
+    )
+    assert [batch["x"].shape[0] for batch in everywhere] == [3, 1]
+    assert all(batch["x"].is_meta for batch in everywhere)
 
 
 def test_correlations_are_those_of_numpy():
