@@ -98,7 +98,7 @@ def sd15(b: DynamicsCost, folder: Path, begin: Callable[[int], None]) -> None:
         trainer._recorder = recorder
         for step in range(WARM_UP + b.steps):
             begin(step)
-            trainer._one_step()
+            recorder.end_step(trainer._one_step())
 
 
 def roberta(b: DynamicsCost, folder: Path, begin: Callable[[int], None]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +179,9 @@ class SubjectTrainer:
                 self.state().save(state_path)
                 saved_at = self.step
 
-        def between_steps() -> None:
+        def between_steps(loss: Tensor) -> None:
+            if recorder is not None:
+                recorder.end_step(loss)
             done: list[tuple[int, dict[str, float]]] = []
             due = self.step % every == 0
             if due or self.step % self._look_every == 0 or self.step == total:
@@ -192,8 +195,8 @@ class SubjectTrainer:
 
         try:
             while self.step < total:
-                self._one_step()
-                self._processes.run(between_steps, "saving and showing the training")
+                loss = self._one_step()
+                self._processes.run(partial(between_steps, loss), "saving and showing the training")
             self._processes.run(save, "saving the training")  # until something is made of it
         except BaseException as error:
             if self._sound and all_finite(self.parameters):
@@ -210,7 +213,8 @@ class SubjectTrainer:
             if recorder is not None:
                 recorder.close()
 
-    def _one_step(self) -> None:
+    def _one_step(self) -> Tensor:
+        """One optimizer step; returns its loss, which is not fetched from the device."""
         self._history.begin_step()
         self._stop_text_encoder()
         if self._recorder is not None:
@@ -241,8 +245,7 @@ class SubjectTrainer:
         self._history.add(measured, {"learning_rate": learning_rate})
         self.step += 1
         self._sound = True
-        if self._recorder is not None:
-            self._recorder.end_step(losses[0])
+        return losses[0]
 
     def _gradients(self) -> Tensor:
         """Gradients of this process's share of a step, and (3,) its part of the loss."""

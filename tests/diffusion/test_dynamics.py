@@ -39,6 +39,13 @@ def test_dynamics_are_recorded_and_change_nothing(settings, recorded, tmp_path):
         assert image.width > 500
 
 
+def test_layers_of_lava_are_recorded_too(recorded):
+    lava = change(change(recorded, "adapter", adapter="lava"), "prior", prior_weight=0.0)
+    records = read_dynamics(personalise(lava).folder / "dynamics.jsonl")
+    assert set(records[0]["grad_norms"]) == {"UNet", "text encoder"}
+    assert any(name.startswith("unet.") for name in records[0]["second_moments"])
+
+
 def test_a_run_that_goes_on_continues_the_file(recorded, tmp_path):
     whole = personalise(change(recorded, "output", output=str(tmp_path / "whole")))
     with pytest.raises(KeyboardInterrupt):

@@ -35,13 +35,13 @@ Case = tuple[str, str]
 
 
 def cases() -> list[Any]:
-    """Two classes by all methods, the others by two, and LAVA on its paper's; the rest is slow."""
+    """Two classes by all methods, the others by two, and LAVA on its paper's; the rest is thorough."""
     found = []
     for name in true.TRUE_CLASSES:
         for method in (*RUNNABLE, LAVA):
             quick = method in ("cross", "lora")
             quick |= name in WITH_LAVA if method == LAVA else name in ("roberta", "llava")
-            marks = () if quick else pytest.mark.slow
+            marks = () if quick else pytest.mark.thorough
             found.append(pytest.param((name, method), id=f"{name}-{method}", marks=marks))
     return found
 
