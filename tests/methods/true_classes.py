@@ -280,6 +280,8 @@ def _depth() -> tf.DepthAnythingForDepthEstimation:
             neck_hidden_sizes=[8, 16],
             fusion_hidden_size=8,
             head_hidden_size=8,
+            depth_estimation_type="metric",  # a relative one ends in a ReLU, which may die
+            max_depth=1,
         )
     )
 
