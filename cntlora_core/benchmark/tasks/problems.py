@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import ViTForImageClassification
 
 from cntlora_core import mini
 from cntlora_core.tasks.glosses import load_gloss_task
+from cntlora_core.tasks.images import open_picture
 from cntlora_core.tasks.recipes import VisionSettings
 from cntlora_core.tasks.settings import Plan, Preset
 from cntlora_core.tasks.text import score_classes
@@ -98,6 +100,30 @@ def digits(plan: Plan, size: int, seed: int, _folder: Path | None) -> Task:
     return _vision(plan, f"{size} digits", splits, 10, seed)
 
 
+def subject(_plan: Plan, size: int, seed: int, folder: Path | None) -> Task:
+    """A subject's name, to be said of its pictures and of no others, by a small LLaVA."""
+    from cntlora_core.benchmark.tasks.small_llava import load_llava
+
+    model, tokenizer = load_llava(folder or Path("llava"))
+    names = mini.subjects()
+    chosen = names[seed % len(names)]
+    photos = _captioned(chosen)[:size]
+    others = [row for name in names if name != chosen for row in _captioned(name, held_out=True)]
+    plain = [(picture, caption.replace("sks ", "")) for picture, caption in others]
+    measured = [*((p, c, 1) for p, c in _captioned(chosen, held_out=True)),
+                *((p, c, 0) for p, c in plain)]  # fmt: skip
+    return Task(
+        name=f"the name of a {chosen}",
+        model=model,
+        train=[(picture, caption, 1) for picture, caption in photos],
+        splits={"validation": measured},
+        collate=_Captions(tokenizer),
+        measure=_Naming(tokenizer),
+        score=_score_naming,
+        best="accuracy",
+    )
+
+
 _TEXT = Preset(
     source="as the recipe of GLUE: LoRA's settings for RoBERTa-large (arXiv 2106.09685, table 9)",
     model="all-MiniLM-L6-v2",
@@ -126,9 +152,21 @@ _VISION = Preset(
     options={"image_size": 64},
 )
 
+_NAMING = Preset(
+    source="as the recipe of myVLM (ConsNoTrainLoRA, supplement), without its batch of 8",
+    model="the small LLaVA",
+    data="",
+    targets=r".*(vision_tower.*|language_model.*)\.(q_proj|k_proj|v_proj|gate_proj|up_proj|down_proj)",
+    rank=16,
+    alpha=32.0,
+    learning_rate=2e-4,
+    batch_size=5,
+)
+
 PROBLEMS: Mapping[str, Problem] = {
     "glosses": Problem(glosses, _TEXT, {640: 100, 1600: 150, 6400: 200}),
     "style": Problem(style, _VISION, {600: 150, 1200: 200}),
+    "subject": Problem(subject, _NAMING, {5: 60}),
     "digits": Problem(digits, _VISION, {100: 60, 400: 120}),
 }
 
@@ -179,3 +217,48 @@ def _padded(samples: list[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
 def _measure_glosses(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor | None, Tensor]:
     found = model(**batch)
     return found["loss"], torch.cat([found["logits"], batch["labels"][:, None].float()], dim=1)
+
+
+def _captioned(name: str, held_out: bool = False) -> list[tuple[Image.Image, str]]:
+    """A subject's pictures with captions that name it and the background."""
+    known = mini.subject(name)
+    kind, folder = ("held_out", known.held_out) if held_out else ("photos", known.photos)
+    table = json.loads((folder.parents[1] / "subjects.json").read_text("utf-8"))["subjects"][name]
+    return [(open_picture(folder / f"{i}.png"), text) for i, text in enumerate(table[kind])]
+
+
+@dataclass(frozen=True)
+class _Captions:
+    tokenizer: Any
+
+    def __call__(self, samples: list[tuple[Image.Image, str, int]]) -> Mapping[str, Tensor]:
+        from cntlora_core.benchmark.tasks.small_llava import encode, pixels
+
+        pictures, captions, named = zip(*samples, strict=True)
+        return {
+            **encode(self.tokenizer, captions),
+            "pixel_values": pixels(pictures),
+            "is_subject": torch.tensor(named),
+        }
+
+
+@dataclass(frozen=True)
+class _Naming:
+    """Rows of whether the name was said, and whether it should have been."""
+
+    tokenizer: Any
+
+    def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        from cntlora_core.benchmark.tasks.small_llava import describe
+
+        known = {name: value for name, value in batch.items() if name != "is_subject"}
+        told = describe(model, self.tokenizer, batch["pixel_values"])
+        said = torch.tensor([float("sks" in text.split()) for text in told])
+        return model(**known).loss, torch.stack([said, batch["is_subject"].float()], dim=1)
+
+
+def _score_naming(rows: np.ndarray) -> dict[str, float]:
+    """Recall of the name on the subject, its absence on others, and the mean of the two."""
+    said, is_subject = rows[:, 0], rows[:, 1] > 0
+    recall, absence = float(said[is_subject].mean()), 1 - float(said[~is_subject].mean())
+    return {"accuracy": (recall + absence) / 2, "recall": recall, "absence": absence}

@@ -33,7 +33,7 @@ from cntlora_core.runtime.reading import read_json_object
 from cntlora_core.tasks.run import run_task
 from cntlora_core.tasks.settings import TaskSettings, planned
 
-ProblemName = Literal["glosses", "style", "digits"]
+ProblemName = Literal["glosses", "style", "digits", "subject"]
 SEARCH_SEED = 100
 RATES = (3e-4, 1e-3, 3e-3)
 LOW, HIGH = (3e-5, 1e-4, 3e-4), (1e-3, 3e-3, 1e-2)
@@ -78,11 +78,11 @@ class TaskStudy:
 
     Attributes:
         output: Folder of the runs; those that it holds are not run again.
-        problem: glosses, style or digits.
+        problem: glosses, style, digits or subject.
         methods: Names of the table.
         seeds: Of the comparison.
         sizes: Numbers of training samples; default: all of the problem's.
-        folder: Of the data, where they are no package's.
+        folder: Of the data, where they are no package's: of the drawings, or of the small LLaVA.
         workers: Runs at once, one process and one thread each.
     """
 
