@@ -144,6 +144,7 @@ def train(task: tuple[Run, Path, Path | None], reporter: Reporter = silent) -> N
         steps=steps,
         eval_every=max(1, steps // 3),
         eval_batch_size=64,
+        keep_checkpoints=0,
         init_batches=16,
         seed=run.seed,
         device="cpu",
