@@ -229,14 +229,24 @@ def _samples(rows: Rows, glue: _Glue, where: str) -> Sequence[Any]:
         for i, value in enumerate(_column(rows, label))
     ]
 
-    def make(index: int) -> tuple[tuple[str, ...], float]:
-        row = rows[index]
-        for name in texts:
-            if row[name] is None:
-                raise ValueError(f"{where}, row {index}: column {name!r} is empty")
-        return tuple(str(row[name]) for name in texts), labels[index]
+    return Mapped(range(len(labels)), _Row(rows, tuple(texts), labels, where))  # pyright: ignore[reportReturnType]
 
-    return Mapped(range(len(labels)), make)  # pyright: ignore[reportReturnType]
+
+@dataclass(frozen=True)
+class _Row:
+    """A sample by its number; no closure, so that processes that prepare samples can have it."""
+
+    rows: Rows
+    texts: tuple[str, ...]
+    labels: Sequence[float]
+    where: str
+
+    def __call__(self, index: int) -> tuple[tuple[str, ...], float]:
+        row = self.rows[index]
+        for name in self.texts:
+            if row[name] is None:
+                raise ValueError(f"{self.where}, row {index}: column {name!r} is empty")
+        return tuple(str(row[name]) for name in self.texts), self.labels[index]
 
 
 def _column(rows: Any, name: str) -> Sequence[Any]:

@@ -184,6 +184,12 @@ def read_products(source: str, prompt: str) -> dict[str, list[Conversation]]:
         ImportError, FileNotFoundError, ValueError: as :func:`.read_tables`, and if a column is
             missing.
     """
+    try:
+        prompt.format(product_name="", category="")
+    except (LookupError, ValueError) as error:
+        raise ValueError(
+            f"the prompt may name {{product_name}} and {{category}}, and no others: {prompt!r}"
+        ) from error
     layout = TableFormat((), {"train": ("train",), "validation": ("validation", "test")})
     found = {}
     for split, rows in read_tables(source, layout).items():

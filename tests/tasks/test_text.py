@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -206,6 +208,14 @@ def test_the_command_writes_a_run_and_says_what_came_out(tmp_path, tiny_roberta,
     assert other["decided"] == {**record["decided"], "learning_rate": 0.1}
 
 
+def test_other_processes_can_prepare_samples(tmp_path, tiny_roberta):
+    wanted = settings(tmp_path, tiny_roberta)
+    task = text_task(planned(wanted, TEXT["cntlora"]["rte"]), wanted, data=rte())
+    train, collate = pickle.loads(pickle.dumps((task.train, task.collate)))
+    assert train[1] == task.train[1] == ((SENTENCES[1], SENTENCES[2]), 0)
+    assert collate([train[0], train[1]])["labels"].tolist() == [1, 0]
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -234,6 +244,12 @@ def test_folders_and_models_that_are_not_there_are_named(tmp_path, tiny_roberta)
         train_text(settings(tmp_path, tiny_roberta, data=str(tmp_path / "empty")))
     with pytest.raises(FileNotFoundError, match="there is no such file or folder here"):
         train_text(settings(tmp_path, tiny_roberta, model="nobody/nothing"), data=rte())
+
+
+def test_without_the_library_of_data_sets_its_extra_is_named(tmp_path, tiny_roberta, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r"needs the library datasets: pip install .*\[tasks\]"):
+        train_text(settings(tmp_path, tiny_roberta, data=str(tmp_path)))
 
 
 def test_settings_that_do_not_go_together_are_refused(tmp_path, tiny_roberta):

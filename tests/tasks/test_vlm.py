@@ -237,6 +237,8 @@ def test_products_and_instructions_are_read(tmp_path, llava, myvlm):
     (first, _) = read_products(str(folder), "name {product_name}, {category}")["train"]
     assert first.turns == (("name mat, red", "a red mat"),)
     assert first.image.size == (30, 28)
+    with pytest.raises(ValueError, match=r"may name {product_name} and {category}, and no others"):
+        read_products(str(folder), "a {colour}")
     table.remove_columns("Category").to_parquet(str(folder / "train-00000-of-00001.parquet"))
     with pytest.raises(ValueError, match="no column 'Category'; its columns are image, Product"):
         read_products(str(folder), "")
