@@ -48,6 +48,7 @@ def losses(log) -> dict[int, float]:
 @pytest.mark.parametrize(
     "finished", ["cross", pytest.param("lava", marks=pytest.mark.slow)], indirect=True
 )
+@pytest.mark.thorough
 def test_a_run_resumed_in_a_fresh_process_ends_as_one_that_was_not_interrupted(finished):
     trainer, folder = finished
     copied = folder / "killed"

@@ -39,6 +39,7 @@ def test_dynamics_are_recorded_and_change_nothing(settings, recorded, tmp_path):
         assert image.width > 500
 
 
+@pytest.mark.thorough
 def test_layers_of_lava_are_recorded_too(recorded):
     lava = change(change(recorded, "adapter", adapter="lava"), "prior", prior_weight=0.0)
     records = read_dynamics(personalise(lava).folder / "dynamics.jsonl")

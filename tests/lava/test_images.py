@@ -75,6 +75,7 @@ def test_layouts_that_know_no_mid_hold_the_same_change(train, tiny_model):
     assert relative(prediction(unet, text_encoder), kept["prediction"]) < 1e-4
 
 
+@pytest.mark.thorough
 def test_compressed_and_rounded_files_say_what_that_cost(train, monkeypatch):
     monkeypatch.setattr(export, "TRUNCATION_BOUND", 1.0)
     exact, _ = train(ADAPTERS["fixed"], name="exact")

@@ -35,12 +35,11 @@ Case = tuple[str, str]
 
 
 def cases() -> list[Any]:
-    """Two classes by all methods, the others by two, LAVA on its paper's; the rest is thorough."""
+    """All classes by two methods, LAVA on its paper's; the rest is thorough."""
     found = []
     for name in true.TRUE_CLASSES:
         for method in (*RUNNABLE, LAVA):
-            quick = method in ("cross", "lora")
-            quick |= name in WITH_LAVA if method == LAVA else name in ("roberta", "llava")
+            quick = method in ("cross", "lora") or (method == LAVA and name in WITH_LAVA)
             marks = () if quick else pytest.mark.thorough
             found.append(pytest.param((name, method), id=f"{name}-{method}", marks=marks))
     return found

@@ -84,6 +84,7 @@ def test_a_subject_scores_more_with_itself_than_with_others(encoders: Encoders) 
     assert (own.clip_t or 0) > (other.clip_t or 0)
 
 
+@pytest.mark.thorough
 def test_the_classifier_finds_object_and_background_in_what_the_model_generates(
     generated: Generated,
 ) -> None:
