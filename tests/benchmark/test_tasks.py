@@ -65,8 +65,9 @@ def test_runs_are_kept_searched_and_compared(tiny, tmp_path):
     assert {p.name for p in (tmp_path / "runs" / runs[0].key).iterdir()} == {"run.json"}
     record = records[compared[-1].key]
     assert record["settings"]["cntlora"]["factorization"] == "qr"
-    losses = {r.learning_rate: records[r.key]["metrics"]["validation"]["loss"] for r in runs}
-    assert study.best_rate(records, "digits", "lora", 12) == min(losses, key=losses.__getitem__)
+    found = {r.learning_rate: records[r.key]["metrics"]["validation"] for r in runs}
+    best = max(found, key=lambda rate: (found[rate]["accuracy"], -found[rate]["loss"]))
+    assert study.best_rate(records, "digits", "lora", 12) == best
 
     rows = report.table(records, "digits", 12, dict.fromkeys(("lora", "bitfit"), 5e-4))
     assert [row.split(" | ")[0] for row in rows.splitlines()[2:]] == ["| lora", "| bitfit"]

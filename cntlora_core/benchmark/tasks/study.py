@@ -34,7 +34,8 @@ from cntlora_core.tasks.run import run_task
 from cntlora_core.tasks.settings import TaskSettings, planned
 
 ProblemName = Literal["glosses", "style", "digits", "subject"]
-SEARCH_SEED = 100
+SEARCH_SEED = 103
+"""Another subject, too, than those of the first seeds."""
 RATES = (3e-4, 1e-3, 3e-3)
 LOW, HIGH = (3e-5, 1e-4, 3e-4), (1e-3, 3e-3, 1e-2)
 RECORD_NAME = "run.json"
@@ -161,7 +162,8 @@ def train(task: tuple[Run, Path, Path | None], reporter: Reporter = silent) -> N
 
 
 def best_rate(runs: Mapping[str, Mapping[str, Any]], problem: str, name: str, size: int) -> float:
-    """The learning rate of the least validation loss at the end of the search.
+    """The learning rate of the best validation metric at the end of the search; of equal ones, that
+    of the least loss.
 
     Args:
         runs: Records by key.
@@ -169,11 +171,12 @@ def best_rate(runs: Mapping[str, Mapping[str, Any]], problem: str, name: str, si
         name: Of the method.
         size: At which it was searched.
     """
-    found = {
-        rate: runs[Run(problem, name, size, rate, SEARCH_SEED).key]["metrics"]["validation"]["loss"]
-        for rate in VARIANTS[name].rates
-    }
-    return min(found, key=found.__getitem__)
+    found = {}
+    for rate in VARIANTS[name].rates:
+        record = runs[Run(problem, name, size, rate, SEARCH_SEED).key]
+        metrics = record["metrics"]["validation"]
+        found[rate] = (metrics[record["best"]], -metrics["loss"])
+    return max(found, key=found.__getitem__)
 
 
 def search_size(problem: str) -> int:
