@@ -245,3 +245,13 @@ def train(tiny_model: Path, photo_folder: Path, tmp_path: Path, monkeypatch):
         return job.personalise(asked, resume=resume, **given), kept
 
     return run
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """What is no part of the installed package, its measurements and the making of the small model,
+    is tested apart.
+    """
+    for item in items:
+        if {"benchmark", "mini"} & set(item.path.relative_to(Path(__file__).parent).parts):
+            item.add_marker(pytest.mark.thorough)

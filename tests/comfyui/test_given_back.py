@@ -28,6 +28,7 @@ def live_bytes() -> int:
     return sum(storages.values())
 
 
+@pytest.mark.thorough
 def test_models_have_gone_when_caches_are_emptied_and_later(
     pack: Pack, run: SimpleNamespace, tiny_encoders: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

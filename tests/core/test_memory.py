@@ -39,6 +39,7 @@ print(plain, kept, held - start, resident() - start)
 
 
 @pytest.mark.skipif(_glibc() is None, reason="the C library is not glibc")
+@pytest.mark.thorough
 def test_freed_memory_is_reused_then_given_back():
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True

@@ -47,6 +47,7 @@ def errors(folder: Path, scenario: str, processes: int) -> list[str]:
         "accelerate_dataloader",
     ],
 )
+@pytest.mark.thorough
 def test_every_process_gets_the_initialisation_of_all_the_data(folder, scenario, processes):
     alone = load_file(folder / f"{scenario}-1-0.safetensors")
     first, *others = (

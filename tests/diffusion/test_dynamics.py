@@ -47,6 +47,7 @@ def test_layers_of_lava_are_recorded_too(recorded):
     assert any(name.startswith("unet.") for name in records[0]["second_moments"])
 
 
+@pytest.mark.thorough
 def test_a_run_that_goes_on_continues_the_file(recorded, tmp_path):
     whole = personalise(change(recorded, "output", output=str(tmp_path / "whole")))
     with pytest.raises(KeyboardInterrupt):

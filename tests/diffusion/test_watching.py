@@ -31,6 +31,7 @@ def measured(result) -> dict[int, float]:
     return {i: r["held_out_loss"] for i, r in records if "held_out_loss" in r}
 
 
+@pytest.mark.thorough
 def test_held_out_photos_are_measured_and_change_nothing(settings, held_out, tmp_path):
     plain = personalise(settings)
     watched = change(settings, "output", output=str(tmp_path / "watched"))

@@ -41,6 +41,7 @@ def test_the_command_prints_draws_and_leaves_other_files_alone(
 
 
 @pytest.mark.plots
+@pytest.mark.thorough
 def test_a_run_of_train(tiny_model: Path, photo_folder: Path, tmp_path: Path, capsys: Any):
     from cntlora_core.diffusion import (
         AdapterSettings,

@@ -70,6 +70,7 @@ def test_stock_pipeline_gives_the_trained_output(
     assert error(actual[0], expected[0]) < 1e-5
 
 
+@pytest.mark.thorough
 def test_layers_of_differing_ranks_are_scaled_right(
     base, tmp_path: Path, loader_messages: list[str]
 ) -> None:

@@ -164,6 +164,7 @@ def test_a_class_is_initialised_trained_and_saved(case, trained):
 
 
 @pytest.mark.parametrize("case", [c for c in cases() if c.values[0][1] not in ("full", "loftq")])
+@pytest.mark.thorough
 def test_a_fresh_process_loads_and_merges_what_was_saved(case, trained, loaded):
     expected = trained(case).output
     folder = loaded / " ".join(case)

@@ -75,6 +75,7 @@ def personalise(settings, monkeypatch, **options):
         return job.personalise(settings, **options), kept
 
 
+@pytest.mark.thorough
 def test_a_run_goes_on_where_it_stopped_and_its_file_is_right_in_every_layout(
     settings, stock, tmp_path, monkeypatch
 ):
