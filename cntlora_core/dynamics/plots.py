@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from cntlora_core.dynamics.log import Record
 from cntlora_core.dynamics.token_moments import ALL, TEXT, VISUAL
+from cntlora_core.figures.plots import save_figure
 from cntlora_core.figures.sheets import running_mean
-from cntlora_core.runtime.files import atomic_write
 
 _WINDOW = 20  # steps of the running mean
 _STYLES = {VISUAL: "o-", TEXT: "s--", ALL: "o-"}
@@ -34,10 +33,7 @@ def plot_dynamics(runs: Mapping[str, Sequence[Record]], path: str | Path, title:
     """
     if not any(runs.values()):
         raise ValueError("there are no records to plot")
-    figure = _figure(runs, title)
-    FigureCanvasAgg(figure)
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=90)
+    save_figure(_figure(runs, title), Path(path))
     return Path(path)
 
 
@@ -102,12 +98,11 @@ def _plot_ratios(axis: Axes, runs: Mapping[str, Sequence[Record]]) -> None:
             axis.plot(
                 *zip(*places, strict=True), "o-", color=f"C{i % 10}", label=name, markersize=3
             )
-    axis.set(title="second moment: visual / text", xlabel="adapted layer")
-    if axis.lines:
-        axis.set_yscale("log")
-        axis.axhline(1.0, color="#888888", linewidth=0.7)
-    else:
-        axis.set_axis_off()
+    if not axis.lines:
+        axis.remove()
+        return
+    axis.set(title="second moment: visual / text", xlabel="adapted layer", yscale="log")
+    axis.axhline(1.0, color="#888888", linewidth=0.7)
 
 
 def _latest_moments(records: Sequence[Record]) -> list[dict[str, Any]]:

@@ -83,7 +83,8 @@ class ConsoleReporter:
         )
         self._last_line = 0.0
         self._tasks: dict[str, TaskID] = {}
-        self._started: dict[str, float] = {}
+        self._began: dict[str, tuple[float, int]] = {}  # when, and how much was done by then
+        self._done: dict[str, int] = {}
         self._losses: list[float] = []
         self._cancelled: int | None = None
 
@@ -96,7 +97,11 @@ class ConsoleReporter:
             return
         if stage not in self._tasks:
             self._tasks[stage] = self._progress.add_task(printable(stage), total=total, info="")
-            self._started[stage] = time.monotonic()
+            self._began[stage] = time.monotonic(), max(0, done - 1)
+        elif done < self._done[stage]:  # the same again, for another LoRA say
+            self._progress.reset(self._tasks[stage])
+            self._began[stage], self._losses = (time.monotonic(), max(0, done - 1)), []
+        self._done[stage] = done
         info = self._info(values)
         self._progress.update(self._tasks[stage], completed=done, total=total, info=info)
         if not self.console.is_terminal:
@@ -107,8 +112,10 @@ class ConsoleReporter:
         if now - self._last_line < SECONDS_BETWEEN_LINES and done < total:
             return
         self._last_line = now
-        elapsed = now - self._started[stage]
-        left = f", {elapsed / done * (total - done):.0f} s left" if 0 < done < total else ""
+        began, first = self._began[stage]
+        elapsed = now - began
+        each = elapsed / (done - first) if done > first else 0.0
+        left = f", {each * (total - done):.0f} s left" if each and done < total else ""
         comma = ", " if info else ""
         say(self.console, f"{stage}: {done} of {total}, {elapsed:.0f} s{left}{comma}{info}")
 

@@ -25,6 +25,7 @@ from cntlora_core.runtime.progress import Reporter, stage_progress
 from cntlora_core.runtime.seeds import torch_seed
 from cntlora_core.saving.conversion import save_converted
 from cntlora_core.saving.load_initialized import load_initialized
+from cntlora_core.tasks.data import shuffled
 from cntlora_core.tasks.settings import Plan, Preset
 
 ForwardFn = Callable[[nn.Module, Any], Any]
@@ -223,8 +224,8 @@ def initialization_batches(
         share: (which process, of how many): every process takes its part.
         device: Where the tensors of a batch are put.
     """
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(torch_seed(seed)))
-    chosen = order[: count * batch_size or len(dataset)].tolist()[share[0] :: share[1]]
+    order = shuffled(len(dataset), seed)
+    chosen = order[: count * batch_size or len(dataset)][share[0] :: share[1]]
     return _Batches(dataset, collate, chosen, batch_size, device)
 
 

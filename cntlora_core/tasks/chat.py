@@ -205,7 +205,7 @@ class SentenceEncoder:
 
         what = "an encoder of sentences"
         self.tokenizer = load_part(AutoTokenizer, source, what)
-        self.model = load_part(AutoModel, source, what).to(device).eval()
+        self.model = load_part(AutoModel, source, what, dtype=torch.float32).to(device).eval()
 
     @torch.no_grad()
     def __call__(self, sentences: Sequence[str]) -> Tensor:

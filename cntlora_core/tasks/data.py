@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from cntlora_core.runtime.hub import why_not_fetched
 from cntlora_core.runtime.reading import reason, user_path
@@ -33,24 +33,11 @@ class Mapped(Dataset[Any]):
         return self.make(self.rows[index])
 
 
-class Some(Dataset[Any]):
-    """Samples of a dataset, by their numbers."""
-
-    def __init__(self, dataset: Any, indices: Sequence[int]) -> None:
-        self.dataset, self.indices = dataset, indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.dataset[self.indices[index]]
-
-
 def at_most(dataset: Any, count: int | None, seed: int) -> Any:
     """The dataset, or that many samples of it that are taken at random."""
     if count is None or count >= len(dataset):
         return dataset
-    return Some(dataset, shuffled(len(dataset), seed)[:count])
+    return Subset(dataset, shuffled(len(dataset), seed)[:count])
 
 
 def shuffled(count: int, seed: int) -> list[int]:
@@ -155,6 +142,21 @@ def require_columns(rows: Any, columns: Iterable[str], where: str) -> None:
             raise ValueError(
                 f"{where} has no column {column!r}; its columns are {', '.join(map(str, there))}"
             )
+
+
+def require_splits(data: Mapping[str, Sequence[Any]]) -> None:
+    """Refuse data without training samples, without any to measure on, or with an empty split.
+
+    Raises:
+        ValueError: naming the split.
+    """
+    if "train" not in data or len(data) < 2:
+        raise ValueError(
+            f"a split 'train' and one to measure on are needed; there are {', '.join(data)}"
+        )
+    for name, samples in data.items():
+        if len(samples) == 0:
+            raise ValueError(f"split {name!r} is empty: there is no sample in it")
 
 
 def column_of(rows: Any, names: Sequence[str], where: str) -> str:

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from cntlora_core.runtime.progress import Reporter, silent
 from cntlora_core.runtime.reading import reading, user_path
 from cntlora_core.runtime.seeds import torch_seed
-from cntlora_core.tasks.data import Mapped, require_picture
+from cntlora_core.tasks.data import Mapped, require_picture, require_splits
 from cntlora_core.tasks.images import open_picture, pixels
 from cntlora_core.tasks.loading import load_model, load_part
 from cntlora_core.tasks.presets import DEPTH
 from cntlora_core.tasks.recipes import DepthSettings
 from cntlora_core.tasks.run import TaskResult, run_task
 from cntlora_core.tasks.scores import mean_of_each
-from cntlora_core.tasks.segmentation import read_pairs, require_splits
+from cntlora_core.tasks.segmentation import read_pairs
 from cntlora_core.tasks.settings import Plan, planned, preset_named
 from cntlora_core.tasks.trainer import Task
 
@@ -225,7 +225,7 @@ def metres(depth: Any, scale: float) -> Tensor:
     """A depth image, or an array of metres, as metres: float32 (h, w)."""
     if isinstance(depth, (str, Path)):
         with reading(Path(depth), "a depth image"), Image.open(depth) as picture:
-            return torch.from_numpy(np.asarray(picture).astype(np.float32)) / scale
+            return metres(picture, scale)
     if isinstance(depth, Image.Image):
         return torch.from_numpy(np.asarray(depth).astype(np.float32)) / scale
     return torch.as_tensor(depth, dtype=torch.float32)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
 from cntlora_core.runtime.progress import Reporter, silent
 from cntlora_core.runtime.reading import user_path
@@ -19,7 +20,7 @@ from cntlora_core.tasks.answers import (
     generate_answers,
     use_padding,
 )
-from cntlora_core.tasks.data import Mapped, Rows, Some, read_records, require_columns, shuffled
+from cntlora_core.tasks.data import Mapped, Rows, read_records, require_columns, shuffled
 from cntlora_core.tasks.loading import load_model, load_part
 from cntlora_core.tasks.presets import LM
 from cntlora_core.tasks.recipes import COMMONSENSE, LmSettings
@@ -108,8 +109,8 @@ def lm_task(
     splits: dict[str, Any] = {}
     if settings.held_out:
         order = shuffled(len(train), settings.seed)
-        splits["validation"] = Mapped(Some(train, order[: settings.held_out]), encode)  # pyright: ignore[reportArgumentType]
-        train = Some(train, order[settings.held_out :])
+        splits["validation"] = Mapped(Subset(train, order[: settings.held_out]), encode)  # pyright: ignore[reportArgumentType]
+        train = Subset(train, order[settings.held_out :])
     generated: list[dict[str, Any]] = []
     return Task(
         name="commonsense",

@@ -44,13 +44,6 @@ def load_part(kind: Any, source: str, what: str, **options: Any) -> Any:
         raise FileNotFoundError(f"{source}: {why_not_fetched(error, what)}") from error
 
 
-def load_image_processor(source: str) -> Any:
-    """The image processor in its Pillow form, which needs no torchvision."""
-    return load_part(
-        transformers.AutoImageProcessor, source, "an image processor", **pillow_processors()
-    )
-
-
 def pillow_processors() -> dict[str, Any]:
     """What ``from_pretrained`` of an image processor takes for the Pillow form."""
     old = int(transformers.__version__.partition(".")[0]) < 5

@@ -20,17 +20,13 @@ def accuracy(predicted: Array, labels: Array) -> float:
     return float(np.mean(predicted == labels))
 
 
-def matthews_correlation(predicted: Array, labels: Array) -> float:
-    """Matthews' correlation coefficient of two classes, -1 to 1; 0 where it is undefined."""
-    p, y = predicted.astype(bool), labels.astype(bool)
-    tp, tn = float((p & y).sum()), float((~p & ~y).sum())
-    fp, fn = float((p & ~y).sum()), float((~p & y).sum())
-    below = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
-    return (tp * tn - fp * fn) / below**0.5 if below else 0.0
-
-
 def pearson_correlation(predicted: Array, labels: Array) -> float:
     """Pearson's correlation coefficient, -1 to 1; 0 where one of both does not vary."""
     x, y = predicted.astype(float) - predicted.mean(), labels.astype(float) - labels.mean()
     below = float((x @ x) * (y @ y)) ** 0.5
     return float(x @ y) / below if below else 0.0
+
+
+def matthews_correlation(predicted: Array, labels: Array) -> float:
+    """Matthews' correlation coefficient of two classes, which is Pearson's of 0 and 1."""
+    return pearson_correlation(predicted.astype(bool), labels.astype(bool))

@@ -22,6 +22,7 @@ from cntlora_core.tasks.data import (
     read_tables,
     require_columns,
     require_picture,
+    require_splits,
 )
 from cntlora_core.tasks.images import open_picture, pixels
 from cntlora_core.tasks.loading import load_model
@@ -162,21 +163,6 @@ LOSSES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "structure": structure_loss,
     "balanced": balanced_loss,
 }
-
-
-def require_splits(data: Mapping[str, Sequence[Any]]) -> None:
-    """Refuse data without training samples, without any to measure on, or with an empty split.
-
-    Raises:
-        ValueError: naming the split.
-    """
-    if "train" not in data or len(data) < 2:
-        raise ValueError(
-            f"a split 'train' and one to measure on are needed; there are {', '.join(data)}"
-        )
-    for name, pairs in data.items():
-        if len(pairs) == 0:
-            raise ValueError(f"split {name!r} is empty: there is no image in it")
 
 
 def read_pairs(

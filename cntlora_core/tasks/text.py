@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
 from cntlora_core.runtime.progress import Reporter, silent
 from cntlora_core.tasks.data import (
     Mapped,
     Rows,
-    Some,
     TableFormat,
     column_of,
     read_tables,
@@ -161,8 +161,8 @@ def halved(splits: Mapping[str, Any], seed: int) -> dict[str, Any]:
     order = shuffled(len(first), seed)
     count = 1000 if len(order) > 2000 else -(-len(order) // 2)
     return {
-        "validation": Some(first, order[:count]),
-        "test": Some(first, order[count:]),
+        "validation": Subset(first, order[:count]),
+        "test": Subset(first, order[count:]),
         **dict(rest),
     }
 

@@ -22,6 +22,7 @@ from cntlora_core.tasks.data import (
     read_tables,
     require_columns,
     require_picture,
+    require_splits,
 )
 from cntlora_core.tasks.images import open_picture, pixels
 from cntlora_core.tasks.loading import load_model
@@ -96,10 +97,7 @@ def vision_task(
             raise ValueError("give data: a folder in VTAB-1K's layout, one of classes, or a hub id")
         data, classes = read_pictures(preset.data, settings.tune)
         name = Path(preset.data).name
-    if "train" not in data or len(data) < 2:
-        raise ValueError(
-            f"a split 'train' and one to measure on are needed; there are {', '.join(data)}"
-        )
+    require_splits(data)
     count = max(_count_classes(data), len(classes or ()))
     base: Any = model
     if base is None:
@@ -221,8 +219,6 @@ def _labels(samples: Any) -> Sequence[int]:
 def _count_classes(data: Mapping[str, Sequence[Picture]]) -> int:
     highest = 0
     for split, samples in data.items():
-        if len(samples) == 0:
-            raise ValueError(f"split {split!r} is empty: there is no picture in it")
         for i, label in enumerate(_labels(samples)):
             if isinstance(label, bool) or not isinstance(label, int) or label < 0:
                 raise ValueError(

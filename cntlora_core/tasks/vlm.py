@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
 from cntlora_core.runtime.progress import Reporter, silent
 from cntlora_core.runtime.reading import read_json_object, user_path
 from cntlora_core.tasks.answers import generate_answers
 from cntlora_core.tasks.chat import Chat, Conversation, SentenceEncoder, chat_of, load_chat
 from cntlora_core.tasks.data import (
-    Some,
     TableFormat,
     at_most,
     read_records,
@@ -136,10 +136,11 @@ def held_out(conversations: Sequence[Conversation], share: float, seed: int) -> 
         )
     if not count:
         return {"train": conversations}
+    samples: Any = conversations
     kept = {distinct[i] for i in shuffled(len(distinct), seed)[:count]}
     return {
-        "train": Some(conversations, [i for i, key in enumerate(keys) if key not in kept]),
-        "validation": Some(conversations, [i for i, key in enumerate(keys) if key in kept]),
+        "train": Subset(samples, [i for i, key in enumerate(keys) if key not in kept]),
+        "validation": Subset(samples, [i for i, key in enumerate(keys) if key in kept]),
     }
 
 

@@ -26,14 +26,8 @@ from cntlora_core.cli import main
 
 @pytest.mark.parametrize(
     ("case", "method"),
-    [(CASES[0], "cntlora")]
-    + [
-        pytest.param(case, method, marks=pytest.mark.thorough)
-        for case, method in [
-            *((CASES[0], name) for name in [*DIRECT, "pissa", "self"] if name != "cntlora"),
-            *((case, method) for case in CASES[1:] for method in ("cntlora", "corda")),
-        ]
-    ],
+    [(CASES[0], method) for method in [*DIRECT, "pissa", "self"]]
+    + [(case, method) for case in CASES[1:] for method in ("cntlora", "corda")],
 )
 def test_every_initialisation_runs_on_every_case(case: Any, method: Any):
     reports: list[dict[str, Any]] = []

@@ -186,7 +186,6 @@ def test_a_result_file_keeps_and_refuses(tmp_path: Path):
         ResultFile(path, {"rank": 5})
 
 
-@pytest.mark.thorough
 def test_the_command_runs_and_goes_on(tmp_path: Path, capsys):
     folder = tmp_path / "out"
     arguments = ["bench", "lava", "--quick", "--experiments", "structure", "--output", str(folder)]

@@ -9,7 +9,6 @@ from PIL import Image
 
 from cntlora_core.benchmark.tasks import problems
 from cntlora_core.benchmark.tasks.small_llava import (
-    IGNORED,
     PATCHES,
     LlavaSettings,
     build_llava,
@@ -17,8 +16,9 @@ from cntlora_core.benchmark.tasks.small_llava import (
     describe,
     encode,
     load_llava,
-    pixels,
 )
+from cntlora_core.mini.making.evaluate import as_batch
+from cntlora_core.tasks.answers import IGNORED
 
 
 @pytest.fixture(scope="module")
@@ -37,16 +37,15 @@ def test_the_loss_counts_the_caption_alone(llava):
     assert tokenizer.decode(counted[0], skip_special_tokens=True).strip() == "a photo of a cat"
     assert counted[0][-1] == tokenizer.eos_token_id
     assert batch["attention_mask"].sum(1).diff() > 0
-    pictures = pixels([Image.new("RGB", (64, 64), c) for c in ("red", "blue")])
+    pictures = as_batch([Image.new("RGB", (64, 64), c) for c in ("red", "blue")])
     with torch.no_grad():
         loss = model(**batch, pixel_values=pictures).loss
         other = model(**batch, pixel_values=pictures.flip(0)).loss
     assert loss.isfinite()
     assert loss != other, "it sees the pictures"
-    assert len(describe(model, tokenizer, pictures, most=3)) == 2
+    assert len(describe(model, tokenizer, {**batch, "pixel_values": pictures})) == 2
 
 
-@pytest.mark.thorough
 def test_a_subject_s_task_is_made_of_its_photos_and_those_of_others(llava, tmp_path):
     with pytest.raises(FileNotFoundError, match="small_llava"):
         load_llava(tmp_path)

@@ -51,7 +51,6 @@ def tiny(monkeypatch) -> Problem:
     return problem
 
 
-@pytest.mark.thorough
 def test_runs_are_kept_searched_and_compared(tiny, tmp_path):
     runs = [Run("digits", "lora", 12, rate, SEARCH_SEED) for rate in VARIANTS["lora"].rates]
     compared = [

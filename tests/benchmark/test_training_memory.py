@@ -11,7 +11,6 @@ from cntlora_core.diffusion.family import SD15
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.thorough
 def test_a_fake_step_holds_what_a_real_one_does(tiny_model, monkeypatch, precision):
     small = dataclasses.replace(SD15, configs=tiny_model)
     monkeypatch.setattr(training_memory, "SD15", small)

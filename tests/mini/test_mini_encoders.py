@@ -57,7 +57,6 @@ def test_held_out_pictures_are_nearest_to_the_photos_of_their_subject(encoders: 
     assert (nearest == own).float().mean() > 0.75  # 0.86; chance: 0.1
 
 
-@pytest.mark.thorough
 def test_a_generated_image_is_nearest_to_its_name_and_to_its_whole_prompt(
     encoders: Encoders, generated: Generated
 ) -> None:
@@ -84,7 +83,6 @@ def test_a_subject_scores_more_with_itself_than_with_others(encoders: Encoders) 
     assert (own.clip_t or 0) > (other.clip_t or 0)
 
 
-@pytest.mark.thorough
 def test_the_classifier_finds_object_and_background_in_what_the_model_generates(
     generated: Generated,
 ) -> None:

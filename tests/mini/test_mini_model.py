@@ -130,7 +130,6 @@ def test_scaled_latents_have_the_deviation_of_the_card(vae: AutoencoderKL):
     assert latents.mean((0, 2, 3)).abs().max() < 0.35
 
 
-@pytest.mark.thorough
 def test_a_background_prompt_decides_the_background():
     pipeline = StableDiffusionPipeline.from_pretrained(mini.model_path(), safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)

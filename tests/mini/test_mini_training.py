@@ -74,7 +74,6 @@ def data(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.thorough
 def test_a_resumed_run_equals_an_uninterrupted_one(data: Path, tmp_path: Path):
     config = replace(SMALL, muon=True)  # for matrices; AdamW for all else
     vae = mini.model_path() / "vae"

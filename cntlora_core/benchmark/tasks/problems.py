@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import ViTForImageClassification
 
 from cntlora_core import mini
+from cntlora_core.mini.making.evaluate import as_batch
 from cntlora_core.tasks.glosses import load_gloss_task
 from cntlora_core.tasks.images import open_picture
 from cntlora_core.tasks.recipes import VisionSettings
@@ -189,8 +190,7 @@ def _vision(plan: Plan, name: str, splits: Mapping[str, Any], classes: int, seed
 
 def _pixels(picture: Image.Image) -> Tensor:
     """float32 (3, 64, 64) from -1 to 1, as the encoder was trained."""
-    values = torch.from_numpy(np.asarray(picture, dtype=np.float32).copy())
-    return (values / 127.5 - 1).permute(2, 0, 1).contiguous()
+    return as_batch([picture])[0].contiguous()
 
 
 def _composed(sprite: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -232,12 +232,12 @@ class _Captions:
     tokenizer: Any
 
     def __call__(self, samples: list[tuple[Image.Image, str, int]]) -> Mapping[str, Tensor]:
-        from cntlora_core.benchmark.tasks.small_llava import encode, pixels
+        from cntlora_core.benchmark.tasks.small_llava import encode
 
         pictures, captions, named = zip(*samples, strict=True)
         return {
             **encode(self.tokenizer, captions),
-            "pixel_values": pixels(pictures),
+            "pixel_values": as_batch([p.resize((64, 64)) for p in pictures]),
             "is_subject": torch.tensor(named),
         }
 
@@ -252,7 +252,7 @@ class _Naming:
         from cntlora_core.benchmark.tasks.small_llava import describe
 
         known = {name: value for name, value in batch.items() if name != "is_subject"}
-        told = describe(model, self.tokenizer, batch["pixel_values"])
+        told = describe(model, self.tokenizer, known)
         said = torch.tensor([float("sks" in text.split()) for text in told])
         return model(**known).loss, torch.stack([said, batch["is_subject"].float()], dim=1)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import (
     CLIPModel,
@@ -36,12 +35,13 @@ from cntlora_core.mini.making.sprites import SpriteSource
 from cntlora_core.mini.making.train_clip import ClipSet
 from cntlora_core.runtime.files import write_json_atomic
 from cntlora_core.runtime.memory import keep_freed_memory
+from cntlora_core.tasks.answers import collate_answers, encode_answer, generate_answers
 
 IMAGE = "<image>"
 PATCHES = 64
 """Image tokens: 8 x 8 patches of 8 pixels."""
 PROMPT = "describe the picture :"
-IGNORED = -100
+LONGEST = 256
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def build_llava(settings: LlavaSettings, tokenizer: CLIPTokenizer) -> LlavaForCo
         intermediate_size=3 * settings.width,
         num_hidden_layers=settings.layers,
         num_attention_heads=settings.heads,
-        max_position_embeddings=256,
+        max_position_embeddings=LONGEST,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id,
@@ -123,47 +123,14 @@ def encode(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> dict[str, Tenso
     Returns:
         ``input_ids``, ``attention_mask`` and ``labels``, (n, tokens), filled up on the right.
     """
-    start = prompt_ids(tokenizer)
-    rows, labels = [], []
-    for caption in captions:
-        words = tokenizer(caption, add_special_tokens=False)["input_ids"]
-        words = torch.tensor([*words, tokenizer.eos_token_id])
-        rows.append(torch.cat([start, words]))
-        labels.append(torch.cat([torch.full_like(start, IGNORED), words]))
-    pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
-    return {
-        "input_ids": pad(rows, padding_value=tokenizer.eos_token_id),
-        "attention_mask": pad([torch.ones_like(row) for row in rows]),
-        "labels": pad(labels, padding_value=IGNORED),
-    }
+    prompt = IMAGE * PATCHES + PROMPT
+    rows = [encode_answer(tokenizer, prompt, caption, LONGEST) for caption in captions]
+    return collate_answers(rows, tokenizer.pad_token_id)
 
 
-def prompt_ids(tokenizer: CLIPTokenizer) -> Tensor:
-    """(tokens,) what stands before an answer."""
-    words = tokenizer(PROMPT, add_special_tokens=False)["input_ids"]
-    image = [tokenizer.convert_tokens_to_ids(IMAGE)] * PATCHES
-    return torch.tensor([tokenizer.bos_token_id, *image, *words])
-
-
-def pixels(pictures: Sequence[Image.Image]) -> Tensor:
-    """float32 (n, 3, 64, 64) from -1 to 1."""
-    arrays = [np.asarray(p.convert("RGB").resize((64, 64)), dtype=np.float32) for p in pictures]
-    return torch.from_numpy(np.stack(arrays) / 127.5 - 1).permute(0, 3, 1, 2).contiguous()
-
-
-@torch.no_grad()
-def describe(model: Any, tokenizer: CLIPTokenizer, pictures: Tensor, most: int = 16) -> list[str]:
-    """The model's own caption of each picture, by greedy search."""
-    ids = prompt_ids(tokenizer).repeat(len(pictures), 1)
-    found = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        pixel_values=pictures,
-        max_new_tokens=most,
-        do_sample=False,
-        pad_token_id=tokenizer.eos_token_id,
-    )
-    return tokenizer.batch_decode(found[:, ids.shape[1] :], skip_special_tokens=True)
+def describe(model: Any, tokenizer: CLIPTokenizer, batch: Mapping[str, Tensor]) -> list[str]:
+    """The model's own caption of each picture of a batch, by greedy search."""
+    return generate_answers(model, batch, tokenizer, max_new_tokens=16)[2]
 
 
 def caption_loss(
@@ -213,8 +180,8 @@ def train(node_modules: Path, output: Path, settings: LlavaSettings, budget: Bud
         final.load_state_dict({**model.state_dict(), **average.shadow})
         torch.manual_seed(settings.seed + 1)
         pictures, captions = captioned(np.random.default_rng(settings.seed + 1), 200)
-        told = describe(final.eval(), tokenizer, pictures)
-        pairs = [(t.strip(), c) for t, c in zip(told, captions, strict=True)]
+        batch = encode(tokenizer, captions) | {"pixel_values": pictures}
+        pairs = list(zip(describe(final.eval(), tokenizer, batch), captions, strict=True))
         right = {
             "whole": sum(t == c for t, c in pairs) / len(pairs),
             "object": sum(t.split()[:5] == c.split()[:5] for t, c in pairs) / len(pairs),

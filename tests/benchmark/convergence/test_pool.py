@@ -44,7 +44,6 @@ def work(tmp_path: Path, monkeypatch):
     sys.modules.pop("work_of_a_test")
 
 
-@pytest.mark.thorough
 def test_all_others_are_done(work, tmp_path: Path):
     kinds = ["write", "raise", "die", "write", "write"]
     tasks = [(kind, str(tmp_path / str(i))) for i, kind in enumerate(kinds)]
