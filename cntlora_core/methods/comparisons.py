@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import time
+from dataclasses import replace
+from typing import cast
 
 import torch
 from peft import (
@@ -16,11 +18,13 @@ from peft import (
     VeraConfig,
     get_peft_model,
 )
-from torch import nn
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
 
+from cntlora_core.adapter.inject import adapter_weights
 from cntlora_core.initialization.report import InitializationReport
 from cntlora_core.methods.base import InitializationRequest, WrappedModel
-from cntlora_core.methods.from_weights import pattern_of
+from cntlora_core.methods.from_weights import pattern_of, require_rank
 
 INITIAL_RANK_FACTOR = 1.5
 """AdaLoRA starts this much wider than the rank that is left in the end, as in its paper."""
@@ -39,37 +43,58 @@ def wrap_dora(
 def wrap_loftq(
     model: nn.Module, lora_config: LoraConfig, request: InitializationRequest
 ) -> WrappedModel:
-    """A quantised base and the low-rank part of what that loses (arXiv 2310.08659).
+    """A base rounded to 4 bits (NF4) and the low-rank part of what that loses (arXiv 2310.08659).
+
+    As peft's, and also without a GPU and with any scaling. The rounded weights keep their data
+    type and size.
 
     Raises:
-        ValueError: where it cannot run, and for alpha other than the rank: peft's factors leave the
-            scaling out, so that any other one would not make up for the loss.
+        ValueError: without bitsandbytes, which rounds; for ``loftq_bits`` other than 4; for a rank
+            above that of a weight.
     """
-    _require_loftq()
-    if request.scaling != 1.0:
-        raise ValueError(
-            f"method 'loftq' needs lora_alpha equal to r (scaling 1, not {request.scaling:g}): "
-            "peft's LoftQ factors leave the scaling out of account"
-        )
-    config = copy.deepcopy(lora_config)
-    config.init_lora_weights = "loftq"
-    config.loftq_config = config.loftq_config or vars(LoftQConfig())
-    return _wrapped("loftq", model, config, request)
-
-
-def _require_loftq() -> None:
     from importlib.util import find_spec
 
-    missing = [name for name in ("bitsandbytes", "scipy") if find_spec(name) is None]
-    device = torch.cuda.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_available())
-    if device and not missing:
-        return
-    lacks = [*missing, *([] if device else ["a CUDA or XPU device"])]
-    raise ValueError(
-        "method 'loftq' cannot run here: peft quantises with bitsandbytes on a CUDA or XPU device, "
-        f"and there is no {', no '.join(lacks)}. Run it on a GPU with `pip install bitsandbytes "
-        "scipy`, or use pissa, the same idea without quantisation"
+    if find_spec("bitsandbytes") is None:
+        raise ValueError(
+            "method 'loftq' rounds weights by bitsandbytes, which is not installed: pip install "
+            "bitsandbytes, or use pissa, the same idea without quantisation"
+        )
+    config = copy.deepcopy(lora_config)
+    asked = LoftQConfig(**cast(dict[str, int], config.loftq_config or {}))
+    if asked.loftq_bits != 4:
+        raise ValueError(f"method 'loftq' rounds to 4 bits, not {asked.loftq_bits}")
+    require_rank("loftq", request, lambda point: point.max_rank, "min(d_in, d_out)")
+    config.init_lora_weights, config.loftq_config = True, {}
+    wrapped = _wrapped("loftq", model, config, request)
+    start = time.perf_counter()
+    for module in wrapped.model.modules():
+        if isinstance(module, LoraLayer):
+            _make_up_for_rounding(module, asked.loftq_iter)
+    took = wrapped.report.solve_seconds + time.perf_counter() - start
+    return replace(wrapped, report=replace(wrapped.report, solve_seconds=took))
+
+
+@torch.no_grad()
+def _make_up_for_rounding(layer: LoraLayer, iterations: int) -> None:
+    """Round the layer's weight; up and down share the square roots of the singular values."""
+    from bitsandbytes.functional import (  # pyright: ignore[reportMissingImports]
+        dequantize_4bit,
+        quantize_4bit,
     )
+
+    weight, (down, up) = layer.get_base_layer().weight, adapter_weights(layer)
+    assert isinstance(weight, Tensor)
+    exact = weight.float()
+    rounded, made_up = exact, torch.zeros_like(exact)
+    for _ in range(iterations):
+        rounded = dequantize_4bit(*quantize_4bit(exact - made_up, quant_type="nf4"))
+        u, s, vh = torch.linalg.svd((exact - rounded).flatten(1), full_matrices=False)
+        root = s[: len(down)].sqrt()
+        left, right = u[:, : len(down)] * root, root[:, None] * vh[: len(down)]
+        made_up = (left @ right).view_as(exact)
+        down.copy_(right.view_as(down))
+        up.copy_(left.view_as(up) / layer.scaling["default"])
+    weight.copy_(rounded)
 
 
 def wrap_adalora(

@@ -43,7 +43,9 @@ def test_the_loss_counts_the_caption_alone(llava):
         other = model(**batch, pixel_values=pictures.flip(0)).loss
     assert loss.isfinite()
     assert loss != other, "it sees the pictures"
-    assert len(describe(model, tokenizer, {**batch, "pixel_values": pictures})) == 2
+    prompts, wanted, told = describe(model, tokenizer, {**batch, "pixel_values": pictures})
+    assert len(prompts) == len(told) == 2
+    assert wanted[0] == "a photo of a cat"
 
 
 def test_a_subject_s_task_is_made_of_its_photos_and_those_of_others(llava, tmp_path):
@@ -51,7 +53,7 @@ def test_a_subject_s_task_is_made_of_its_photos_and_those_of_others(llava, tmp_p
         load_llava(tmp_path)
     for part in llava:
         part.save_pretrained(tmp_path)
-    task = problems.subject(None, 5, 2, tmp_path)
+    task = problems.subject(None, 5, 2, problems.Folders(llava=tmp_path))
     assert len(task.train) == 5
     rows = task.splits["validation"]
     assert [sum("sks" in caption for _, caption, named in rows if named is want) for want in (1, 0)]
@@ -64,4 +66,13 @@ def test_a_subject_s_task_is_made_of_its_photos_and_those_of_others(llava, tmp_p
 
 def test_naming_is_scored_by_recall_and_absence():
     rows = np.array([[1, 1], [0, 1], [1, 0], [0, 0], [0, 0], [0, 0]], dtype=np.float32)
-    assert problems._score_naming(rows) == {"accuracy": 0.625, "recall": 0.5, "absence": 0.75}
+    alike = np.array([[1], [0.5], [0.25], [0.5], [0.5], [0.75]], dtype=np.float32)
+    assert problems._score_naming(np.hstack([rows, alike])) == {
+        "accuracy": 0.625, "recall": 0.5, "absence": 0.75, "sentsim": 0.75, "sentsim_others": 0.5,
+    }  # fmt: skip
+
+
+def test_captions_are_scored_whole_by_the_object_and_by_sentsim():
+    rows = np.array([[1, 1, 1], [0, 1, 0.5]], dtype=np.float32)
+    found = problems._score_captions(rows)
+    assert found == {"accuracy": 0.5, "object": 1.0, "sentsim": 0.75}

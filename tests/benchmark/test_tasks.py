@@ -9,7 +9,7 @@ import torch
 from transformers import ViTConfig, ViTForImageClassification
 
 from cntlora_core.benchmark.tasks import report, study
-from cntlora_core.benchmark.tasks.problems import PROBLEMS, Problem
+from cntlora_core.benchmark.tasks.problems import PROBLEMS, Folders, Problem
 from cntlora_core.benchmark.tasks.study import SEARCH_SEED, VARIANTS, Run, TaskStudy
 from cntlora_core.tasks.text import measure_classes, score_classes
 from cntlora_core.tasks.trainer import Task
@@ -20,7 +20,7 @@ CONFIG = ViTConfig(
 )  # fmt: skip
 
 
-def bright(_plan, size, seed, _folder) -> Task:
+def bright(_plan, size, seed, _folders) -> Task:
     """Three classes of brightness."""
     generator = torch.Generator().manual_seed(seed)
     labels = [i % 3 for i in range(size)]
@@ -58,7 +58,7 @@ def test_runs_are_kept_searched_and_compared(tiny, tmp_path):
     ]
     compared += [Run("digits", "cross-qr", 12, 5e-4, 0)]
     for run in (*runs, *compared):
-        study.train((run, tmp_path, None))
+        study.train((run, tmp_path, Folders()))
     records = study.read_runs(tmp_path)
     assert records.keys() == {run.key for run in (*runs, *compared)}
     assert {p.name for p in (tmp_path / "runs" / runs[0].key).iterdir()} == {"run.json"}

@@ -84,6 +84,7 @@ def test_every_process_gets_the_initialisation_of_all_the_data(folder, scenario,
         ("the_first_cannot_solve", 0, "ZeroDivisionError", "solving for the initialisation"),
     ],
 )
+@pytest.mark.thorough
 def test_they_fail_together_and_name_the_culprit(folder, scenario, culprit, own, others, processes):
     for rank, message in enumerate(errors(folder, scenario, processes)):
         if rank == culprit:
@@ -102,6 +103,7 @@ def test_they_fail_together_and_name_the_culprit(folder, scenario, culprit, own,
         ("other_settings", "was given another configuration than process 0"),
     ],
 )
+@pytest.mark.thorough
 def test_what_concerns_all_is_refused_on_all(folder, scenario, words, processes):
     for message in errors(folder, scenario, processes):
         assert message.startswith("ValueError")
@@ -109,12 +111,14 @@ def test_what_concerns_all_is_refused_on_all(folder, scenario, words, processes)
 
 
 @pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.thorough
 def test_one_process_can_work_by_itself(folder, processes):
     alone = load_file(folder / "by_itself-1-0.safetensors")
     first = load_file(folder / f"by_itself-{processes}-0.safetensors")
     assert all(torch.equal(first[key], alone[key]) for key in alone)
 
 
+@pytest.mark.thorough
 def test_repeated_samples_are_warned_of(folder):
     assert "repeats some of its 5 samples" in errors(folder, "repeated_samples", 2)[0]
     assert errors(folder, "repeated_samples", 1) == ["LookupError: "]

@@ -225,6 +225,7 @@ def test_header_places_are_those_of_the_file(tmp_path: Path) -> None:
     assert struct.unpack("<q", content[b.start : b.end]) == (7,)
 
 
+@pytest.mark.thorough
 def test_the_printed_command_converts_a_pickle(tmp_path: Path) -> None:
     shared = torch.arange(12.0).reshape(3, 4)
     torch.save(

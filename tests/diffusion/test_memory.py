@@ -95,9 +95,8 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(
-    "precision", ["bfloat16", pytest.param("float16", marks=pytest.mark.thorough)]
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_half_precision_steps_wait_for_nothing_but_every_tenth(short, monkeypatch, precision):
     one_step, waits, dtypes = SubjectTrainer._one_step, [], set()
 

@@ -45,7 +45,8 @@ def test_an_adapter_that_learns_nothing_exports_nothing(trained, kind, method):
 
 
 @pytest.mark.parametrize(
-    ("kind", "method"), [("lora", "lora"), ("lora", "cross"), ("lava", "lora")]
+    ("kind", "method"),
+    [("lora", "lora"), ("lora", "cross"), pytest.param("lava", "lora", marks=pytest.mark.thorough)],
 )
 def test_what_is_learnt_decays(trained, kind, method):
     adapter = AdapterSettings(method, kind, rank=4, init_passes=1)

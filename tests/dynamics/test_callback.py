@@ -147,6 +147,7 @@ def test_a_training_that_fails_can_be_closed(tmp_path):
     assert len(read_dynamics(tmp_path / "other.jsonl")) == 2
 
 
+@pytest.mark.thorough
 def test_the_loops_of_the_docs_record(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     docs = Path(__file__).parents[2] / "docs" / "dynamics.md"

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -26,6 +27,7 @@ spec.loader.exec_module(files)
 
 
 @posix
+@pytest.mark.thorough
 def test_a_real_write_limit_in_another_process(tmp_path):
     """The kernel itself refuses the bytes (EFBIG), once for our writer and once for Rust's."""
     target = tmp_path / "a.safetensors"

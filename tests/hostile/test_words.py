@@ -129,6 +129,7 @@ def test_printable_escapes_controls_and_keeps_text() -> None:
 SCRIPT = "import sys; from cntlora_core.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
+@pytest.mark.thorough
 def test_a_process_of_its_own_says_it_likewise(tmp_path: Path) -> None:
     """No home folder, and bytes that are not UTF-8, as only a real process has them."""
     environment = {k: v for k, v in os.environ.items() if k not in ("HOME", "XDG_CACHE_HOME")}

@@ -30,7 +30,14 @@ ADAPTERS = {
 }
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cross",
+        pytest.param("fixed", marks=pytest.mark.thorough),
+        pytest.param("plain", marks=pytest.mark.thorough),
+    ],
+)
 def test_the_file_is_what_was_trained(train, tiny_model, tmp_path, name):
     adapter = ADAPTERS[name]
     result, kept = train(adapter)

@@ -151,7 +151,7 @@ def rewrite_base(models: Any, layers: LoRALayers) -> None:
                 modules[name.removeprefix(f"{prefix}.")].base_layer.weight.data -= layer.delta()
 
 
-@pytest.mark.parametrize("layout", ["kohya", "diffusers"])
+@pytest.mark.parametrize("layout", ["kohya", pytest.param("diffusers", marks=pytest.mark.thorough)])
 def test_rewritten_base_is_undone_in_the_file(base, tmp_path: Path, layout: Layout) -> None:
     models = adapted(base)
     initial = collect(models)

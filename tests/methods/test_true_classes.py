@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ RUNNABLE = [
     name
     for name in METHODS
     if name != "bitfit"  # not all of these models have biases
-    and (name != "loftq" or torch.cuda.is_available())
+    and (name != "loftq" or find_spec("bitsandbytes"))
 ]
 WITH_LAVA = ("roberta", "gemma2", "sam", "depth_anything")
 Case = tuple[str, str]
@@ -47,7 +48,7 @@ def cases() -> list[Any]:
 
 def config_of(name: str, method: str) -> LoraConfig | LavaConfig:
     asked = true.TRUE_CLASSES[name]
-    alpha = asked.rank * (1 if method == "loftq" else 2)
+    alpha = 2 * asked.rank
     # VeRA in peft cannot merge beside a saved module that has no weight of its own.
     saved = None if method == "vera" else asked.saved
     targets = asked.linear if asked.linear and method in ("lora_ga", "vera") else asked.targets

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,7 +17,8 @@ from transformers import ViTForImageClassification
 
 from cntlora_core import mini
 from cntlora_core.mini.making.evaluate import as_batch
-from cntlora_core.tasks.glosses import load_gloss_task
+from cntlora_core.tasks.chat import SentenceEncoder
+from cntlora_core.tasks.glosses import find_encoder, load_gloss_task
 from cntlora_core.tasks.images import open_picture
 from cntlora_core.tasks.recipes import VisionSettings
 from cntlora_core.tasks.settings import Plan, Preset
@@ -24,8 +26,25 @@ from cntlora_core.tasks.text import score_classes
 from cntlora_core.tasks.trainer import Task
 from cntlora_core.tasks.vision import HEAD_DEVIATION, vision_task
 
+if TYPE_CHECKING:
+    from cntlora_core.mini.making.sprites import SpriteSource
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Of data that no package ships.
+
+    Attributes:
+        drawings: ``node_modules`` with the emoji.
+        llava: The small LLaVA.
+    """
+
+    drawings: Path | None = None
+    llava: Path | None = None
+
+
 ATTENTION = ("query", "key", "value", "q_proj", "k_proj", "v_proj")
-Make = Callable[[Plan, int, int, Path | None], Task]
+Make = Callable[[Plan, int, int, Folders], Task]
 
 
 @dataclass(frozen=True)
@@ -33,18 +52,19 @@ class Problem:
     """One problem at several amounts of data.
 
     Attributes:
-        make: ``make(plan, size, seed, folder)``, a fresh model with data; the folder is that of the
-            data where they are no package's.
+        make: ``make(plan, size, seed, folders)``, a fresh model with data.
         preset: Settings of its source, for the method's own to go into.
         sizes: Numbers of training samples, and the steps for each.
+        dynamics: Whether the training's dynamics are recorded.
     """
 
     make: Make
     preset: Preset
     sizes: Mapping[int, int]
+    dynamics: bool = False
 
 
-def glosses(_plan: Plan, size: int, seed: int, _folder: Path | None) -> Task:
+def glosses(_plan: Plan, size: int, seed: int, _folders: Folders) -> Task:
     """WordNet's definitions of nouns to their 26 categories, on a pre-trained text encoder."""
     found = load_gloss_task(train=size, seed=seed, batch_size=1)
     return Task(
@@ -59,17 +79,11 @@ def glosses(_plan: Plan, size: int, seed: int, _folder: Path | None) -> Task:
     )
 
 
-def style(plan: Plan, size: int, seed: int, folder: Path | None) -> Task:
+def style(plan: Plan, size: int, seed: int, folders: Folders) -> Task:
     """Names of objects in a style of drawing that the small image encoder never saw."""
     from cntlora_core.mini.making.object_classes import OBJECT_CLASSES
-    from cntlora_core.mini.making.sprites import SpriteSource
 
-    if folder is None:
-        raise ValueError(
-            "the drawings are missing: python -m cntlora_core.mini.making.fetch --cache FOLDER, "
-            "then --folder FOLDER/node_modules"
-        )
-    source = SpriteSource(folder)
+    source = _drawings(folders)
     shown = [c.emoji[0] for c in OBJECT_CLASSES if source.path("3d", c.emoji[0]).is_file()]
     sprites = [source.sprite("3d", emoji) for emoji in shown]
     rng = np.random.default_rng(seed)
@@ -80,7 +94,7 @@ def style(plan: Plan, size: int, seed: int, folder: Path | None) -> Task:
     return _vision(plan, f"{size} images in a new style", splits, len(sprites), seed)
 
 
-def digits(plan: Plan, size: int, seed: int, _folder: Path | None) -> Task:
+def digits(plan: Plan, size: int, seed: int, _folders: Folders) -> Task:
     """scikit-learn's handwritten digits, enlarged."""
     try:
         from sklearn.datasets import load_digits  # pyright: ignore[reportMissingImports]
@@ -101,11 +115,11 @@ def digits(plan: Plan, size: int, seed: int, _folder: Path | None) -> Task:
     return _vision(plan, f"{size} digits", splits, 10, seed)
 
 
-def subject(_plan: Plan, size: int, seed: int, folder: Path | None) -> Task:
+def subject(_plan: Plan, size: int, seed: int, folders: Folders) -> Task:
     """A subject's name, to be said of its pictures and of no others, by a small LLaVA."""
     from cntlora_core.benchmark.tasks.small_llava import load_llava
 
-    model, tokenizer = load_llava(folder or Path("llava"))
+    model, tokenizer = load_llava(folders.llava or Path("llava"))
     names = mini.subjects()
     chosen = names[seed % len(names)]
     photos = _captioned(chosen)[:size]
@@ -119,8 +133,34 @@ def subject(_plan: Plan, size: int, seed: int, folder: Path | None) -> Task:
         train=[(picture, caption, 1) for picture, caption in photos],
         splits={"validation": measured},
         collate=_Captions(tokenizer),
-        measure=_Naming(tokenizer),
+        measure=_Naming(tokenizer, SentenceEncoder(str(find_encoder()))),
         score=_score_naming,
+        best="accuracy",
+    )
+
+
+def captions(_plan: Plan, size: int, seed: int, folders: Folders) -> Task:
+    """Captions of the drawings in a style that the small LLaVA never saw."""
+    from cntlora_core.benchmark.tasks.small_llava import compose_captioned, load_llava
+    from cntlora_core.mini.making.collage import Collage
+    from cntlora_core.mini.making.train_clip import ClipSet
+
+    model, tokenizer = load_llava(folders.llava or Path("llava"))
+    known = ClipSet(_drawings(folders), kept_out=True)
+    collage = Collage(known.sprites, known.backgrounds, seed)
+    splits = {}
+    for name, count in (("train", size), ("validation", 200)):
+        rng = np.random.default_rng((seed, count))
+        pictures, texts = compose_captioned(known, collage, rng, count)
+        splits[name] = [(p, text, 1) for p, text in zip(pictures, texts, strict=True)]
+    return Task(
+        name=f"captions of {size} images in a new style",
+        model=model,
+        train=splits["train"],
+        splits={"validation": splits["validation"]},
+        collate=_Captions(tokenizer),
+        measure=_Captioning(tokenizer, SentenceEncoder(str(find_encoder()))),
+        score=_score_captions,
         best="accuracy",
     )
 
@@ -168,6 +208,9 @@ PROBLEMS: Mapping[str, Problem] = {
     "glosses": Problem(glosses, _TEXT, {640: 100, 1600: 150, 6400: 200}),
     "style": Problem(style, _VISION, {600: 150, 1200: 200}),
     "subject": Problem(subject, _NAMING, {5: 60}),
+    "captions": Problem(
+        captions, dataclasses.replace(_NAMING, batch_size=8), {1600: 200}, dynamics=True
+    ),
     "digits": Problem(digits, _VISION, {100: 60, 400: 120}),
 }
 
@@ -191,6 +234,21 @@ def _vision(plan: Plan, name: str, splits: Mapping[str, Any], classes: int, seed
 def _pixels(picture: Image.Image) -> Tensor:
     """float32 (3, 64, 64) from -1 to 1, as the encoder was trained."""
     return as_batch([picture])[0].contiguous()
+
+
+def _as_pixels(picture: Image.Image | Tensor) -> Tensor:
+    return picture if isinstance(picture, Tensor) else _pixels(picture.resize((64, 64)))
+
+
+def _drawings(folders: Folders) -> SpriteSource:
+    from cntlora_core.mini.making.sprites import SpriteSource
+
+    if folders.drawings is None:
+        raise ValueError(
+            "the drawings are missing: python -m cntlora_core.mini.making.fetch --cache FOLDER, "
+            "then --drawings FOLDER/node_modules"
+        )
+    return SpriteSource(folders.drawings)
 
 
 def _composed(sprite: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -237,28 +295,65 @@ class _Captions:
         pictures, captions, named = zip(*samples, strict=True)
         return {
             **encode(self.tokenizer, captions),
-            "pixel_values": as_batch([p.resize((64, 64)) for p in pictures]),
+            "pixel_values": torch.stack([_as_pixels(p) for p in pictures]),
             "is_subject": torch.tensor(named),
         }
 
 
 @dataclass(frozen=True)
 class _Naming:
-    """Rows of whether the name was said, and whether it should have been."""
+    """Rows of whether the name was said, whether it should have been, and SentSim: the cosine of
+    the sentence features of what was said and what should have been."""
 
     tokenizer: Any
+    sentences: SentenceEncoder
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         from cntlora_core.benchmark.tasks.small_llava import describe
 
         known = {name: value for name, value in batch.items() if name != "is_subject"}
-        told = describe(model, self.tokenizer, known)
+        _, wanted, told = describe(model, self.tokenizer, known)
         said = torch.tensor([float("sks" in text.split()) for text in told])
-        return model(**known).loss, torch.stack([said, batch["is_subject"].float()], dim=1)
+        alike = (self.sentences(told) * self.sentences(wanted)).sum(dim=1)
+        rows = torch.stack([said, batch["is_subject"].float(), alike], dim=1)
+        return model(**known).loss, rows
+
+
+@dataclass(frozen=True)
+class _Captioning:
+    """Rows of whether a caption is right word by word, whether its object is, and SentSim."""
+
+    tokenizer: Any
+    sentences: SentenceEncoder
+
+    def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        from cntlora_core.benchmark.tasks.small_llava import describe
+
+        known = {name: value for name, value in batch.items() if name != "is_subject"}
+        _, wanted, told = describe(model, self.tokenizer, known)
+        right = [
+            (float(t == w), float(t.split()[:5] == w.split()[:5]))
+            for t, w in zip(told, wanted, strict=True)
+        ]
+        alike = (self.sentences(told) * self.sentences(wanted)).sum(dim=1, keepdim=True)
+        return model(**known).loss, torch.cat([torch.tensor(right), alike], dim=1)
+
+
+def _score_captions(rows: np.ndarray) -> dict[str, float]:
+    """The share of captions that are right, of objects that are, and the mean SentSim."""
+    whole, named, alike = (float(v) for v in rows.mean(axis=0))
+    return {"accuracy": whole, "object": named, "sentsim": alike}
 
 
 def _score_naming(rows: np.ndarray) -> dict[str, float]:
-    """Recall of the name on the subject, its absence on others, and the mean of the two."""
+    """Recall of the name on the subject, its absence on others, the mean of the two, and SentSim
+    of the captions."""
     said, is_subject = rows[:, 0], rows[:, 1] > 0
     recall, absence = float(said[is_subject].mean()), 1 - float(said[~is_subject].mean())
-    return {"accuracy": (recall + absence) / 2, "recall": recall, "absence": absence}
+    return {
+        "accuracy": (recall + absence) / 2,
+        "recall": recall,
+        "absence": absence,
+        "sentsim": float(rows[is_subject, 2].mean()),
+        "sentsim_others": float(rows[~is_subject, 2].mean()),
+    }

@@ -128,9 +128,26 @@ def encode(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> dict[str, Tenso
     return collate_answers(rows, tokenizer.pad_token_id)
 
 
-def describe(model: Any, tokenizer: CLIPTokenizer, batch: Mapping[str, Tensor]) -> list[str]:
-    """The model's own caption of each picture of a batch, by greedy search."""
-    return generate_answers(model, batch, tokenizer, max_new_tokens=16)[2]
+def describe(
+    model: Any, tokenizer: CLIPTokenizer, batch: Mapping[str, Tensor]
+) -> tuple[list[str], list[str], list[str]]:
+    """Of each picture of a batch the prompt, the caption, and the model's own by greedy search."""
+    return generate_answers(model, batch, tokenizer, max_new_tokens=16)
+
+
+def compose_captioned(
+    known: ClipSet, collage: Collage, rng: np.random.Generator, count: int
+) -> tuple[Tensor, list[str]]:
+    """Pictures of any object on any background, (count, 3, 64, 64), and their captions."""
+    names = rng.choice(known.names.unique().numpy(), size=count)
+    options = [(known.names == name).nonzero()[:, 0] for name in names]
+    chosen = torch.stack([at[rng.integers(len(at))] for at in options])
+    behind = torch.from_numpy(rng.integers(len(known.backgrounds), size=count))
+    captions = [
+        f"a photo of {with_article(known.classes[name].name)} {known.backgrounds[b].phrase}"
+        for name, b in zip(names.tolist(), behind.tolist(), strict=True)
+    ]
+    return collage.compose(chosen, behind), captions
 
 
 def caption_loss(
@@ -160,28 +177,19 @@ def train(node_modules: Path, output: Path, settings: LlavaSettings, budget: Bud
     torch.manual_seed(settings.seed)
     model = build_llava(settings, tokenizer)
 
-    def captioned(rng: np.random.Generator, count: int) -> tuple[Tensor, list[str]]:
-        names = rng.integers(len(known.classes), size=count)
-        options = [(known.names == name).nonzero()[:, 0] for name in names]
-        chosen = torch.stack([at[rng.integers(len(at))] for at in options])
-        behind = torch.from_numpy(rng.integers(len(known.backgrounds), size=count))
-        captions = [
-            f"a photo of {with_article(known.classes[name].name)} {known.backgrounds[b].phrase}"
-            for name, b in zip(names.tolist(), behind.tolist(), strict=True)
-        ]
-        return collage.compose(chosen, behind), captions
-
     def batch_of(step: int) -> tuple[Tensor, ...]:
-        pictures, captions = captioned(np.random.default_rng((settings.seed, step)), settings.batch)
+        rng = np.random.default_rng((settings.seed, step))
+        pictures, captions = compose_captioned(known, collage, rng, settings.batch)
         return pictures, *encode(tokenizer, captions).values()
 
     def note(average: ExponentialAverage) -> None:
         final = build_llava(settings, tokenizer)
         final.load_state_dict({**model.state_dict(), **average.shadow})
         torch.manual_seed(settings.seed + 1)
-        pictures, captions = captioned(np.random.default_rng(settings.seed + 1), 200)
+        rng = np.random.default_rng(settings.seed + 1)
+        pictures, captions = compose_captioned(known, collage, rng, 200)
         batch = encode(tokenizer, captions) | {"pixel_values": pictures}
-        pairs = list(zip(describe(final.eval(), tokenizer, batch), captions, strict=True))
+        pairs = list(zip(describe(final.eval(), tokenizer, batch)[2], captions, strict=True))
         right = {
             "whole": sum(t == c for t, c in pairs) / len(pairs),
             "object": sum(t.split()[:5] == c.split()[:5] for t, c in pairs) / len(pairs),

@@ -23,8 +23,10 @@ from typing import Any, Literal
 import tyro
 
 from cntlora_core.benchmark.convergence.pool import ProcessPool
-from cntlora_core.benchmark.tasks.problems import PROBLEMS
+from cntlora_core.benchmark.tasks.problems import PROBLEMS, Folders
 from cntlora_core.config import CNTLoRAConfig
+from cntlora_core.dynamics.callback import DynamicsCallback
+from cntlora_core.dynamics.log import FILE_NAME
 from cntlora_core.runtime.console import ConsoleReporter
 from cntlora_core.runtime.files import write_json_atomic
 from cntlora_core.runtime.flags import UserPath
@@ -33,7 +35,7 @@ from cntlora_core.runtime.reading import read_json_object
 from cntlora_core.tasks.run import run_task
 from cntlora_core.tasks.settings import TaskSettings, planned
 
-ProblemName = Literal["glosses", "style", "digits", "subject"]
+ProblemName = Literal["glosses", "style", "digits", "subject", "captions"]
 SEARCH_SEED = 103
 """Another subject, too, than those of the first seeds."""
 RATES = (3e-4, 1e-3, 3e-3)
@@ -64,6 +66,8 @@ VARIANTS: Mapping[str, Variant] = {
         name: Variant(name)
         for name in ("lora", "pissa", "olora", "eva", "corda_ipm", "lora_ga", "dora", "adalora")
     },
+    "pissa_niter_16": Variant("pissa_niter_16"),
+    "loftq": Variant("loftq"),
     "lora+": Variant("lora", {"lora_plus": 16.0}, rates=LOW),
     "vera": Variant("vera", rates=HIGH),
     "bitfit": Variant("bitfit", rates=HIGH),
@@ -79,11 +83,12 @@ class TaskStudy:
 
     Attributes:
         output: Folder of the runs; those that it holds are not run again.
-        problem: glosses, style, digits or subject.
+        problem: glosses, style, digits, subject or captions.
         methods: Names of the table.
         seeds: Of the comparison.
         sizes: Numbers of training samples; default: all of the problem's.
-        folder: Of the data, where they are no package's: of the drawings, or of the small LLaVA.
+        drawings: ``node_modules`` with the emoji, for style and captions.
+        llava: Folder of the small LLaVA, for subject and captions.
         workers: Runs at once, one process and one thread each.
     """
 
@@ -92,7 +97,8 @@ class TaskStudy:
     methods: tuple[str, ...] = tuple(VARIANTS)
     seeds: tuple[int, ...] = (0, 1, 2)
     sizes: tuple[int, ...] = ()
-    folder: UserPath | None = None
+    drawings: UserPath | None = None
+    llava: UserPath | None = None
     workers: int = 2
 
 
@@ -128,14 +134,14 @@ class Run:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def train(task: tuple[Run, Path, Path | None], reporter: Reporter = silent) -> None:
-    """Do one run; its folder keeps metrics and curves alone.
+def train(task: tuple[Run, Path, Folders], reporter: Reporter = silent) -> None:
+    """Do one run; its folder keeps metrics, curves and dynamics alone.
 
     Args:
-        task: The run, the study's output, and the folder of the data.
+        task: The run, the study's output, and the folders of the data.
         reporter: Told of the steps.
     """
-    run, output, folder = task
+    run, output, folders = task
     problem, variant = PROBLEMS[run.problem], VARIANTS[run.name]
     steps, place = problem.sizes[run.size], output / "runs" / run.key
     settings = TaskSettings(
@@ -154,7 +160,12 @@ def train(task: tuple[Run, Path, Path | None], reporter: Reporter = silent) -> N
         **variant.settings,
     )
     plan = planned(settings, problem.preset)
-    result = run_task(problem.make(plan, run.size, run.seed, folder), plan, reporter)
+    place.mkdir(parents=True, exist_ok=True)
+    recorded = place / FILE_NAME
+    recorded.unlink(missing_ok=True)
+    callbacks = (DynamicsCallback(recorded, plot=False),) if problem.dynamics else ()
+    made = problem.make(plan, run.size, run.seed, folders)
+    result = run_task(made, plan, reporter, callbacks=callbacks)
     record = read_json_object(result.folder / "metrics.json", "a run")
     curves = result.curves.to_dict()
     write_json_atomic(place / RECORD_NAME, record | {"run": vars(run), "curves": curves})
@@ -229,7 +240,8 @@ def study(settings: TaskStudy, reporter: Reporter = silent) -> list[str]:
 def _run_missing(settings: TaskStudy, runs: list[Run], stage: str, reporter: Reporter) -> list[str]:
     done = read_runs(settings.output)
     missing = list(dict.fromkeys(run for run in runs if run.key not in done))
-    tasks = [(run, settings.output, settings.folder) for run in missing]
+    folders = Folders(settings.drawings, settings.llava)
+    tasks = [(run, settings.output, folders) for run in missing]
     wrong = []
     with ProcessPool(settings.workers) as pool:
         for outcome in pool.run(train, tasks, reporter, stage):

@@ -85,6 +85,7 @@ def test_a_run_within_a_run_s_folder_is_refused_and_both_can_follow_one_another(
     assert personalise(settings, overwrite=True).lora.is_file()
 
 
+@pytest.mark.thorough
 def test_a_run_goes_on_where_class_images_were_generated_again_with_other_rounding(settings):
     with pytest.raises(KeyboardInterrupt):
         personalise(settings, reporter=StopAt(3))
@@ -217,6 +218,7 @@ def wait_for(state: Path, process: ForkedCommand, other_than: int | None = None)
         time.sleep(0.005)
 
 
+@pytest.mark.thorough
 def test_ctrl_c_sigterm_and_kill_leave_a_state_that_resumes_to_the_same_result(plain, tmp_path):
     steps = 40
     settings = change(plain, "training", steps=steps, save_every=2)
