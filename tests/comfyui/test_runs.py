@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -82,8 +84,18 @@ def test_a_damaged_state_is_said_and_can_be_trained_anew(
     assert anew.args[2] == str(path)
 
 
+@pytest.fixture
+def folder(run: SimpleNamespace, tmp_path: Path) -> Iterator[Path]:
+    """Of the run that all tests share, which is afterwards what it was."""
+    folder = Path(run.trained.args[2]).parent
+    shutil.copytree(folder, tmp_path / "before")
+    yield folder
+    shutil.rmtree(folder)
+    shutil.copytree(tmp_path / "before", folder)
+
+
 def test_a_cancelled_training_goes_on_to_the_same_lora(
-    pack: Pack, run: SimpleNamespace, steps: Steps, monkeypatch: pytest.MonkeyPatch
+    pack: Pack, run: SimpleNamespace, folder: Path, steps: Steps, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from comfy import model_management  # pyright: ignore[reportMissingImports]
 
@@ -101,7 +113,6 @@ def test_a_cancelled_training_goes_on_to_the_same_lora(
         with pytest.raises(model_management.InterruptProcessingException):
             steps.of(*graph, save_lora_every=1, trained_before="train anew")
     assert not model_management.processing_interrupted()
-    folder = Path(run.trained.args[2]).parent
     (folder / "run.json").unlink()  # or the training of before is found
     assert (folder / "state.safetensors").is_file()
     done, resumed = steps.of(*graph, save_lora_every=1)

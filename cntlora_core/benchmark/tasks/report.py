@@ -68,11 +68,13 @@ def table(records: Records, problem: str, size: int, rates: Mapping[str, float])
     by_name = {name: runs for name, runs in by_name.items() if runs}
     if not by_name:
         return ""
-    lines = [
-        "| method | learning rate | seeds | accuracy | loss | accuracy - LoRA's | parameters "
-        "| initialisation |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    known = next(iter(next(iter(by_name.values())).values()))["metrics"]["validation"]
+    others = [metric for metric in known if metric not in ("accuracy", "loss")]
+    head = [
+        "method", "learning rate", "seeds", "accuracy", "accuracy - LoRA's", *others, "loss",
+        "parameters", "initialisation",
+    ]  # fmt: skip
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     accuracies = {name: _metric(runs, "accuracy") for name, runs in by_name.items()}
     for name, runs in by_name.items():
         first = next(iter(runs.values()))
@@ -85,11 +87,13 @@ def table(records: Records, problem: str, size: int, rates: Mapping[str, float])
         )
         took = estimate([record["seconds"]["initialisation"] for record in runs.values()])
         assert took is not None
-        lines.append(
-            f"| {name} | {rates[name]:g} | {len(runs)} | {_words(accuracy, 100, 1)} % "
-            f"| {_words(loss, 1, 3)} | {_words(difference, 100, 1, star=True)} "
-            f"| {first['trained_parameters']:,} | {took.mean:.1f} s |"
-        )
+        cells = [
+            name, f"{rates[name]:g}", str(len(runs)), f"{_words(accuracy, 100, 1)} %",
+            _words(difference, 100, 1, star=True),
+            *(_words(estimate(list(_metric(runs, m).values())), 100, 1) for m in others),
+            _words(loss, 1, 3), f"{first['trained_parameters']:,}", f"{took.mean:.1f} s",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

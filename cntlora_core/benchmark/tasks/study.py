@@ -149,7 +149,7 @@ def train(task: tuple[Run, Path, Folders], reporter: Reporter = silent) -> None:
         method=variant.method,
         learning_rate=run.learning_rate,
         steps=steps,
-        eval_every=max(1, steps // 3),
+        eval_every=steps + 1 if run.seed == SEARCH_SEED else max(1, steps // 3),
         eval_batch_size=64,
         keep_checkpoints=0,
         init_batches=16,
