@@ -72,4 +72,4 @@ def test_files_and_flags_that_the_readme_names_exist():
         assert f"cntlora {name}" in text
         with pytest.raises(SystemExit):
             main([name, "--help"])
-    assert len(BLOCKS) == 3
+    assert len(BLOCKS) == 2
