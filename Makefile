@@ -12,12 +12,16 @@ LOWER := .venv-lower
 # Files in their order: by their numbers of tests, the slowest ones would be begun last.
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
+# Modules are compiled when they are first imported: all of them at once would take a minute.
+PIP := pip install --disable-pip-version-check --no-compile
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test lint test-thorough test-slow test-quantised test-lower-bounds clean
 
 demo: $(INSTALLED)
 	$(BIN)/cntlora demo --output demo_output
 
-test: lint
+test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not thorough" $(PARALLEL)
 
 lint: $(INSTALLED)
@@ -32,11 +36,11 @@ test-lower-bounds: $(LOWER)/.installed
 
 $(LOWER)/.installed: pyproject.toml constraints.txt .ci/lower_bounds.py
 	$(PYTHON) -m venv $(LOWER)
-	$(LOWER)/bin/python -m pip install --disable-pip-version-check packaging "tomli ; python_version < '3.11'"
+	$(LOWER)/bin/python -m $(PIP) packaging "tomli ; python_version < '3.11'"
 	$(LOWER)/bin/python .ci/lower_bounds.py > $(LOWER)/bounds.txt
 	grep -E "^(torch|pytest|pytest-[a-z]+|hypothesis|ruff|pyright)==" constraints.txt >> $(LOWER)/bounds.txt
-	$(LOWER)/bin/python -m pip install --disable-pip-version-check -c $(LOWER)/bounds.txt -e ".[dev]"
-	$(LOWER)/bin/python -m pip install --disable-pip-version-check --no-deps $(COMFY_TOOLS)
+	$(LOWER)/bin/python -m $(PIP) -c $(LOWER)/bounds.txt -e ".[dev]"
+	$(LOWER)/bin/python -m $(PIP) --no-deps $(COMFY_TOOLS)
 	touch $@
 
 # Combinations of what other tests show, fresh processes and research.
@@ -49,14 +53,14 @@ test-slow: $(INSTALLED)
 
 # Two libraries that everything else does without: they make each start of Python slower.
 test-quantised: $(INSTALLED)
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev,quantised]"
+	$(BIN)/python -m $(PIP) -c constraints.txt -e ".[dev,quantised]"
 	$(BIN)/python -m pytest tests/core/test_quantised.py tests/diffusion/test_optimizers.py \
 		tests/methods/test_initializations.py
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev]"
-	$(BIN)/python -m pip install --disable-pip-version-check --no-deps $(COMFY_TOOLS)
+	$(BIN)/python -m $(PIP) -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m $(PIP) --no-deps $(COMFY_TOOLS)
 	touch $@
 
 clean:
