@@ -31,6 +31,7 @@ def check_output(folder, steps: int) -> dict:
 
 
 @pytest.mark.plots
+@pytest.mark.thorough
 def test_the_demo_in_short(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "demo_settings", partial(demo.demo_settings, class_steps=2))
     monkeypatch.setattr(demo, "PICTURES_PER_PROMPT", 1)

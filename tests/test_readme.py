@@ -42,6 +42,7 @@ def test_examples_run(number, tiny_model, photo_folder, tmp_path, monkeypatch):
         assert (tmp_path / "runs/dog/sks-dog-cross.safetensors").is_file()
 
 
+@pytest.mark.filterwarnings("error:.*pin_memory")
 def test_the_recipe_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tokenizer = make_tokenizer()

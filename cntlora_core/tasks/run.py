@@ -229,6 +229,7 @@ def training_arguments(
         gradient_checkpointing=settings.gradient_checkpointing,
         **_checkpointing(settings.gradient_checkpointing),
         dataloader_num_workers=settings.workers,
+        dataloader_pin_memory=settings.device != "cpu" and torch.cuda.is_available(),
         seed=torch_seed(settings.seed) % 2**32,
         use_cpu=settings.device == "cpu",
         remove_unused_columns=False,

@@ -116,7 +116,10 @@ def pairs_of(values, width, seed=0):
 @pytest.mark.parametrize("spectrum", SPECTRA)
 @pytest.mark.parametrize("look", WEIGHTS)
 @pytest.mark.parametrize("constraint", ["cross", "self", "shift", "normal", "matrix"])
-@pytest.mark.parametrize("k", [1, 2, 12])
+@pytest.mark.parametrize(
+    "k",
+    [pytest.param(1, marks=pytest.mark.thorough), pytest.param(2, marks=pytest.mark.thorough), 12],
+)
 def test_the_delta_is_never_larger_than_the_weight(spectrum, look, constraint, k):
     width = 20
     generator = torch.Generator().manual_seed(k)
@@ -169,7 +172,15 @@ def test_the_documentation_quotes_the_equation():
     assert textwrap.indent(quoted, "    ") in inspect.getsource(delta)
 
 
-@pytest.mark.parametrize(("width", "rank"), [(9, 4), (600, 100), (900, 12), (1000, 500)])
+@pytest.mark.parametrize(
+    ("width", "rank"),
+    [
+        (9, 4),
+        (600, 100),
+        pytest.param(900, 12, marks=pytest.mark.thorough),
+        pytest.param(1000, 500, marks=pytest.mark.thorough),
+    ],
+)
 @pytest.mark.parametrize("constraint", ["cross", "self", "shift"])
 @pytest.mark.parametrize("solver", ["fast", "exact"])
 def test_the_fast_code_computes_the_equation_at_the_widths_where_it_is_fast(

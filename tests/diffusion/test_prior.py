@@ -29,6 +29,7 @@ def generate(parts: StableDiffusionParts, cache: Path, number: int = 10, seed: i
     return [photo.digest for photo in found.photos]
 
 
+@pytest.mark.thorough
 def test_an_interrupted_generation_goes_on_to_the_same_images(parts, tmp_path) -> None:
     whole = generate(parts, tmp_path / "whole")
     assert len(set(whole)) == 10

@@ -128,6 +128,7 @@ def test_a_run_is_told_apart_by_what_shapes_its_training(settings, monkeypatch) 
     assert {key(same_run) for same_run in same} == {key(settings)}
 
 
+@pytest.mark.thorough
 def test_a_lora_in_memory_generates_what_its_file_generates(settings) -> None:
     lora = personalise(change(settings, "prior", prior_weight=0.0)).lora
     with torch.inference_mode():

@@ -35,6 +35,7 @@ def trained(settings, train_and_keep):
     ("kind", "method"),
     [pytest.param(*a, marks=[] if "cross" in a else pytest.mark.thorough) for a in ADAPTERS],
 )
+@pytest.mark.thorough
 def test_an_adapter_that_learns_nothing_exports_nothing(trained, kind, method):
     adapter = AdapterSettings(method, kind, rank=4, init_passes=1)
     # Clipped to this norm, a gradient is far below AdamW's epsilon.

@@ -119,6 +119,7 @@ def test_a_picture_is_plotted_at_the_end_and_no_hook_stays(recorded):
     assert logged(trained, "grad_norm") == logged(plain, "grad_norm")
 
 
+@pytest.mark.thorough
 def test_a_run_that_resumes_goes_on_with_the_file(recorded, tmp_path):
     _, _, path = recorded
     folder = path.parent

@@ -191,6 +191,7 @@ def test_rewritten_base_is_undone_in_the_file(base, tmp_path: Path, layout: Layo
     assert 1e-5 < cost < 0.9 * error(before[0], expected[0])
 
 
+@pytest.mark.thorough
 def test_kohya_file_written_from_a_diffusers_file_loads(base, tmp_path: Path) -> None:
     """diffusers refuses a file with alphas and its own header at once."""
     layers = collect(adapted(base))

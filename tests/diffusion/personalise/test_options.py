@@ -18,6 +18,7 @@ from cntlora_core.diffusion.stages import encode_class_images
 from ..conftest import StopAt, change, losses
 
 
+@pytest.mark.thorough
 def test_class_images_and_latents_are_reused_and_topped_up(settings):
     shutil.rmtree(settings.prior.cache)
     first = StopAt(-1)

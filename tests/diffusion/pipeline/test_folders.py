@@ -33,6 +33,7 @@ def test_folder_is_what_diffusers_loads(made: StableDiffusionParts, folder: Path
     assert (loaded.latent_scale, loaded.default_resolution) == (8, 64)
 
 
+@pytest.mark.thorough
 def test_folder_saved_by_diffusers_in_fp16_variant(
     made: StableDiffusionParts, folder: Path, tmp_path: Path
 ) -> None:
@@ -118,6 +119,7 @@ def test_small_model_of_another_make(tmp_path: Path) -> None:
     assert 0 < image.std() < 1
 
 
+@pytest.mark.thorough
 def test_folder_fingerprint_sees_one_changed_tensor(folder: Path) -> None:
     first = load_stable_diffusion(folder).fingerprint
     assert load_stable_diffusion(folder, dtype=torch.float16).fingerprint == first

@@ -169,6 +169,7 @@ def test_a_link_planted_under_a_guessed_temporary_name_is_not_written_through(
     assert path.stat().st_size > 1000
 
 
+@pytest.mark.thorough
 def test_fingerprint_follows_the_weights_not_the_place(
     single: Path, narrow: Path, tmp_path: Path
 ) -> None:

@@ -97,6 +97,7 @@ def test_other_adapters_and_precisions(train, adapter, options):
     assert layers == first | {f"text_encoder_2.encoder.layers.{i}" for i in (0, 1)}
 
 
+@pytest.mark.thorough
 def test_a_run_goes_on_from_a_lora_of_its_family_alone(train, tiny_sdxl, tiny_model, tmp_path):
     given = random_lora(tmp_path / "xl.safetensors", load_stable_diffusion(str(tiny_sdxl)))
     before = read_lora_file(given)
