@@ -32,11 +32,12 @@ def check_output(folder, steps: int) -> dict:
 
 @pytest.mark.plots
 @pytest.mark.thorough
-def test_the_demo_in_short(tmp_path, monkeypatch):
+def test_the_demo_in_short(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(demo, "demo_settings", partial(demo.demo_settings, class_steps=2))
     monkeypatch.setattr(demo, "PICTURES_PER_PROMPT", 1)
     sheet = run_demo(tmp_path, steps=3, class_images=2, sampling_steps=3)
     assert sheet == tmp_path / SHEET_NAME
+    assert "Loading weights" not in capfd.readouterr().err
     record = check_output(tmp_path, 3)
     assert list(record["demo"]["scores"]) == ["base model", "lora", "cross"]
     plain = json.loads((tmp_path / BASELINE / "run.json").read_text())

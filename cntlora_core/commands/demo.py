@@ -146,6 +146,8 @@ def run_demo(
     Raises:
         ValueError: for a subject that is not embedded, or settings that make no sense.
     """
+    from transformers.utils import logging
+
     from cntlora_core.data.photos import load_photos
     from cntlora_core.diffusion.job import personalise
     from cntlora_core.diffusion.sampler import LoRAUse, load_for_sampling
@@ -154,6 +156,7 @@ def run_demo(
     from cntlora_core.metrics.encoders import SMALL
     from cntlora_core.metrics.generation import GenerationSettings, generate_each
 
+    logging.disable_progress_bar()  # all that is loaded is small, and here
     started = time.perf_counter()
     subject = mini.subject(subject_name or DEFAULT_SUBJECT)
     folder, called = images or subject.photos, class_name or subject.class_name
