@@ -20,9 +20,11 @@ from peft import (
 )
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from cntlora_core.adapter.inject import adapter_weights
+from cntlora_core.adapter.inject import adapter_layers, adapter_weights
 from cntlora_core.initialization.report import InitializationReport
+from cntlora_core.layers.weights import check_rewritable, weight_matrix
 from cntlora_core.methods.base import InitializationRequest, WrappedModel
 from cntlora_core.methods.from_weights import pattern_of, require_rank
 
@@ -67,34 +69,38 @@ def wrap_loftq(
     config.init_lora_weights, config.loftq_config = True, {}
     wrapped = _wrapped("loftq", model, config, request)
     start = time.perf_counter()
-    for module in wrapped.model.modules():
-        if isinstance(module, LoraLayer):
-            _make_up_for_rounding(module, asked.loftq_iter)
+    layers = adapter_layers(wrapped.model)
+    check_rewritable(
+        wrapped.model, {name: layer.get_base_layer() for name, layer in layers.items()}
+    )
+    for name, layer in layers.items():
+        _make_up_for_rounding(name, layer, asked.loftq_iter)
     took = wrapped.report.solve_seconds + time.perf_counter() - start
     return replace(wrapped, report=replace(wrapped.report, solve_seconds=took))
 
 
 @torch.no_grad()
-def _make_up_for_rounding(layer: LoraLayer, iterations: int) -> None:
+def _make_up_for_rounding(name: str, layer: LoraLayer, iterations: int) -> None:
     """Round the layer's weight; up and down share the square roots of the singular values."""
     from bitsandbytes.functional import (  # pyright: ignore[reportMissingImports]
         dequantize_4bit,
         quantize_4bit,
     )
 
-    weight, (down, up) = layer.get_base_layer().weight, adapter_weights(layer)
-    assert isinstance(weight, Tensor)
-    exact = weight.float()
+    base, (down, up) = layer.get_base_layer(), adapter_weights(layer)
+    exact = weight_matrix(name, base).contiguous()
     rounded, made_up = exact, torch.zeros_like(exact)
     for _ in range(iterations):
         rounded = dequantize_4bit(*quantize_4bit(exact - made_up, quant_type="nf4"))
-        u, s, vh = torch.linalg.svd((exact - rounded).flatten(1), full_matrices=False)
+        u, s, vh = torch.linalg.svd(exact - rounded, full_matrices=False)
         root = s[: len(down)].sqrt()
         left, right = u[:, : len(down)] * root, root[:, None] * vh[: len(down)]
-        made_up = (left @ right).view_as(exact)
-        down.copy_(right.view_as(down))
-        up.copy_(left.view_as(up) / layer.scaling["default"])
-    weight.copy_(rounded)
+        made_up = left @ right
+        down.copy_(right.reshape(down.shape))
+        up.copy_(left.reshape(up.shape) / layer.scaling["default"])
+    weight = base.weight
+    assert isinstance(weight, Tensor)
+    weight.copy_((rounded.T if isinstance(base, Conv1D) else rounded).reshape(weight.shape))
 
 
 def wrap_adalora(

@@ -7,7 +7,9 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from peft import LoftQConfig, PeftModel
+from peft import LoftQConfig, LoraConfig, PeftModel
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from cntlora_core import CNTLoRAConfig
 from cntlora_core.adapter.inject import adapter_layers
@@ -144,6 +146,12 @@ def test_loftq_makes_up_for_a_part_of_what_rounding_loses(
         best = torch.linalg.svdvals(error)[4:].norm()  # rank 4 of it is in the adapter
         left = (error - layer.get_delta_weight("default")).norm()
         assert left.item() == pytest.approx(best.item(), rel=1e-3)
+    transposed = nn.Sequential(Conv1D(64, 32))  # (d_out, d_in); its weight is (d_in, d_out)
+    weight = transposed[0].weight.detach().clone()
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["0"], fan_in_fan_out=True)
+    layer = adapter_layers(initialize("loftq", model=transposed, lora_config=config).model)["0"]
+    found = layer.get_base_layer().weight + layer.get_delta_weight("default")
+    assert (found - weight).norm() < (layer.get_base_layer().weight - weight).norm()
     asked = make_config(init_lora_weights="loftq", loftq_config=LoftQConfig(loftq_bits=8))
     with pytest.raises(ValueError, match="4 bits, not 8"):
         initialize("loftq", lora_config=asked)
