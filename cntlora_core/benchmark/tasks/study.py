@@ -38,8 +38,8 @@ from cntlora_core.tasks.settings import TaskSettings, planned
 ProblemName = Literal["glosses", "style", "digits", "subject", "captions"]
 SEARCH_SEED = 103
 """Another subject, too, than those of the first seeds."""
-RATES = (3e-4, 1e-3, 3e-3)
-LOW, HIGH = (3e-5, 1e-4, 3e-4), (1e-3, 3e-3, 1e-2)
+RATES = (3e-4, 1e-3, 1.7e-3, 3e-3)
+LOW, HIGH = (3e-5, 1e-4, 3e-4, 1e-3), (1e-3, 3e-3, 1e-2, 3e-2)
 RECORD_NAME = "run.json"
 
 
