@@ -75,6 +75,13 @@ def test_runs_are_kept_searched_and_compared(tiny, tmp_path):
     assert "cross-qr" not in path.read_text(), "its learning rates were not searched"
 
 
+def test_learning_rates_that_are_given_are_not_searched(tiny, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(study, "_run_missing", lambda _s, runs, *_: asked.extend(runs) or [])
+    study.study(TaskStudy(tmp_path, "digits", methods=("lora",), seeds=(0, 1), rates=(1e-3,)))
+    assert asked == [Run("digits", "lora", 12, 1e-3, seed) for seed in (0, 1)]
+
+
 def test_a_run_s_key_follows_its_settings(tiny, monkeypatch):
     run = Run("digits", "lora", 12, 1e-3, 0)
     other = dataclasses.replace(run, seed=1)

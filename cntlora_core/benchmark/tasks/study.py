@@ -87,6 +87,8 @@ class TaskStudy:
         methods: Names of the table.
         seeds: Of the comparison.
         sizes: Numbers of training samples; default: all of the problem's.
+        rates: Learning rates of the comparison, without a search; default: the source's, and each
+            method's best one after a search.
         drawings: ``node_modules`` with the emoji, for style and captions.
         llava: Folder of the small LLaVA, for subject and captions.
         workers: Runs at once, one process and one thread each.
@@ -97,6 +99,7 @@ class TaskStudy:
     methods: tuple[str, ...] = tuple(VARIANTS)
     seeds: tuple[int, ...] = (0, 1, 2)
     sizes: tuple[int, ...] = ()
+    rates: tuple[float, ...] = ()
     drawings: UserPath | None = None
     llava: UserPath | None = None
     workers: int = 2
@@ -222,6 +225,7 @@ def study(settings: TaskStudy, reporter: Reporter = silent) -> list[str]:
         Run(problem, name, middle, rate, SEARCH_SEED)
         for name in settings.methods
         for rate in VARIANTS[name].rates
+        if not settings.rates
     ]
     wrong = _run_missing(settings, search, "searching learning rates", reporter)
     done = read_runs(settings.output)
@@ -231,9 +235,11 @@ def study(settings: TaskStudy, reporter: Reporter = silent) -> list[str]:
             for name in settings.methods:
                 if any(run.key not in done for run in search if run.name == name):
                     continue
-                rates = {best_rate(done, problem, name, middle)}
-                if size == middle:
-                    rates.add(PROBLEMS[problem].preset.learning_rate)
+                rates = set(settings.rates)
+                if not rates:
+                    rates.add(best_rate(done, problem, name, middle))
+                    if size == middle:
+                        rates.add(PROBLEMS[problem].preset.learning_rate)
                 compared += [Run(problem, name, size, rate, seed) for rate in sorted(rates)]
     return wrong + _run_missing(settings, compared, "comparing", reporter)
 
