@@ -70,9 +70,13 @@ def test_runs_are_kept_searched_and_compared(tiny, tmp_path):
 
     rows = report.table(records, "digits", 12, dict.fromkeys(("lora", "bitfit"), 5e-4))
     assert [row.split(" | ")[0] for row in rows.splitlines()[2:]] == ["| lora", "| bitfit"]
-    path = report.report(records, tmp_path)
-    assert "12 samples, every method at 0.0005" in path.read_text()
-    assert "cross-qr" not in path.read_text(), "its learning rates were not searched"
+    study.train((Run("digits", "lora", 12, best, 0), tmp_path, Folders()))
+    text = report.report(study.read_runs(tmp_path), tmp_path).read_text()
+    alike, _, each = text.partition("12 samples, every method at its best rate")
+    assert "12 samples, every method at 0.0005" in alike
+    assert "| cross-qr | 0.0005 | 1 |" in alike
+    assert f"| lora | {best:g} | 1 |" in each
+    assert "cross-qr" not in each, "its learning rates were not searched"
 
 
 def test_learning_rates_that_are_given_are_not_searched(tiny, tmp_path, monkeypatch):

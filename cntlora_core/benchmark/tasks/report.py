@@ -115,16 +115,19 @@ def report(records: Records, output: Path) -> Path:
                 for rate in variant.rates
             )
         ]
-        if not searched:
-            continue
         best = {name: best_rate(records, problem, name, middle) for name in searched}
-        source = dict.fromkeys(searched, known.preset.learning_rate)
+        alike = [
+            (size, rate)
+            for size in known.sizes
+            for rate in sorted({record["run"]["learning_rate"] for record in records.values()})
+            if seeds_of(records, problem, BASELINE, size, rate)
+        ]
         sections = [
-            (f"{middle} samples, every method at {known.preset.learning_rate:g}", middle, source),
-            *(
-                (f"{size} samples, every method at its best rate", size, best)
-                for size in known.sizes
-            ),
+            (f"{size} samples, every method at {rate:g}", size, dict.fromkeys(VARIANTS, rate))
+            for size, rate in alike
+        ]
+        sections += [
+            (f"{size} samples, every method at its best rate", size, best) for size in known.sizes
         ]
         for title, size, rates in sections:
             if rows := table(records, problem, size, rates):
