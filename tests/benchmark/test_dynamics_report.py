@@ -43,7 +43,7 @@ def test_the_columns_say_what_their_names_do():
 def test_differences_from_plain_lora_are_marked(tmp_path):
     for name, level in (("lora", 1.0), ("eva", 2.0), ("cross", 1.0)):
         for seed in range(3):
-            run = Run("captions", name, 1600, 2e-4, seed)
+            run = Run("captions", name, 1200, 2e-4, seed)
             folder = tmp_path / "runs" / run.key
             folder.mkdir(parents=True)
             (folder / RECORD_NAME).write_text(json.dumps({"run": vars(run)}))

@@ -45,7 +45,7 @@ class DynamicsReport:
     runs: Annotated[UserPath, tyro.conf.Positional]
     output: UserPath = Path("docs/experiments")
     problem: str = "captions"
-    size: int = 1600
+    size: int = 1200
     learning_rate: float = 2e-4
 
 

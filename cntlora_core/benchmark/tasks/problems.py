@@ -151,7 +151,9 @@ def captions(_plan: Plan, size: int, seed: int, folders: Folders) -> Task:
     splits = {}
     for name, count in (("train", size), ("validation", 200)):
         rng = np.random.default_rng((seed, count))
-        pictures, texts = compose_captioned(known, collage, rng, count)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)  # of what a collage does with its objects
+            pictures, texts = compose_captioned(known, collage, rng, count)
         splits[name] = [(p, text, 1) for p, text in zip(pictures, texts, strict=True)]
     return Task(
         name=f"captions of {size} images in a new style",
@@ -209,7 +211,7 @@ PROBLEMS: Mapping[str, Problem] = {
     "style": Problem(style, _VISION, {600: 150, 1200: 200}),
     "subject": Problem(subject, _NAMING, {5: 60}),
     "captions": Problem(
-        captions, dataclasses.replace(_NAMING, batch_size=8), {1600: 200}, dynamics=True
+        captions, dataclasses.replace(_NAMING, batch_size=8), {1200: 150}, dynamics=True
     ),
     "digits": Problem(digits, _VISION, {100: 60, 400: 120}),
 }
