@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import RobertaConfig, RobertaModel
 
 from cntlora_core.benchmark.tasks import problems
 from cntlora_core.benchmark.tasks.small_llava import (
@@ -17,8 +18,13 @@ from cntlora_core.benchmark.tasks.small_llava import (
     encode,
     load_llava,
 )
+from cntlora_core.mini.making import train_clip
+from cntlora_core.mini.making.collage import every_background
 from cntlora_core.mini.making.evaluate import as_batch
+from cntlora_core.mini.making.object_classes import trained_classes
 from cntlora_core.tasks.answers import IGNORED
+
+from ..tasks.conftest import SHAPE, make_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +54,47 @@ def test_the_loss_counts_the_caption_alone(llava):
     assert wanted[0] == "a photo of a cat"
 
 
-def test_a_subject_s_task_is_made_of_its_photos_and_those_of_others(llava, tmp_path):
+@pytest.fixture
+def sentence_encoder(tmp_path, monkeypatch):
+    """A random one, in the place of that which a package ships."""
+    tokenizer = make_tokenizer()
+    config = RobertaConfig(**SHAPE, vocab_size=len(tokenizer), pad_token_id=1)
+    RobertaModel(config).save_pretrained(tmp_path / "encoder")
+    tokenizer.save_pretrained(tmp_path / "encoder")
+    monkeypatch.setattr(problems, "find_encoder", lambda: tmp_path / "encoder")
+
+
+def test_the_captioned_pictures_follow_their_seed(llava, tmp_path, monkeypatch, sentence_encoder):
+    class Known:
+        def __init__(self, *_args, **_options) -> None:
+            self.classes = trained_classes()[:2]
+            colours = (250, 0, 0, 255), (0, 0, 250, 255)
+            self.sprites = [Image.new("RGBA", (40, 30), c).convert("RGBa") for c in colours]
+            self.names = torch.tensor([0, 1])
+            self.backgrounds = every_background()[:3]
+
+    monkeypatch.setattr(train_clip, "ClipSet", Known)
+    monkeypatch.setattr(problems, "_drawings", lambda _: None)
+    for part in llava:
+        part.save_pretrained(tmp_path / "llava")
+    folders = problems.Folders(llava=tmp_path / "llava")
+    first = problems.captions(None, 4, 0, folders)
+    again, other = (problems.captions(None, 4, seed, folders) for seed in (0, 1))
+
+    def differs(one, two) -> bool:
+        return any(not torch.equal(p, q) for (p, *_), (q, *_) in zip(one, two, strict=True))
+
+    assert not differs(first.train, again.train)
+    assert differs(first.train, other.train)
+    assert [text for _, text, _ in first.train] == [text for _, text, _ in again.train]
+    loss, found = first.measure(first.model, first.collate(first.train))
+    assert loss.isfinite()
+    assert found.shape == (4, 3)
+
+
+def test_a_subject_s_task_is_made_of_its_photos_and_those_of_others(
+    llava, tmp_path, sentence_encoder
+):
     with pytest.raises(FileNotFoundError, match="small_llava"):
         load_llava(tmp_path)
     for part in llava:
