@@ -38,10 +38,12 @@ class TaskReport:
     Attributes:
         runs: The study's output folder.
         output: Folder for ``tasks-tables.md`` and ``tasks-*.png``.
+        seeds: Of the comparison; default: all that there are.
     """
 
     runs: Annotated[UserPath, tyro.conf.Positional]
     output: UserPath = Path("docs/experiments")
+    seeds: tuple[int, ...] = ()
 
 
 def seeds_of(records: Records, problem: str, name: str, size: int, rate: float) -> dict[int, Any]:
@@ -181,7 +183,13 @@ def _words(found: Estimate | None, factor: float, digits: int, *, star: bool = F
 
 def main() -> int:
     settings = tyro.cli(TaskReport, description=__doc__)
-    print(report(read_runs(settings.runs), settings.output))
+    wanted = {SEARCH_SEED, *settings.seeds}
+    records = {
+        key: record
+        for key, record in read_runs(settings.runs).items()
+        if not settings.seeds or record["run"]["seed"] in wanted
+    }
+    print(report(records, settings.output))
     return 0
 
 
