@@ -64,15 +64,27 @@ def _loss_figure(history: Sequence[Mapping[str, float]], title: str) -> Figure:
 def curve_figure(
     panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], title: str = ""
 ) -> Figure:
-    """One panel for each quantity, in it one line of (step, value) for each run."""
+    """One panel for each quantity, in it one line of (step, value) for each run.
+
+    More runs than there are colours differ by their dashes too, and are named beside the panels.
+    """
     figure, axes = _panels(len(panels), title, columns=2)
     for axis, (quantity, lines) in zip(axes, panels.items(), strict=True):
-        for name, points in lines.items():
+        for i, (name, points) in enumerate(lines.items()):
             if points:
                 marker = "o" if len(points) < 40 else None
-                axis.plot(*zip(*points, strict=True), marker=marker, markersize=3, label=name)
+                style = ("-", "--", ":")[i // 10 % 3]
+                axis.plot(
+                    *zip(*points, strict=True), style, color=f"C{i % 10}", marker=marker,
+                    markersize=3, label=name,
+                )  # fmt: skip
         axis.set(xlabel="step", ylabel=quantity.replace("_", " "))
-        if any(lines.values()):
+    first = axes[0].get_legend_handles_labels()
+    if len(first[0]) > 10:
+        figure.legend(*first, frameon=False, fontsize=8, loc="outside right upper")
+        return figure
+    for axis in axes:
+        if axis.lines:
             axis.legend(frameon=False, fontsize=8)
     return figure
 
