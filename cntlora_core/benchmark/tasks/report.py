@@ -121,10 +121,10 @@ def report(records: Records, output: Path) -> Path:
         alike = [
             (size, rate)
             for size in known.sizes
-            for rate in sorted({record["run"]["learning_rate"] for record in records.values()})
+            for rate in sorted({float(r["run"]["learning_rate"]) for r in records.values()})
             if seeds_of(records, problem, BASELINE, size, rate)
         ]
-        sections = [
+        sections: list[tuple[str, int, dict[str, float]]] = [
             (f"{size} samples, every method at {rate:g}", size, dict.fromkeys(VARIANTS, rate))
             for size, rate in alike
         ]
