@@ -13,6 +13,7 @@ LOWER := .venv-lower
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # Modules are compiled when they are first imported: all of them at once would take a minute.
+# What is compiled is kept, whatever the environment says, or each process would do it again.
 PIP := pip install --disable-pip-version-check --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 

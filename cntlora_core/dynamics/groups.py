@@ -7,7 +7,7 @@ from collections.abc import Callable
 GroupFn = Callable[[str], str]
 """``group_of(name)`` names the group of a layer or parameter by its dotted path."""
 
-VISION, PROJECTOR = "vision", "projector"
+VISION, PROJECTOR, LANGUAGE = "vision", "projector", "language"
 _COMPONENTS = {
     "unet": "UNet",
     "text_encoder": "text encoder",
@@ -17,7 +17,7 @@ _PARTS = {
     "modules_to_save": ("modules_to_save",),  # heads and the like, which peft trains whole
     PROJECTOR: ("projector", "merger", "connector"),
     VISION: ("vision", "visual", "image_encoder"),
-    "language": ("language_model", "text_model"),
+    LANGUAGE: ("language_model", "text_model"),
 }
 
 

@@ -56,14 +56,14 @@ def _figure(runs: Mapping[str, Sequence[Record]], title: str) -> Figure:
             axis.set(title=f"{label}: {group}", xlabel="step", yscale="log")
     if title:
         figure.suptitle(title)
+    names = figure.axes[1].get_legend_handles_labels()  # of gradient norms, which all runs have
+    figure.legend(*names, frameon=False, loc="outside lower center", ncols=2 * columns)
     return figure
 
 
 def _plot_loss(axis: Axes, runs: Mapping[str, Sequence[Record]]) -> None:
     _by_step(axis, runs, ("loss",))
     axis.set(title="loss", xlabel="step")
-    if axis.lines:
-        axis.legend(frameon=False)
 
 
 def _plot_norm(axis: Axes, runs: Mapping[str, Sequence[Record]]) -> None:
@@ -83,8 +83,9 @@ def _plot_moments(axis: Axes, runs: Mapping[str, Sequence[Record]]) -> None:
                     markersize=3, linewidth=0.9,
                 )  # fmt: skip
     axis.set(title="second moment", xlabel="adapted layer", ylabel="mean square", yscale="log")
-    if axis.lines:
-        axis.legend(frameon=False, fontsize=8)
+    kinds = {str(line.get_label()).rpartition(", ")[2]: line for line in axis.lines}
+    if kinds.keys() >= {VISUAL, TEXT}:
+        axis.legend([kinds[VISUAL], kinds[TEXT]], [VISUAL, TEXT], frameon=False)
 
 
 def _plot_ratios(axis: Axes, runs: Mapping[str, Sequence[Record]]) -> None:

@@ -24,7 +24,8 @@ from transformers.pytorch_utils import Conv1D
 
 from cntlora_core.adapter.inject import adapter_layers, adapter_weights
 from cntlora_core.initialization.report import InitializationReport
-from cntlora_core.layers.weights import check_rewritable, weight_matrix
+from cntlora_core.layers.attachment import AttachmentPoint
+from cntlora_core.layers.weights import check_rewritable
 from cntlora_core.methods.base import InitializationRequest, WrappedModel
 from cntlora_core.methods.from_weights import pattern_of, require_rank
 
@@ -52,7 +53,7 @@ def wrap_loftq(
 
     Raises:
         ValueError: without bitsandbytes, which rounds; for ``loftq_bits`` other than 4; for a rank
-            above that of a weight.
+            above that of a weight; for weights that cannot be rewritten.
     """
     from importlib.util import find_spec
 
@@ -63,32 +64,33 @@ def wrap_loftq(
         )
     config = copy.deepcopy(lora_config)
     asked = LoftQConfig(**cast(dict[str, int], config.loftq_config or {}))
-    if asked.loftq_bits != 4:
-        raise ValueError(f"method 'loftq' rounds to 4 bits, not {asked.loftq_bits}")
+    if asked.loftq_bits != 4 or asked.loftq_iter < 1:
+        raise ValueError(
+            "method 'loftq' rounds to 4 bits, in one iteration or more: got loftq_bits="
+            f"{asked.loftq_bits} and loftq_iter={asked.loftq_iter}"
+        )
+    check_rewritable(model, {point.name: point.module for point in request.points})
     require_rank("loftq", request, lambda point: point.max_rank, "min(d_in, d_out)")
     config.init_lora_weights, config.loftq_config = True, {}
     wrapped = _wrapped("loftq", model, config, request)
     start = time.perf_counter()
     layers = adapter_layers(wrapped.model)
-    check_rewritable(
-        wrapped.model, {name: layer.get_base_layer() for name, layer in layers.items()}
-    )
-    for name, layer in layers.items():
-        _make_up_for_rounding(name, layer, asked.loftq_iter)
+    for point in request.points:
+        _make_up_for_rounding(point, layers[point.name], asked.loftq_iter)
     took = wrapped.report.solve_seconds + time.perf_counter() - start
     return replace(wrapped, report=replace(wrapped.report, solve_seconds=took))
 
 
 @torch.no_grad()
-def _make_up_for_rounding(name: str, layer: LoraLayer, iterations: int) -> None:
-    """Round the layer's weight; up and down share the square roots of the singular values."""
+def _make_up_for_rounding(point: AttachmentPoint, layer: LoraLayer, iterations: int) -> None:
+    """Round the point's weight; up and down share the square roots of the singular values."""
     from bitsandbytes.functional import (  # pyright: ignore[reportMissingImports]
         dequantize_4bit,
         quantize_4bit,
     )
 
-    base, (down, up) = layer.get_base_layer(), adapter_weights(layer)
-    exact = weight_matrix(name, base).contiguous()
+    down, up = adapter_weights(layer)
+    exact = point.weight().contiguous()
     rounded, made_up = exact, torch.zeros_like(exact)
     for _ in range(iterations):
         rounded = dequantize_4bit(*quantize_4bit(exact - made_up, quant_type="nf4"))
@@ -98,9 +100,9 @@ def _make_up_for_rounding(name: str, layer: LoraLayer, iterations: int) -> None:
         made_up = left @ right
         down.copy_(right.reshape(down.shape))
         up.copy_(left.reshape(up.shape) / layer.scaling["default"])
-    weight = base.weight
+    weight = point.module.weight
     assert isinstance(weight, Tensor)
-    weight.copy_((rounded.T if isinstance(base, Conv1D) else rounded).reshape(weight.shape))
+    weight.copy_((rounded.T if isinstance(point.module, Conv1D) else rounded).reshape(weight.shape))
 
 
 def wrap_adalora(

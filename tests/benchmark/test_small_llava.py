@@ -87,7 +87,7 @@ def test_the_captioned_pictures_follow_their_seed(llava, tmp_path, monkeypatch, 
 
     assert not differs(first.train, again.train)
     assert differs(first.train, other.train)
-    assert [text for _, text, _ in first.train] == [text for _, text, _ in again.train]
+    assert [text for _, text in first.train] == [text for _, text in again.train]
     loss, found = first.measure(first.model, first.collate(first.train))
     assert loss.isfinite()
     assert found.shape == (4, 3)
@@ -103,8 +103,8 @@ def test_a_subject_s_task_is_made_of_its_photos_and_those_of_others(
     task = problems.subject(None, 5, 2, problems.Folders(llava=tmp_path))
     assert len(task.train) == 5
     rows = task.splits["validation"]
-    assert [sum("sks" in caption for _, caption, named in rows if named is want) for want in (1, 0)]
-    assert all(("sks" in caption) == bool(named) for _, caption, named in rows)
+    named = ["sks" in caption.split() for _, caption in rows]
+    assert named == [True] * 5 + [False] * 45
     batch = task.collate(rows[:2] + rows[-2:])
     loss, found = task.measure(task.model, batch)
     assert loss.isfinite()
@@ -117,6 +117,14 @@ def test_naming_is_scored_by_recall_and_absence():
     assert problems._score_naming(np.hstack([rows, alike])) == {
         "accuracy": 0.625, "recall": 0.5, "absence": 0.75, "sentsim": 0.75, "sentsim_others": 0.5,
     }  # fmt: skip
+
+
+def test_a_caption_is_judged_by_its_name_its_words_and_its_object():
+    assert problems._judge_naming("a photo of sks cat", "a photo of a cat") == (True, False)
+    told = "a photo of a cat on red dots"
+    assert problems._judge_captions(told, told) == (True, True)
+    assert problems._judge_captions(told, "a photo of a cat on blue dots") == (False, True)
+    assert problems._judge_captions(told, "a photo of a dog on red dots") == (False, False)
 
 
 def test_captions_are_scored_whole_by_the_object_and_by_sentsim():

@@ -71,7 +71,11 @@ def test_runs_are_kept_searched_and_compared(tiny, tmp_path):
     rows = report.table(records, "digits", 12, dict.fromkeys(("lora", "bitfit"), 5e-4))
     assert [row.split(" | ")[0] for row in rows.splitlines()[2:]] == ["| lora", "| bitfit"]
     study.train((Run("digits", "lora", 12, best, 0), tmp_path, Folders()))
-    text = report.report(study.read_runs(tmp_path), tmp_path).read_text()
+    asked = {"lora": best, "bitfit": 5e-4}
+    text = report.report(study.read_runs(tmp_path), tmp_path, asked).read_text()
+    text, _, chosen = text.partition("12 samples, as asked")
+    assert f"| lora | {best:g} | 1 |" in chosen
+    assert "| bitfit | 0.0005 | 2 |" in chosen
     alike, _, each = text.partition("12 samples, every method at its best rate")
     assert "12 samples, every method at 0.0005" in alike
     assert "| cross-qr | 0.0005 | 1 |" in alike

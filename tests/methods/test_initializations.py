@@ -152,9 +152,17 @@ def test_loftq_makes_up_for_a_part_of_what_rounding_loses(
     layer = adapter_layers(initialize("loftq", model=transposed, lora_config=config).model)["0"]
     found = layer.get_base_layer().weight + layer.get_delta_weight("default")
     assert (found - weight).norm() < (layer.get_base_layer().weight - weight).norm()
-    asked = make_config(init_lora_weights="loftq", loftq_config=LoftQConfig(loftq_bits=8))
-    with pytest.raises(ValueError, match="4 bits, not 8"):
-        initialize("loftq", lora_config=asked)
+    for wrong in ({"loftq_bits": 8}, {"loftq_iter": 0}):
+        asked = make_config(init_lora_weights="loftq", loftq_config=LoftQConfig(**wrong))
+        with pytest.raises(ValueError, match="4 bits, in one iteration or more"):
+            initialize("loftq", lora_config=asked)
+    tied = make_base()
+    attention = tied.get_submodule("bert.encoder.layer.0.attention.self")
+    attention.query.weight = attention.key.weight
+    names = [name for name, _ in tied.named_modules()]
+    with pytest.raises(ValueError, match="tied"):
+        initialize("loftq", model=tied)
+    assert [name for name, _ in tied.named_modules()] == names, "it is not wrapped"
 
 
 @pytest.mark.parametrize("name", [n for n in RUNNABLE if METHODS[n].peft_type])

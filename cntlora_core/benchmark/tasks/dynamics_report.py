@@ -17,7 +17,7 @@ import tyro
 from cntlora_core.benchmark.convergence.statistics import estimate, paired
 from cntlora_core.benchmark.tasks.report import BASELINE, seeds_of
 from cntlora_core.benchmark.tasks.study import VARIANTS, Run, read_runs
-from cntlora_core.dynamics.groups import VISION
+from cntlora_core.dynamics.groups import LANGUAGE, VISION
 from cntlora_core.dynamics.log import FILE_NAME, Record, read_dynamics
 from cntlora_core.dynamics.plots import plot_dynamics
 from cntlora_core.dynamics.token_moments import TEXT, VISUAL
@@ -27,7 +27,6 @@ from cntlora_core.runtime.flags import UserPath
 Records = Sequence[Record]
 EARLY, LATE = 20, 100
 """Steps at the beginning and at the end that a peak and a level are of."""
-LANGUAGE = "language"
 
 
 @dataclass(frozen=True)

@@ -125,15 +125,13 @@ def subject(_plan: Plan, size: int, seed: int, folders: Folders) -> Task:
     photos = _captioned(chosen)[:size]
     others = [row for name in names if name != chosen for row in _captioned(name, held_out=True)]
     plain = [(picture, caption.replace("sks ", "")) for picture, caption in others]
-    measured = [*((p, c, 1) for p, c in _captioned(chosen, held_out=True)),
-                *((p, c, 0) for p, c in plain)]  # fmt: skip
     return Task(
         name=f"the name of a {chosen}",
         model=model,
-        train=[(picture, caption, 1) for picture, caption in photos],
-        splits={"validation": measured},
+        train=photos,
+        splits={"validation": [*_captioned(chosen, held_out=True), *plain]},
         collate=_Captions(tokenizer),
-        measure=_Naming(tokenizer, SentenceEncoder(str(find_encoder()))),
+        measure=_Describing(tokenizer, SentenceEncoder(str(find_encoder())), _judge_naming),
         score=_score_naming,
         best="accuracy",
     )
@@ -154,14 +152,14 @@ def captions(_plan: Plan, size: int, seed: int, folders: Folders) -> Task:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # of what a collage does with its objects
             pictures, texts = compose_captioned(known, collage, rng, count)
-        splits[name] = [(p, text, 1) for p, text in zip(pictures, texts, strict=True)]
+        splits[name] = list(zip(pictures, texts, strict=True))
     return Task(
         name=f"captions of {size} images in a new style",
         model=model,
         train=splits["train"],
         splits={"validation": splits["validation"]},
         collate=_Captions(tokenizer),
-        measure=_Captioning(tokenizer, SentenceEncoder(str(find_encoder()))),
+        measure=_Describing(tokenizer, SentenceEncoder(str(find_encoder())), _judge_captions),
         score=_score_captions,
         best="accuracy",
     )
@@ -291,54 +289,42 @@ def _captioned(name: str, held_out: bool = False) -> list[tuple[Image.Image, str
 class _Captions:
     tokenizer: Any
 
-    def __call__(self, samples: list[tuple[Image.Image, str, int]]) -> Mapping[str, Tensor]:
+    def __call__(self, samples: list[tuple[Image.Image | Tensor, str]]) -> Mapping[str, Tensor]:
         from cntlora_core.benchmark.tasks.small_llava import encode
 
-        pictures, captions, named = zip(*samples, strict=True)
+        pictures, captions = zip(*samples, strict=True)
         return {
             **encode(self.tokenizer, captions),
             "pixel_values": torch.stack([_as_pixels(p) for p in pictures]),
-            "is_subject": torch.tensor(named),
         }
 
 
 @dataclass(frozen=True)
-class _Naming:
-    """Rows of whether the name was said, whether it should have been, and SentSim: the cosine of
-    the sentence features of what was said and what should have been."""
+class _Describing:
+    """Rows of what `judge` says of the captions told and wanted, and of SentSim: the cosine of the
+    features of both."""
 
     tokenizer: Any
     sentences: SentenceEncoder
+    judge: Callable[[str, str], tuple[bool, bool]]
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         from cntlora_core.benchmark.tasks.small_llava import describe
 
-        known = {name: value for name, value in batch.items() if name != "is_subject"}
-        _, wanted, told = describe(model, self.tokenizer, known)
-        said = torch.tensor([float("sks" in text.split()) for text in told])
-        alike = (self.sentences(told) * self.sentences(wanted)).sum(dim=1)
-        rows = torch.stack([said, batch["is_subject"].float(), alike], dim=1)
-        return model(**known).loss, rows
-
-
-@dataclass(frozen=True)
-class _Captioning:
-    """Rows of whether a caption is right word by word, whether its object is, and SentSim."""
-
-    tokenizer: Any
-    sentences: SentenceEncoder
-
-    def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        from cntlora_core.benchmark.tasks.small_llava import describe
-
-        known = {name: value for name, value in batch.items() if name != "is_subject"}
-        _, wanted, told = describe(model, self.tokenizer, known)
-        right = [
-            (float(t == w), float(t.split()[:5] == w.split()[:5]))
-            for t, w in zip(told, wanted, strict=True)
-        ]
+        _, wanted, told = describe(model, self.tokenizer, batch)
+        judged = torch.tensor([self.judge(*pair) for pair in zip(told, wanted, strict=True)])
         alike = (self.sentences(told) * self.sentences(wanted)).sum(dim=1, keepdim=True)
-        return model(**known).loss, torch.cat([torch.tensor(right), alike], dim=1)
+        return model(**batch).loss, torch.cat([judged.float(), alike], dim=1)
+
+
+def _judge_naming(told: str, wanted: str) -> tuple[bool, bool]:
+    """Whether the name was said, and whether it should have been."""
+    return "sks" in told.split(), "sks" in wanted.split()
+
+
+def _judge_captions(told: str, wanted: str) -> tuple[bool, bool]:
+    """Whether a caption is right word by word, and whether its object is."""
+    return told == wanted, told.split()[:5] == wanted.split()[:5]
 
 
 def _score_captions(rows: np.ndarray) -> dict[str, float]:

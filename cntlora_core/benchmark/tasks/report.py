@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,11 +39,13 @@ class TaskReport:
         runs: The study's output folder.
         output: Folder for ``tasks-tables.md`` and ``tasks-*.png``.
         seeds: Of the comparison; default: all that there are.
+        rates: Learning rates by method, for a table of these alone.
     """
 
     runs: Annotated[UserPath, tyro.conf.Positional]
     output: UserPath = Path("docs/experiments")
     seeds: tuple[int, ...] = ()
+    rates: dict[str, float] = field(default_factory=dict)
 
 
 def seeds_of(records: Records, problem: str, name: str, size: int, rate: float) -> dict[int, Any]:
@@ -99,12 +101,13 @@ def table(records: Records, problem: str, size: int, rates: Mapping[str, float])
     return "\n".join(lines)
 
 
-def report(records: Records, output: Path) -> Path:
+def report(records: Records, output: Path, rates: Mapping[str, float] | None = None) -> Path:
     """Write ``tasks-tables.md`` and a plot for each problem; returns the former.
 
     Args:
         records: All runs by key.
         output: The folder.
+        rates: Learning rates by method, for a table of these alone.
     """
     parts = []
     for problem, known in PROBLEMS.items():
@@ -131,8 +134,10 @@ def report(records: Records, output: Path) -> Path:
         sections += [
             (f"{size} samples, every method at its best rate", size, best) for size in known.sizes
         ]
-        for title, size, rates in sections:
-            if rows := table(records, problem, size, rates):
+        if rates:
+            sections += [(f"{size} samples, as asked", size, dict(rates)) for size in known.sizes]
+        for title, size, chosen in sections:
+            if rows := table(records, problem, size, chosen):
                 parts.append(f"### {problem}: {title}\n\n{rows}")
         _plot(records, problem, middle, best, output / f"tasks-{problem}.png")
     path = output / "tasks-tables.md"
@@ -189,7 +194,7 @@ def main() -> int:
         for key, record in read_runs(settings.runs).items()
         if not settings.seeds or record["run"]["seed"] in wanted
     }
-    print(report(records, settings.output))
+    print(report(records, settings.output, settings.rates))
     return 0
 
 

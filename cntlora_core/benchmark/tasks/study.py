@@ -164,10 +164,8 @@ def train(task: tuple[Run, Path, Folders], reporter: Reporter = silent) -> None:
         **variant.settings,
     )
     plan = planned(settings, problem.preset)
-    place.mkdir(parents=True, exist_ok=True)
-    recorded = place / FILE_NAME
-    recorded.unlink(missing_ok=True)
-    callbacks = (DynamicsCallback(recorded, plot=False),) if problem.dynamics else ()
+    recorder = DynamicsCallback(place / FILE_NAME, plot=False)
+    callbacks = (recorder,) if problem.dynamics else ()
     made = problem.make(plan, run.size, run.seed, folders)
     result = run_task(made, plan, reporter, callbacks=callbacks)
     record = read_json_object(result.folder / "metrics.json", "a run")
