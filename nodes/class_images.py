@@ -13,7 +13,7 @@ from cntlora_core.figures.sheets import contact_sheet
 from .pictures import image_tensor, shown
 from .runtime import HostReporter, device_name, run_heavy, tell
 from .sockets import ClassImages, ClassImagesSocket, ModelChoice, ModelSocket, SubjectSocket
-from .subject import PREVIEW_SIDE, folder_digest
+from .subject import folder_digest
 from .widgets import (
     ADVANCED,
     CATEGORY,
@@ -122,13 +122,14 @@ class ClassPictures(io.ComfyNode):
         guidance: float,
         images_seed: int,
     ) -> io.NodeOutput:
+        from cntlora_core.diffusion.family import default_resolution
         from cntlora_core.diffusion.pipeline import load_stable_diffusion
         from cntlora_core.diffusion.prior import class_images
         from cntlora_core.diffusion.stages import training_resolution
 
         prompt = subject.prompts.class_prompt
         if source != GENERATE_THEM:
-            side = subject.settings.resolution or PREVIEW_SIDE
+            side = subject.settings.resolution or default_resolution(model.path)
             folder = input_folder(source)
             photos = load_photos(folder, read_captions=False, resolution=side, shrink=True)
         else:

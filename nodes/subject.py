@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from cntlora_core.data.captions import CAPTION_SUFFIXES
-from cntlora_core.data.framing import bucket_step, crop_note, frame
+from cntlora_core.data.framing import bucket_step, crop_note, enlarged_notes, frame
 from cntlora_core.data.latents import bucket_sizes
 from cntlora_core.data.masks import FOLDER_NAME as MASKS_FOLDER
 from cntlora_core.data.photos import IMAGE_SUFFIXES, PhotoSet, load_photos, photos_from_images
@@ -248,8 +248,12 @@ class SubjectPhotos(io.ComfyNode):
             photo.image.resize(part.size, Image.Resampling.LANCZOS, box=part.box)
             for photo, part in zip(photos, frames)
         ]
-        cropped = crop_note(subject.names, frames)
-        text = "\n".join((_summary(subject), *subject.notes, *([cropped] if cropped else [])))
+        notes = list(subject.notes)
+        if settings.resolution:  # that of the model is not known here: the training names them
+            notes += enlarged_notes(subject.names, frames)
+        if cropped := crop_note(subject.names, frames):
+            notes.append(cropped)
+        text = "\n".join((_summary(subject), *notes))
         tell(text)
         masked = settings.unmasked_weight < 1
         sheet = photo_sheet(photos, subject.names, frames, masked=masked, side=192)

@@ -13,6 +13,7 @@ from torch import Tensor
 from cntlora_core.data.framing import Frame
 from cntlora_core.diffusion.checkpoint import CheckpointError, CheckpointKind, identify
 from cntlora_core.lora_file.families import SD15_FILES, SDXL_FILES, UNET, FileFamily
+from cntlora_core.runtime.reading import read_json_object
 
 Networks = Mapping[str, Any]
 """What an adapter may change, by component: ``unet``, then the text encoders. The names are those
@@ -218,6 +219,23 @@ FAMILIES = {family.name: family for family in (SD15, SDXL)}
 
 VOCABULARY = SD15.configs / "tokenizer"
 """CLIP's, which the tokenizers of all families share."""
+
+
+def default_resolution(path: Path) -> int:
+    """Side of the image in pixels that a model was trained for; its weights are not read.
+
+    Args:
+        path: A checkpoint file or a diffusers folder.
+
+    Raises:
+        CheckpointError: it is no whole model of a family that is known.
+    """
+    configs = path if path.is_dir() else family_of(path).configs
+    unet, vae = (
+        read_json_object(configs / part / "config.json", "a configuration")
+        for part in ("unet", "vae")
+    )
+    return unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
 
 
 def family_of(path: str | Path) -> Family:

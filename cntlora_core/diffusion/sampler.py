@@ -299,8 +299,8 @@ def generate(
                 negative_prompt=negative and [negative] * len(prompts[chosen]),
                 num_inference_steps=settings.steps,
                 guidance_scale=settings.guidance,
-                height=settings.resolution,
-                width=settings.resolution,
+                height=settings.height or settings.resolution,
+                width=settings.width or settings.resolution,
                 generator=generators,
                 callback_on_step_end=on_step,  # pyright: ignore[reportArgumentType]
             ).images  # pyright: ignore[reportAttributeAccessIssue]

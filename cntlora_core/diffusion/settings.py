@@ -24,7 +24,7 @@ from cntlora_core.diffusion.validation import (
     require_choice,
     require_finite,
     require_json,
-    require_resolution,
+    require_side,
     require_step_rules,
     require_unicode,
     store_as_text,
@@ -98,7 +98,7 @@ class SubjectSettings:
 
     def __post_init__(self) -> None:
         store_as_text(self, "images", "held_out")
-        require_resolution(self.resolution)
+        require_side("resolution", self.resolution)
         require_between("unmasked_weight", self.unmasked_weight, 0, 1)
         for name in ("token", "class_name", "instance_prompt", "class_prompt"):
             require_unicode(name, getattr(self, name))
@@ -280,6 +280,8 @@ class SamplingSettings:
             the next seed.
         batch_size: Images generated at once.
         clip_skip: Which layer of the text encoder is read; as in training.
+        width: Of images that are not square, in pixels; default: resolution.
+        height: Of images that are not square, in pixels; default: resolution.
     """
 
     steps: int = 30
@@ -290,13 +292,16 @@ class SamplingSettings:
     seed: int = 0
     batch_size: int = 4
     clip_skip: int = 1
+    width: int | None = None
+    height: int | None = None
 
     def __post_init__(self) -> None:
         require_between("clip_skip", self.clip_skip, 1, 100)
         require_between("steps", self.steps, 1, MOST_SAMPLING_STEPS)
         require_between("batch_size", self.batch_size, 1, 10_000)
         require_finite("guidance", self.guidance, 0)
-        require_resolution(self.resolution)
+        for name in ("resolution", "width", "height"):
+            require_side(name, getattr(self, name))
         require_unicode("negative_prompt", self.negative_prompt)
         if self.scheduler is not None:
             require_choice("scheduler", self.scheduler, SchedulerName)

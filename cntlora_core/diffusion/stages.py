@@ -229,13 +229,17 @@ def encode_class_images(
             vae_fingerprint=parts.fingerprint,
             progress=stage_progress(reporter, "encoding class images"),
         )
-    skipped = (f"skipped {s.path.name}: {s.reason}" for s in photos.skipped)
-    notes = (*skipped, *tokens.messages)
+    notes = [f"skipped {s.path.name}: {s.reason}" for s in photos.skipped]
+    if small := sum(min(photo.image.size) < resolution for photo in photos.photos):
+        notes.append(
+            f"{small} of {len(photos.photos)} class images have fewer than {resolution} x "
+            f"{resolution} pixels and are enlarged: they teach the blur too"
+        )
     return EncodedSubject(
         latents,
         tokens.input_ids,
         (subject.prompts.class_prompt,),
-        notes,
+        (*notes, *tokens.messages),
         time_ids=parts.family.time_ids([frame(size, size)]),
     )
 

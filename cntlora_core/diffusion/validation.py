@@ -68,11 +68,11 @@ def require_between(name: str, value: float, least: float, most: float) -> None:
         raise ValueError(f"{name} must be at least {least} and at most {most}, got {value}")
 
 
-def require_resolution(value: int | None) -> None:
+def require_side(name: str, value: int | None) -> None:
     """Refuses what is no side of a picture; larger ones would ask for terabytes."""
     if value is not None and not (8 <= value <= MOST_PIXELS and value % 8 == 0):
         raise ValueError(
-            f"resolution must be a multiple of 8 between 8 and {MOST_PIXELS} pixels, got {value}"
+            f"{name} must be a multiple of 8 between 8 and {MOST_PIXELS} pixels, got {value}"
         )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from cntlora_core.lora_file.families import SDXL_FILES, family_of_keys
 
@@ -32,6 +33,18 @@ def test_a_lora_of_sdxl_is_trained_and_changes_the_pictures(pack: Pack, model: A
     few = {"model": model, "prompts": "a photo of sks dog", "steps": 1}
     generated = pack.run("CNTLoRASample", lora=lora, **few).args[0]
     assert not torch.equal(generated, pack.run("CNTLoRASample", **few).args[0])
+
+
+def test_class_images_of_a_folder_are_held_at_the_model_s_size(
+    pack: Pack, model: Any, comfy: Path
+) -> None:
+    folder = comfy / "input" / "dogs"
+    folder.mkdir()
+    Image.new("RGB", (100, 80), "red").save(folder / "1.png")
+    subject = subject_of(pack, images=[pictures()]).args[0]
+    chosen = {"model": model, "subject": subject, "source": "dogs"}
+    found = pack.run("CNTLoRAClassImages", **chosen).args[0]
+    assert [photo.image.size for photo in found.photos.photos] == [(40, 32)]
 
 
 @pytest.mark.parametrize(("folder", "layer"), [("tiny", -2), ("tiny sdxl", -3)])

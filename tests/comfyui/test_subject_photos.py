@@ -35,6 +35,9 @@ def test_photos_keep_their_shape_and_take_masks(pack: Pack, comfy: Path) -> None
     with Image.open(comfy / sheet["type"] / sheet["filename"]) as picture:
         assert picture.size == (2 * 200 + 8, 218 + 8)
 
+    assert "enlarged" not in report, "the model's resolution is not known here"
+    assert "60 pixels and is enlarged" in subject_of(pack, images=[wide], resolution=512).args[3]
+
     cropped = subject_of(pack, images=[wide], crop=True, unmasked_weight=0.0)
     assert [tuple(picture.shape) for picture in cropped.args[1]] == [(1, 512, 512, 3)] * 2
     assert "25 % of the width of image 1" in cropped.args[3]

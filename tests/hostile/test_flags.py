@@ -27,6 +27,8 @@ SAMPLE: dict[str, tuple[str, ...]] = {
     "--scheduler": WORDS,
     "--precision": WORDS,
     "--device": (*WORDS, "meta", "cuda:99", "xla", "privateuseone"),
+    "--width": ("33", "0", HUGE),
+    "--height": ("-64",),
     "--prompt": ("\udcff",),
     "--negative-prompt": ("\udcff",),
     "--output": ("", " ", "~nosuchuser/x", "\x00", "/proc/1/x", "/dev/null/x", "x" * 300),

@@ -39,9 +39,10 @@ def test_class_images_and_latents_are_reused_and_topped_up(settings):
 def test_given_class_images_are_used_and_none_with_weight_zero(settings, tmp_path):
     folder = tmp_path / "dogs"
     folder.mkdir()
-    Image.new("RGB", (32, 32), "blue").save(folder / "x.png")
+    Image.new("RGB", (24, 32), "blue").save(folder / "x.png")
     result = personalise(change(settings, "prior", class_images=str(folder)))
     assert all(record["prior_loss"] > 0 for record in result.history)
+    assert any("1 of 1 class images have fewer than 32 x 32 pixels" in n for n in result.notes)
     without = change(settings, "prior", prior_weight=0.0)
     result = personalise(without, overwrite=True)
     assert all(record["prior_loss"] == 0 for record in result.history)
@@ -60,8 +61,9 @@ def test_given_class_images_are_held_at_the_training_resolution(settings, tmp_pa
 
     monkeypatch.setattr(material, "encode_class_images", keep)
     settings = change(settings, "subject", resolution=32)
-    personalise(change(settings, "prior", class_images=str(folder)))
+    result = personalise(change(settings, "prior", class_images=str(folder)))
     assert [image.size for image in held] == [(40, 32)] * 3
+    assert not any("class images have fewer" in note for note in result.notes)
     assert sum(len(image.tobytes()) for image in held) == 3 * 40 * 32 * 3
 
 

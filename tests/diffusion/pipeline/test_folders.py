@@ -13,7 +13,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from cntlora_core.diffusion.checkpoint import CheckpointError
-from cntlora_core.diffusion.family import SD15
+from cntlora_core.diffusion.family import SD15, default_resolution
 from cntlora_core.diffusion.pipeline import (
     StableDiffusionParts,
     load_stable_diffusion,
@@ -31,6 +31,7 @@ def test_folder_is_what_diffusers_loads(made: StableDiffusionParts, folder: Path
     modes = {path.stat().st_mode for path in folder.rglob("*") if path.is_file()}
     assert len(modes) == 1
     assert (loaded.latent_scale, loaded.default_resolution) == (8, 64)
+    assert default_resolution(folder) == 64
 
 
 @pytest.mark.thorough

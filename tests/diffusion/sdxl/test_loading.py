@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from cntlora_core.data.framing import frame
 from cntlora_core.diffusion.checkpoint import CheckpointError
-from cntlora_core.diffusion.family import SD15, SDXL, family_of
+from cntlora_core.diffusion.family import SD15, SDXL, default_resolution, family_of
 from cntlora_core.diffusion.pipeline import load_parts, load_stable_diffusion
 from cntlora_core.diffusion.sampler import generate
 from cntlora_core.diffusion.settings import SamplingSettings
@@ -33,7 +33,7 @@ def stock(tiny_sdxl):
 def test_a_prompt_is_read_as_the_stock_pipeline_reads_it(tiny_sdxl, stock):
     parts = load_stable_diffusion(str(tiny_sdxl))
     assert parts.family is SDXL
-    assert parts.default_resolution == 32
+    assert parts.default_resolution == default_resolution(tiny_sdxl) == 32
     assert parts.vae.dtype == torch.float32
     tokens = parts.tokens([PROMPT]).input_ids
     first, second = tokens.chunk(2, dim=1)
@@ -70,17 +70,18 @@ def test_sizes_are_those_of_the_picture_and_of_what_is_kept_of_it():
     assert SD15.time_ids([tall]) is None
 
 
-def test_generated_images_are_the_stock_pipeline_s(tiny_sdxl, stock):
+@pytest.mark.parametrize("shape", [{}, {"width": 48, "height": 32}])
+def test_generated_images_are_the_stock_pipeline_s(tiny_sdxl, stock, shape):
     ours = load_stable_diffusion(str(tiny_sdxl)).pipeline()
     assert ours.config.force_zeros_for_empty_prompt
-    settings = SamplingSettings(steps=2, guidance=5.0, seed=3)
+    settings = SamplingSettings(steps=2, guidance=5.0, seed=3, **shape)
     (picture,) = generate(ours, [PROMPT], settings)
     (expected,) = stock(
-        PROMPT, num_inference_steps=2, guidance_scale=5.0,
+        PROMPT, num_inference_steps=2, guidance_scale=5.0, **shape,
         generator=torch.Generator().manual_seed(3),
     ).images  # fmt: skip
     assert isinstance(picture, Image.Image)
-    assert picture.size == (32, 32)
+    assert picture.size == (shape.get("width", 32), 32)
     off = np.abs(np.asarray(picture, int) - np.asarray(expected, int))
     assert off.max() <= 1  # rounding
 
