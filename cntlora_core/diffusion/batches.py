@@ -197,6 +197,9 @@ def draw_batch(
             sizes = torch.cat([sizes, data.class_time_ids.expand(size, -1)])
     shapes = _by_shape(latents, weights, generator)
     timesteps = torch.randint(horizon, (len(latents),), generator=generator)
+    if scale := training.noise_offset:
+        shift = _generator(training.seed, 5, step, micro)
+        shapes = tuple(_shifted(shape, scale, shift) for shape in shapes)
     whole = (size, len(latents) - size)
     return Batch(shapes, timesteps, torch.stack(tokens), size, whole, sizes)
 
@@ -235,6 +238,13 @@ def _by_shape(
             )
         )
     return tuple(shapes)
+
+
+def _shifted(samples: SameShape, scale: float, generator: torch.Generator) -> SameShape:
+    """With a random constant for each channel in the noise, which pixels' own noise lacks: "offset
+    noise", as sd-scripts and diffusers have it."""
+    constants = torch.randn(*samples.noise.shape[:2], 1, 1, generator=generator)
+    return dataclasses.replace(samples, noise=samples.noise + scale * constants)
 
 
 def _generator(*numbers: int) -> torch.Generator:

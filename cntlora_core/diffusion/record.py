@@ -97,6 +97,7 @@ def file_metadata(
             "text_encoder_lr": training.text_learning_rate if adapts_text else 0.0,
             "clip_skip": settings.clip_skip,
             "caption_dropout_rate": training.caption_dropout,
+            "noise_offset": training.noise_offset,
             "num_train_images": len(photos.photos),
             "num_reg_images": 0 if classes is None else len(classes.digests),
             "max_train_steps": training.steps,

@@ -171,6 +171,8 @@ class TrainingSettings:
         sample_steps: Sampling steps of such a sample.
         held_out_every: Steps between measurements of the loss on held-out photos.
         log_with: Trackers that are told of every step: tensorboard, wandb.
+        noise_offset: Size of a random constant for each channel that is added to the noise; 0.05 to
+            0.1 help a model to darker and brighter images.
         dynamics_every: Record gradient norms and updates of every step in dynamics.jsonl, and what
             the adapted layers read each time so many steps are done; 0 records nothing.
     """
@@ -202,6 +204,7 @@ class TrainingSettings:
     lr_step_rules: str = ""
     caption_dropout: float = 0.0
     dynamics_every: int = 0
+    noise_offset: float = 0.0
 
     def __post_init__(self) -> None:
         for name in (
@@ -218,7 +221,7 @@ class TrainingSettings:
             raise ValueError("sample_prompts has an empty prompt: write it out or leave it away")
         for name in ("lr_warmup", "sample_every", "dynamics_every"):
             require_at_least(name, getattr(self, name), 0)
-        for name in ("learning_rate", "weight_decay", "max_grad_norm"):
+        for name in ("learning_rate", "weight_decay", "max_grad_norm", "noise_offset"):
             require_finite(name, getattr(self, name), 0)
         require_choice("lr_schedule", self.lr_schedule, Schedule)
         for name in self.log_with:

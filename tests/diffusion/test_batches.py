@@ -165,6 +165,24 @@ def test_a_step_s_batch_follows_from_seed_and_step_alone(trainer_of):
     assert seen == {(16, 16), (22, 12), (12, 20)}
 
 
+def test_offset_noise_is_a_constant_for_each_sample_and_channel(trainer_of):
+    data = trainer_of([SQUARE, WIDE]).trainer.data
+    plain = TrainingSettings(batch_size=2, seed=5)
+    offset = TrainingSettings(batch_size=2, seed=5, noise_offset=0.1)
+    draws = [
+        draw_batch(data, t, 3, 0, with_class_images=True, horizon=1000) for t in (plain, offset)
+    ]
+    constants = []
+    for before, after in zip(*(batch.shapes for batch in draws), strict=True):
+        added = after.noise - before.noise
+        torch.testing.assert_close(added, added.mean((2, 3), keepdim=True).expand_as(added))
+        constants += (added.mean((2, 3)) / 0.1).flatten().tolist()
+        assert torch.equal(before.latents, after.latents)
+    assert torch.equal(draws[0].timesteps, draws[1].timesteps)
+    assert len({round(c, 3) for c in constants}) == 4 * 4
+    assert 0.3 < torch.tensor(constants).std() < 2
+
+
 @pytest.mark.parametrize("floor", [0.0, 0.1])
 def test_the_background_gives_the_gradient_that_its_weight_says(trainer_of, floor):
     """At the denoiser's output, where the loss says what each latent should become."""
