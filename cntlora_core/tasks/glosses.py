@@ -226,6 +226,7 @@ def load_gloss_task(
     validation: int = 1024,
     batch_size: int = 32,
     seed: int = 0,
+    longest: int = _LONGEST,
 ) -> GlossTask:
     """Sample glosses and tokenise them.
 
@@ -237,6 +238,7 @@ def load_gloss_task(
         validation: Glosses to measure on.
         batch_size: Glosses in a batch.
         seed: Which glosses are sampled.
+        longest: Tokens that are kept of a gloss.
 
     Raises:
         FileNotFoundError, ImportError: encoder or WordNet are missing; says how to get them.
@@ -255,19 +257,21 @@ def load_gloss_task(
 
     def batches_of(chosen: Sequence[Gloss]) -> list[Batch]:
         return [
-            _batch(chosen[i : i + batch_size], tokenizer, categories)
+            _batch(chosen[i : i + batch_size], tokenizer, categories, longest)
             for i in range(0, len(chosen), batch_size)
         ]
 
     return GlossTask(encoder, categories, batches_of(sampled[:train]), batches_of(sampled[train:]))
 
 
-def _batch(glosses: Sequence[Gloss], tokenizer: Any, categories: tuple[str, ...]) -> Batch:
+def _batch(
+    glosses: Sequence[Gloss], tokenizer: Any, categories: tuple[str, ...], longest: int
+) -> Batch:
     tokens = tokenizer(
         [gloss.text for gloss in glosses],
         padding=True,
         truncation=True,
-        max_length=_LONGEST,
+        max_length=longest,
         return_tensors="pt",
     )
     return {

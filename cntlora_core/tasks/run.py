@@ -287,14 +287,26 @@ def _trainer(
 
 
 def _measured(trainer: TaskTrainer, name: str, split: Any) -> dict[str, float]:
-    trainer.task.generated.clear()
-    found = trainer.evaluate(split, metric_key_prefix="final")
+    found = _last_measured(trainer, split) or trainer.evaluate(split, metric_key_prefix="final")
     generated = gather_object(trainer.task.generated)  # each process has written a part
     if generated and trainer.is_world_process_zero():
         folder = Path(str(trainer.args.output_dir)).parent
         write_json_atomic(folder / f"generated-{name}.json", generated)
     values = {key.removeprefix("final_"): value for key, value in found.items() if "final_" in key}
     return {key: float(value) for key, value in values.items() if not key.endswith(TIMES)}
+
+
+def _last_measured(trainer: TaskTrainer, split: Any) -> dict[str, float]:
+    """What the training itself measured after its last step; empty where that is another model."""
+    state, logs = trainer.state, trainer.state.log_history
+    if split is not trainer.eval_dataset or trainer.args.load_best_model_at_end:
+        return {}
+    last = [
+        log
+        for log in logs
+        if log["step"] == state.global_step and f"eval_{trainer.task.best}" in log
+    ]
+    return {key.replace("eval_", "final_", 1): value for log in last for key, value in log.items()}
 
 
 def _share(plan: Plan, args: TrainingArguments) -> tuple[int, int]:

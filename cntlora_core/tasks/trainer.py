@@ -121,6 +121,11 @@ class TaskTrainer(Trainer):
         rows = rows.detach().float().contiguous()
         return (None if loss is None else loss.detach().float().reshape(1)), rows, rows
 
+    def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
+        """As the Trainer does; `Task.generated` holds what this measurement generates."""
+        self.task.generated.clear()
+        return super().evaluate(*args, **options)
+
     def create_optimizer(self, *_args: Any, **_options: Any) -> torch.optim.Optimizer:
         """Biases and norms do not decay; in full fine-tuning lower layers learn more slowly."""
         if self.optimizer is None:

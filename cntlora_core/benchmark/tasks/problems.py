@@ -24,7 +24,7 @@ from cntlora_core.tasks.recipes import VisionSettings
 from cntlora_core.tasks.settings import Plan, Preset
 from cntlora_core.tasks.text import score_classes
 from cntlora_core.tasks.trainer import Task
-from cntlora_core.tasks.vision import HEAD_DEVIATION, vision_task
+from cntlora_core.tasks.vision import HEAD_DEVIATION, collate_pictures, vision_task
 
 if TYPE_CHECKING:
     from cntlora_core.mini.making.sprites import SpriteSource
@@ -66,12 +66,12 @@ class Problem:
 
 def glosses(_plan: Plan, size: int, seed: int, _folders: Folders) -> Task:
     """WordNet's definitions of nouns to their 26 categories, on a pre-trained text encoder."""
-    found = load_gloss_task(train=size, seed=seed, batch_size=1)
+    found = load_gloss_task(train=size, validation=512, seed=seed, batch_size=1, longest=20)
     return Task(
         name=f"{size} glosses",
         model=found.new_model(seed),
         train=found.batches,
-        splits={"validation": found.validation},
+        splits={"validation": sorted(found.validation, key=lambda b: b["input_ids"].shape[1])},
         collate=_padded,
         measure=_measure_glosses,
         score=score_classes,
@@ -84,9 +84,10 @@ def style(plan: Plan, size: int, seed: int, folders: Folders) -> Task:
     from cntlora_core.mini.making.object_classes import OBJECT_CLASSES
 
     source = _drawings(folders)
-    shown = [c.emoji[0] for c in OBJECT_CLASSES if source.path("3d", c.emoji[0]).is_file()]
-    sprites = [source.sprite("3d", emoji) for emoji in shown]
+    drawn = [c.emoji[0] for c in OBJECT_CLASSES if source.path("3d", c.emoji[0]).is_file()]
     rng = np.random.default_rng(seed)
+    shown = rng.choice(drawn, size=60, replace=False)
+    sprites = [source.sprite("3d", emoji) for emoji in shown]
     splits = {
         name: [(_composed(sprites[i % len(sprites)], rng), i % len(sprites)) for i in range(count)]
         for name, count in (("train", size), ("validation", 4 * len(sprites)))
@@ -105,7 +106,7 @@ def digits(plan: Plan, size: int, seed: int, _folders: Folders) -> Task:
 
     def pictures(chosen: Sequence[int]) -> list[tuple[Image.Image, int]]:
         grey = [(images[i].reshape(8, 8) / 16 * 255).astype(np.uint8) for i in chosen]
-        enlarged = [Image.fromarray(g).resize((64, 64), Image.Resampling.BICUBIC) for g in grey]
+        enlarged = [Image.fromarray(g).resize((32, 32), Image.Resampling.BICUBIC) for g in grey]
         return [(p.convert("RGB"), int(labels[i])) for p, i in zip(enlarged, chosen, strict=True)]
 
     splits = {
@@ -175,7 +176,7 @@ _TEXT = Preset(
     alpha=32.0,
     learning_rate=3e-4,
     warmup=0.06,
-    batch_size=32,
+    batch_size=16,
 )
 _VISION = Preset(
     source="as the recipe of VTAB-1K (ConsNoTrainLoRA, supplement), without its weight decay",
@@ -205,13 +206,13 @@ _NAMING = Preset(
 )
 
 PROBLEMS: Mapping[str, Problem] = {
-    "glosses": Problem(glosses, _TEXT, {640: 100, 1600: 150, 6400: 200}),
-    "style": Problem(style, _VISION, {600: 150, 1200: 200}),
+    "glosses": Problem(glosses, _TEXT, {320: 60, 960: 90, 2880: 140}),
+    "style": Problem(style, _VISION, {120: 60}),
     "subject": Problem(subject, _NAMING, {5: 60}),
     "captions": Problem(
         captions, dataclasses.replace(_NAMING, batch_size=8), {1200: 150}, dynamics=True
     ),
-    "digits": Problem(digits, _VISION, {100: 60, 400: 120}),
+    "digits": Problem(digits, _VISION, {100: 100, 400: 150}),
 }
 
 
@@ -228,11 +229,16 @@ def _vision(plan: Plan, name: str, splits: Mapping[str, Any], classes: int, seed
         nn.init.zeros_(model.classifier.bias)
     settings = VisionSettings(output=plan.settings.output)
     task = vision_task(plan, settings, model=model, data=splits, transform=_pixels)
-    return Task(**{**vars(task), "name": name})
+    return Task(**{**vars(task), "name": name, "collate": _any_size})
+
+
+def _any_size(samples: list[tuple[Tensor, int]]) -> Mapping[str, Any]:
+    """A batch for an encoder whose position embeddings are those of another size."""
+    return collate_pictures(samples) | {"interpolate_pos_encoding": True}
 
 
 def _pixels(picture: Image.Image) -> Tensor:
-    """float32 (3, 64, 64) from -1 to 1, as the encoder was trained."""
+    """float32 (3, h, w) from -1 to 1, as the encoder was trained."""
     return as_batch([picture])[0].contiguous()
 
 

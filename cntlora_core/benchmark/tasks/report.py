@@ -111,16 +111,16 @@ def report(records: Records, output: Path, rates: Mapping[str, float] | None = N
     """
     parts = []
     for problem, known in PROBLEMS.items():
-        middle = search_size(problem)
+        least = search_size(problem)
         searched = [
             name
             for name, variant in VARIANTS.items()
             if all(
-                Run(problem, name, middle, rate, SEARCH_SEED).key in records
+                Run(problem, name, least, rate, SEARCH_SEED).key in records
                 for rate in variant.rates
             )
         ]
-        best = {name: best_rate(records, problem, name, middle) for name in searched}
+        best = {name: best_rate(records, problem, name, least) for name in searched}
         alike = [
             (size, rate)
             for size in known.sizes
@@ -139,7 +139,7 @@ def report(records: Records, output: Path, rates: Mapping[str, float] | None = N
         for title, size, chosen in sections:
             if rows := table(records, problem, size, chosen):
                 parts.append(f"### {problem}: {title}\n\n{rows}")
-        _plot(records, problem, middle, best, output / f"tasks-{problem}.png")
+        _plot(records, problem, least, best, output / f"tasks-{problem}.png")
     path = output / "tasks-tables.md"
     with atomic_write(path) as temporary:
         temporary.write_text("\n\n".join(parts) + "\n", "utf-8")

@@ -3,9 +3,9 @@
     python -m cntlora_core.benchmark.tasks.study --problem glosses --output runs/tasks
     python -m cntlora_core.benchmark.tasks.report runs/tasks --output docs/experiments
 
-First every method is trained at each of its learning rates, with the middle amount of data and a
-seed that the comparison leaves out. Then come the comparison's seeds, at the source's learning rate
-and at the method's own best one.
+First every method is trained at each of its learning rates, with the least data and a seed that the
+comparison leaves out. Then come the comparison's seeds, at the method's own best learning rate and,
+with the least data, at the source's.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import shutil
 import sys
 from collections.abc import Mapping
@@ -153,7 +154,7 @@ def train(task: tuple[Run, Path, Folders], reporter: Reporter = silent) -> None:
         method=variant.method,
         learning_rate=run.learning_rate,
         steps=steps,
-        eval_every=steps + 1 if at_end else max(1, steps // 3),
+        eval_every=steps + 1 if at_end else math.ceil(steps / 3),
         eval_batch_size=64,
         keep_checkpoints=0,
         init_batches=16,
@@ -193,9 +194,8 @@ def best_rate(runs: Mapping[str, Mapping[str, Any]], problem: str, name: str, si
 
 
 def search_size(problem: str) -> int:
-    """The amount of data at which learning rates are searched."""
-    sizes = sorted(PROBLEMS[problem].sizes)
-    return sizes[(len(sizes) - 1) // 2]
+    """The amount of data at which learning rates are searched: the least."""
+    return min(PROBLEMS[problem].sizes)
 
 
 def read_runs(output: Path) -> dict[str, dict[str, Any]]:
@@ -218,9 +218,9 @@ def study(settings: TaskStudy, reporter: Reporter = silent) -> list[str]:
         if size not in PROBLEMS[problem].sizes:
             known = ", ".join(map(str, PROBLEMS[problem].sizes))
             raise ValueError(f"{problem} has no size {size}; there are {known}")
-    middle = search_size(problem)
+    least = search_size(problem)
     search = [
-        Run(problem, name, middle, rate, SEARCH_SEED)
+        Run(problem, name, least, rate, SEARCH_SEED)
         for name in settings.methods
         for rate in VARIANTS[name].rates
         if not settings.rates
@@ -235,8 +235,8 @@ def study(settings: TaskStudy, reporter: Reporter = silent) -> list[str]:
                     continue
                 rates = set(settings.rates)
                 if not rates:
-                    rates.add(best_rate(done, problem, name, middle))
-                    if size == middle:
+                    rates.add(best_rate(done, problem, name, least))
+                    if size == least:
                         rates.add(PROBLEMS[problem].preset.learning_rate)
                 compared += [Run(problem, name, size, rate, seed) for rate in sorted(rates)]
     return wrong + _run_missing(settings, compared, "comparing", reporter)
