@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification
 
 from cntlora_core.benchmark.tasks import report, study
-from cntlora_core.benchmark.tasks.problems import PROBLEMS, Folders, Problem
+from cntlora_core.benchmark.tasks.problems import PROBLEMS, Folders, Problem, _vision
 from cntlora_core.benchmark.tasks.study import SEARCH_SEED, VARIANTS, Run, TaskStudy
+from cntlora_core.tasks.settings import TaskSettings, planned
 from cntlora_core.tasks.text import measure_classes, score_classes
 from cntlora_core.tasks.trainer import Task
 
@@ -81,6 +84,21 @@ def test_runs_are_kept_searched_and_compared(tiny, tmp_path):
     assert "| cross-qr | 0.0005 | 1 |" in alike
     assert f"| lora | {best:g} | 1 |" in each
     assert "cross-qr" not in each, "its learning rates were not searched"
+
+
+@pytest.mark.parametrize("side", [32, 64])
+def test_the_image_encoder_takes_pictures_of_either_size(side, tmp_path):
+    rng = np.random.default_rng(0)
+    pictures = [Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8)) for _ in range(3)]
+    samples = [(picture, label) for label, picture in enumerate(pictures)]
+    plan = planned(TaskSettings(output=str(tmp_path)), PROBLEMS["digits"].preset)
+    task = _vision(plan, "pictures", {"train": samples, "validation": samples}, 3, 0)
+    batch = task.collate([task.train[i] for i in range(3)])
+    assert batch["pixel_values"].shape == (3, 3, side, side)
+    with torch.no_grad():
+        loss, rows = task.measure(task.model.eval(), batch)
+    assert loss is not None and loss.isfinite()
+    assert rows.shape == (3, 4)
 
 
 def test_learning_rates_that_are_given_are_not_searched(tiny, tmp_path, monkeypatch):

@@ -101,6 +101,11 @@ def test_batches_hold_each_sampled_gloss_once(task: GlossTask):
         load_gloss_task(encoder=task.encoder, wordnet=task.encoder.parent / "word net", train=60)
 
 
+def test_long_glosses_are_cut(encoder: Path, wordnet: Path):
+    cut = load_gloss_task(encoder=encoder, wordnet=wordnet, train=4, validation=4, longest=5)
+    assert {b["input_ids"].shape[1] for b in (*cut.batches, *cut.validation)} == {5}
+
+
 def test_padding_changes_nothing(task: GlossTask):
     model = task.new_model().eval()
     batch = {k: v[:1] for k, v in task.batches[0].items() if k != "labels"}

@@ -127,6 +127,34 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(tmp_path, tiny_rober
     )
 
 
+def test_what_the_training_measured_at_its_end_is_not_measured_again(
+    tmp_path, tiny_roberta, monkeypatch
+):
+    from cntlora_core.tasks import text
+
+    seen, measure = [], text.measure_classes
+
+    def counting(model, batch):
+        seen.append(len(batch["labels"]))
+        return measure(model, batch)
+
+    monkeypatch.setattr(text, "measure_classes", counting)
+    wanted = settings(
+        tmp_path, tiny_roberta, steps=4, eval_every=2, select_best=False, keep_checkpoints=0
+    )
+    result = train_text(wanted, data=rte())
+    assert sum(seen) == 2 * 10, "after steps 2 and 4"
+    last = result.curves.validation[-1]
+    assert result.metrics["validation"] == {key: last[key] for key in ("accuracy", "loss")}
+
+    seen.clear()
+    best = dataclasses.replace(
+        wanted, output=str(tmp_path / "best"), keep_checkpoints=1, select_best=True
+    )
+    train_text(best, data=rte())
+    assert sum(seen) == 3 * 10, "the best step may be another"
+
+
 def write_tsv(path: Path, header: list[str] | None, rows: list[list]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [*([header] if header else []), *rows]
