@@ -97,7 +97,8 @@ def test_the_image_encoder_takes_pictures_of_either_size(side, tmp_path):
     assert batch["pixel_values"].shape == (3, 3, side, side)
     with torch.no_grad():
         loss, rows = task.measure(task.model.eval(), batch)
-    assert loss is not None and loss.isfinite()
+    assert loss is not None
+    assert loss.isfinite()
     assert rows.shape == (3, 4)
 
 
