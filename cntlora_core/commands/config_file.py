@@ -18,6 +18,9 @@ FLAG = "--config"
 _FLAT = ("subject", "output", "prior", "adapter", "training", "sampling")
 """Sections that only group a file's settings; any other is a part of its flags' names."""
 
+_OF_ONE_CALL = ("resume", "overwrite")
+"""What a run's record says of how it was called, and not of what it was."""
+
 
 def with_config(arguments: Sequence[str]) -> list[str]:
     """Arguments in which ``--config FILE`` is replaced by what the file holds.
@@ -49,6 +52,8 @@ def _read(path: Path) -> Mapping[str, Any]:
     if path.suffix == ".json":
         content = read_json_object(path, "a file of settings")
         settings = content.get("settings", content)
+        if settings is not content and isinstance(settings, dict):
+            settings = {key: value for key, value in settings.items() if key not in _OF_ONE_CALL}
         if not isinstance(settings, dict):
             raise ValueError(f"{path}: its settings are no table of names and values")
         return settings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -12,10 +13,17 @@ from cntlora_core.lava.orthogonality import OrthogonalityLoss
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 
 
-def with_orthogonality(trainer_class: type[AnyTrainer]) -> type[AnyTrainer]:
+def with_orthogonality(
+    trainer_class: type[AnyTrainer],
+    term_of: Callable[[nn.Module], Callable[[], Tensor]] = OrthogonalityLoss,
+) -> type[AnyTrainer]:
     """A trainer class that adds the orthogonality term to its loss, in training only.
 
     The term counts once an optimizer step, however many batches are accumulated in it.
+
+    Args:
+        trainer_class: transformers' Trainer, or one that is made of it.
+        term_of: Makes the term of a model, a callable without arguments.
 
     Example:
         >>> trainer = with_orthogonality(Trainer)(model=peft_model, args=args, train_dataset=data)
@@ -34,7 +42,7 @@ def with_orthogonality(trainer_class: type[AnyTrainer]) -> type[AnyTrainer]:
             )
             if not model.training:
                 return found
-            term = OrthogonalityLoss(self.accelerator.unwrap_model(model))()
+            term = term_of(self.accelerator.unwrap_model(model))()
             if _divided_already(self, num_items_in_batch):
                 accumulated = getattr(self, "current_gradient_accumulation_steps", None)
                 term = term / (accumulated or self.args.gradient_accumulation_steps)

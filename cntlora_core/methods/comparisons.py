@@ -149,6 +149,34 @@ def wrap_adalora(
     return WrappedModel(wrapped.model, wrapped.report, after_step=after_step)
 
 
+class AdaLoraOrthogonality:
+    """The regulariser of AdaLoRA (arXiv 2303.10512, equation 4) as peft weighs it, a callable
+    without arguments: peft adds it to the loss of models with a task type alone.
+
+    Args:
+        model: A peft model with an AdaLoRA adapter.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        assert isinstance(model, PeftModel)
+        config = model.active_peft_config
+        assert isinstance(config, AdaLoraConfig)
+        self.weight = config.orth_reg_weight
+        self.factors = [
+            parameter.T if ".lora_B." in name else parameter
+            for name, parameter in model.named_parameters()
+            if ".lora_A." in name or ".lora_B." in name
+        ]
+
+    def __call__(self) -> Tensor:
+        """A scalar: the mean over the factors of how far their vectors are from orthonormal."""
+        terms = [
+            (rows @ rows.T - torch.eye(len(rows), dtype=rows.dtype, device=rows.device)).norm()
+            for rows in self.factors
+        ]
+        return self.weight * torch.stack(terms).mean()
+
+
 def wrap_vera(
     model: nn.Module, lora_config: LoraConfig, request: InitializationRequest
 ) -> WrappedModel:

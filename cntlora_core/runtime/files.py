@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -115,6 +116,15 @@ def write_json_atomic(path: str | Path, value: Any, *, indent: int | None = 2) -
     with atomic_write(path, needed_bytes=len(content)) as temp:
         temp.write_bytes(content)
     return Path(path)
+
+
+def finite_or_null(value: Any) -> Any:
+    """A JSON value with None for numbers that are not finite, which JSON has not."""
+    if isinstance(value, dict):
+        return {key: finite_or_null(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite_or_null(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def save_safetensors_atomic(

@@ -133,6 +133,32 @@ def adapt_again(base: nn.Module, plan: Plan, checkpoint: Path) -> Adapted:
     return Adapted(load_initialized(base, checkpoint, is_trainable=True))
 
 
+def train_in_float32(model: nn.Module, preset: Preset) -> None:
+    """Float32 for what is trained in a base of fewer bits, such as heads and biases: AdamW's steps
+    would be rounded away there. Autocast brings the two together.
+
+    Raises:
+        ValueError: without autocast.
+    """
+    trained = [n for n, p in model.named_parameters() if p.requires_grad and _is_short(p)]
+    if trained and preset.precision == "float32":
+        raise ValueError(
+            f"base_precision={preset.base_precision!r} is for what stays as it is, and "
+            f"{trained[0]} is trained: give precision={preset.base_precision!r} too, or "
+            "base_precision='float32'"
+        )
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        if any(p.requires_grad for p in own):
+            for parameter in own:  # a norm's weight and bias have one data type
+                if _is_short(parameter) and (parameter.requires_grad or parameter.ndim == 1):
+                    parameter.data = parameter.data.float()
+
+
+def _is_short(parameter: Tensor) -> bool:
+    return parameter.dtype in (torch.bfloat16, torch.float16)
+
+
 def save_adapter(model: nn.Module, folder: Path, method: str) -> Path:
     """Write what was trained so that it fits the stock base; returns the folder.
 
@@ -254,7 +280,8 @@ def write_report(report: InitializationReport | None, folder: Path) -> dict[str,
     """The ranks of an initialisation to ``folder/ranks.json``, and its times for the record."""
     if report is None:
         return {}
-    write_json_atomic(folder / "ranks.json", report.ranks)
+    if report.ranks:
+        write_json_atomic(folder / "ranks.json", report.ranks)
     return {
         "pass_seconds": report.pass_seconds,
         "solve_seconds": report.solve_seconds,

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset, Subset
 
 from cntlora_core.runtime.hub import why_not_fetched
-from cntlora_core.runtime.reading import reason, user_path
+from cntlora_core.runtime.reading import reading, reason, user_path
 from cntlora_core.runtime.seeds import torch_seed
 
 Row = Mapping[str, Any]
@@ -210,7 +210,7 @@ def _read_files(load_dataset: Any, files: Sequence[Path], layout: TableFormat) -
     if kind == "csv":  # "null" is a word like any other
         options["keep_default_na"] = False
         if files[0].suffix == ".tsv":
-            options |= {"sep": "\t", "quoting": 3}
+            options |= {"sep": "\t", "quoting": 3, "features": _words(files[0], layout)}
         if layout.column_names:
             options |= {"header": None, "names": list(layout.column_names)}
     chosen = [str(path) for path in files if KINDS[path.suffix] == kind]
@@ -219,6 +219,15 @@ def _read_files(load_dataset: Any, files: Sequence[Path], layout: TableFormat) -
     except Exception as error:  # the library raises a dozen kinds
         cause = error.__cause__ or error
         raise ValueError(f"{files[0]} cannot be read as {kind}: {reason(cause)}") from error
+
+
+def _words(path: Path, layout: TableFormat) -> Any:
+    """All columns as text: a broken line must not decide what a column holds."""
+    from datasets import Features, Value
+
+    with reading(path, "a table"), path.open(encoding="utf-8-sig") as lines:
+        names = layout.column_names or next(lines, "").rstrip("\r\n").split("\t")
+    return Features({name: Value("string") for name in names})
 
 
 def _named(found: Mapping[str, Any], layout: TableFormat, where: str) -> dict[str, Any]:

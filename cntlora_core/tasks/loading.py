@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import transformers
 
+from cntlora_core.methods import get_method
 from cntlora_core.runtime.hub import why_not_fetched
 from cntlora_core.runtime.reading import user_path
 from cntlora_core.runtime.seeds import torch_seed
@@ -14,7 +15,8 @@ from cntlora_core.tasks.settings import Plan
 
 
 def load_model(kind: Any, plan: Plan, **options: Any) -> Any:
-    """A pre-trained model in the data type of the settings; new layers depend on the seed alone.
+    """A pre-trained model in the data type of the settings, in float32 for methods without an
+    adapter; new layers depend on the seed alone.
 
     Args:
         kind: A class of transformers', such as ``AutoModelForCausalLM``.
@@ -26,6 +28,8 @@ def load_model(kind: Any, plan: Plan, **options: Any) -> Any:
     """
     torch.manual_seed(torch_seed(plan.settings.seed))
     dtype = getattr(torch, plan.preset.base_precision)
+    if get_method(plan.preset.method).peft_type is None:
+        dtype = torch.float32  # its own weights are trained: fewer bits would round steps away
     return load_part(kind, plan.preset.model, "a model of transformers", dtype=dtype, **options)
 
 

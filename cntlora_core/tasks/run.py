@@ -23,9 +23,15 @@ from transformers.trainer_utils import get_last_checkpoint
 from cntlora_core import __version__
 from cntlora_core.lava import with_orthogonality
 from cntlora_core.methods import get_method
-from cntlora_core.runtime.files import require_writable_folder, write_json_atomic
+from cntlora_core.methods.comparisons import AdaLoraOrthogonality
+from cntlora_core.runtime.files import (
+    finite_or_null,
+    require_writable_folder,
+    write_json_atomic,
+)
 from cntlora_core.runtime.processes import Processes
 from cntlora_core.runtime.progress import Reporter, silent
+from cntlora_core.runtime.reading import read_json_object
 from cntlora_core.runtime.seeds import torch_seed
 from cntlora_core.saving.trainer_callback import ConvertedCheckpoints
 from cntlora_core.tasks.adapting import (
@@ -36,11 +42,12 @@ from cntlora_core.tasks.adapting import (
     initial_factors,
     initialization_batches,
     save_adapter,
+    train_in_float32,
     write_report,
 )
 from cntlora_core.tasks.curves import TIMES, Curves, plot_curves
 from cntlora_core.tasks.data import at_most
-from cntlora_core.tasks.settings import Plan, fresh_folder
+from cntlora_core.tasks.settings import Plan, check_same_run, fresh_folder
 from cntlora_core.tasks.trainer import (
     AfterStep,
     DecayToInitialisation,
@@ -49,7 +56,8 @@ from cntlora_core.tasks.trainer import (
     TaskTrainer,
 )
 
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, BEGUN = "checkpoints", "run.json"
+_RESULTS = ("adapter", "model", "base", "metrics.json", "curves.json", "curves.png", "ranks.json")
 
 
 @dataclass(frozen=True)
@@ -85,9 +93,10 @@ def run_task(
 ) -> TaskResult:
     """Adapt a task's model, train it, measure it, and write what came out.
 
-    The output folder gets ``adapter/``, which fits the stock base (``model/`` after full
-    fine-tuning), ``metrics.json``, ``curves.json``, ``curves.png``, ``ranks.json`` where the method
-    has ranks, and ``checkpoints/``, from which ``resume`` goes on.
+    The output folder gets ``run.json``, the settings, when the training begins, ``ranks.json``
+    where the method has ranks, and ``checkpoints/``, from which ``resume`` goes on; at the end
+    ``adapter/``, which fits the stock base (``model/`` after full fine-tuning), ``metrics.json``,
+    ``curves.json`` and ``curves.png``.
 
     Args:
         task: Model, data and metric. Its model is wrapped in place.
@@ -97,16 +106,18 @@ def run_task(
         callbacks: Further callbacks of the Trainer.
 
     Raises:
-        ValueError: if the output folder holds another run, or for settings that do not go together.
+        ValueError: if the output folder holds another run, for settings that do not go together,
+            or if a run is to be resumed with other settings than it was begun with.
         Cancelled: if the reporter stops the run; ``resume`` goes on with it.
     """
-    preset, settings = plan.preset, plan.settings
+    settings = plan.settings
+    if new := [name for name in task.new_layers if name not in plan.preset.head]:
+        head = (*plan.preset.head, *new)
+        plan = dataclasses.replace(plan, preset=dataclasses.replace(plan.preset, head=head))
+    preset = plan.preset
     _world(settings.device)  # joins the processes of a launcher
     processes = Processes()
-    folder = processes.run(
-        lambda: _folder(plan) if processes.first else Path(settings.output),
-        "preparing the output folder",
-    )
+    folder = fresh_folder(settings)
     if len(task.train) == 0:  # pyright: ignore[reportArgumentType]
         raise ValueError("there is no sample to train on")
     train = at_most(task.train, settings.max_train, settings.seed)
@@ -121,6 +132,11 @@ def run_task(
         checkpoint = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
         if checkpoint is None:
             raise ValueError(f"there is no checkpoint in {checkpoints} to go on from")
+        check_same_run(_begun(folder), plan)
+    processes.run(
+        lambda: _prepare(folder, settings.overwrite) if processes.first else None,
+        "preparing the output folder",
+    )
     set_seed(torch_seed(settings.seed) % 2**32)
     start = time.perf_counter()
     task.model.to(args.device)  # pyright: ignore[reportArgumentType]
@@ -139,8 +155,11 @@ def run_task(
         adapted = adapt(
             task.model, plan, reading, steps=args.max_steps, reporter=reporter, config=config
         )
+        if processes.first:
+            _begin(folder, task, plan, adapted)
     else:
         adapted = adapt_again(task.model, plan, Path(checkpoint))
+    train_in_float32(adapted.model, preset)
     adapted.model.to(args.device)  # pyright: ignore[reportArgumentType]
     initialised = time.perf_counter() - start
     name = preset.method if config is None else str(config.peft_type).rpartition(".")[2].lower()
@@ -202,7 +221,7 @@ def training_arguments(
     strategy = "steps" if measures else "no"
     kept = settings.keep_checkpoints
     best = preset.select_best and measures and kept > 0
-    return TrainingArguments(
+    args = TrainingArguments(
         output_dir=str(folder / CHECKPOINTS),
         max_steps=steps,
         per_device_train_batch_size=per_device,
@@ -220,7 +239,7 @@ def training_arguments(
         eval_steps=every if measures else None,
         save_strategy="steps" if kept else "no",
         save_steps=every,
-        save_total_limit=kept or None,
+        save_total_limit=max(kept, 2 if best else 0) or None,  # the best one, and the last
         load_best_model_at_end=best,
         metric_for_best_model=f"eval_{task.best}" if best else None,
         greater_is_better=not task.lower_is_better if best else None,
@@ -237,13 +256,35 @@ def training_arguments(
         report_to=[],
         disable_tqdm=True,
     )
+    if args.device.type == "cuda":  # a process has one: with several, each step would take more
+        args._n_gpu = 1
+    return args
 
 
-def _folder(plan: Plan) -> Path:
-    folder = require_writable_folder(fresh_folder(plan.settings))
-    if plan.settings.overwrite:
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-    return folder
+def _prepare(folder: Path, overwrite: bool) -> None:
+    require_writable_folder(folder)
+    if overwrite:
+        for path in (*(folder / name for name in (CHECKPOINTS, BEGUN, *_RESULTS)),
+                     *folder.glob("generated-*.json")):  # fmt: skip
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _begun(folder: Path) -> Mapping[str, Any]:
+    path = folder / BEGUN
+    return read_json_object(path, "a run's settings") if path.exists() else {}
+
+
+def _begin(folder: Path, task: Task, plan: Plan, adapted: Adapted) -> None:
+    """What a run is, for whoever goes on with it."""
+    record = {
+        "task": task.name,
+        "initialisation": write_report(adapted.report, folder),
+        **plan.to_dict(),
+    }
+    write_json_atomic(folder / BEGUN, finite_or_null(record))
 
 
 def _checkpointing(wanted: bool) -> dict[str, Any]:
@@ -270,7 +311,11 @@ def _trainer(
         own.append(DecayToInitialisation(initial, preset.weight_decay))
     if adapted.after_step is not None:
         own.append(AfterStep(adapted.after_step))
-    kind = with_orthogonality(TaskTrainer) if preset.adapter == "lava" else TaskTrainer
+    kind = TaskTrainer
+    if preset.adapter == "lava":
+        kind = with_orthogonality(TaskTrainer)
+    elif preset.method == "adalora":
+        kind = with_orthogonality(TaskTrainer, AdaLoraOrthogonality)
     trainer = kind(
         task,
         layer_decay=preset.layer_decay if preset.method == "full" else 1.0,
@@ -333,7 +378,7 @@ def _write(result: TaskResult, task: Task, plan: Plan, adapted: Adapted, name: s
         "best": task.best,
         "trained_parameters": result.trained_parameters,
         "seconds": result.seconds,
-        "initialisation": write_report(adapted.report, folder),
+        "initialisation": _begun(folder).get("initialisation", {}),
         **plan.to_dict(),
         "versions": {
             "cntlora": __version__,
@@ -342,6 +387,6 @@ def _write(result: TaskResult, task: Task, plan: Plan, adapted: Adapted, name: s
         "device": str(next(result.model.parameters()).device),
         "threads": torch.get_num_threads(),
     }
-    write_json_atomic(folder / "curves.json", result.curves.to_dict())
+    write_json_atomic(folder / "curves.json", finite_or_null(result.curves.to_dict()))
     plot_curves({name: result.curves}, folder / "curves.png", task.name)
-    write_json_atomic(folder / "metrics.json", record)
+    write_json_atomic(folder / "metrics.json", finite_or_null(record))

@@ -46,6 +46,8 @@ _SPLITS = {
 _IMAGES = ("images", "image", "Images", "Imgs", "Image", "ShadowImages", "input")
 _MASKS = ("masks", "mask", "Masks", "GT", "GroundTruth", "Mask", "ShadowMasks", "labels")
 _ENDINGS = ("", "_segmentation", "_mask", "_gt")
+_NO_IMAGE = "_superpixels"
+"""How pictures end that lie among ISIC's images and are none."""
 
 
 def train_segmentation(
@@ -121,8 +123,8 @@ def segmentation_task(
 
 def mask_logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """SAM's mask without a prompt, (n, 1, h, w), as large as its input."""
-    device = next(model.parameters()).device
-    images = batch["pixel_values"].to(device)
+    kernel = next(p for n, p in model.named_parameters() if "patch_embed.projection" in n)
+    images = batch["pixel_values"].to(kernel)
     found = model(pixel_values=images, multimask_output=False).pred_masks[:, 0].float()
     return nn.functional.interpolate(found, images.shape[-2:], mode="bilinear", align_corners=False)
 
@@ -219,8 +221,9 @@ class _Sample:
     def __call__(self, pair: ImageAndMask) -> tuple[Tensor, Tensor]:
         size = (self.side, self.side)
         image = pixels(open_picture(pair[0]), size, Image.Resampling.BILINEAR)
-        mask = np.asarray(open_picture(pair[1], "L").resize(size, Image.Resampling.NEAREST))
-        return image, torch.from_numpy(mask > (127 if mask.max() > 1 else 0)).float()[None]
+        mask = np.asarray(open_picture(pair[1], "RGB").resize(size, Image.Resampling.NEAREST))
+        bright = mask.max(axis=2)  # of a palette's or a labelling tool's colours, too
+        return image, torch.from_numpy(bright > bright.max() // 2).float()[None]
 
 
 def _collate(samples: list[tuple[Tensor, Tensor]]) -> Mapping[str, Tensor]:
@@ -234,7 +237,7 @@ def _matched(images: Path, others: Path) -> list[ImageAndMask]:
     by_stem = {path.stem: path for path in sorted(others.iterdir()) if _is_picture(path)}
     pairs = []
     for path in sorted(images.iterdir()):
-        if _is_picture(path):
+        if _is_picture(path) and not path.stem.endswith(_NO_IMAGE):
             stems = [path.stem + ending for ending in _ENDINGS if path.stem + ending in by_stem]
             if not stems:
                 raise FileNotFoundError(f"{others} holds nothing that belongs to {path}")

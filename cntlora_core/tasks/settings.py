@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,11 @@ Schedule = Literal["constant", "linear", "cosine"]
 Bias = Literal["none", "all"]
 LAVA_METHODS = ("cross", "self", "shift", "lora")
 """The initialisations that LAVA has; ``lora`` is the plain one."""
+
+WITHOUT_UP_MATRICES = ("vera", "full", "bitfit")
+_FREE_AT_RESUME = frozenset(
+    ("output", "resume", "overwrite", "device", "workers", "eval_batch_size", "keep_checkpoints")
+)
 
 Value = TypeVar("Value")
 
@@ -253,13 +259,52 @@ def planned(settings: TaskSettings, preset: Preset) -> Plan:
         given["targets"] = targets[0]
     if "method" in given and get_method(given["method"]).peft_type is None:
         given["adapter"] = "lora"  # there is none
+    if not settings.keep_checkpoints:
+        given["select_best"] = False  # a preset may want it; a user who does is told to keep some
     found = dataclasses.replace(preset, **given)
+    if found.method == "adalora" and found.select_best:
+        raise ValueError(
+            "adalora prunes ranks as it trains, so that an earlier checkpoint does not fit the "
+            "model any more: give select_best=False (--no-select-best)"
+        )
+    if settings.lora_plus and (found.adapter == "lava" or found.method in WITHOUT_UP_MATRICES):
+        raise ValueError(
+            f"lora_plus is the learning rate of a LoRA's up matrices, which "
+            f"{'LAVA' if found.adapter == 'lava' else found.method} has not: leave it out"
+        )
     if found.adapter == "lava" and found.method not in LAVA_METHODS:
         raise ValueError(
             f"method={found.method!r} makes the two matrices of a LoRA; with adapter='lava' use "
             f"{', '.join(LAVA_METHODS)}, or give adapter='lora'"
         )
     return Plan(found, settings)
+
+
+def check_same_run(begun: Mapping[str, Any], plan: Plan) -> None:
+    """A run is resumed with the settings that it was begun with.
+
+    Args:
+        begun: Settings as JSON values, ``settings`` and ``decided``; empty if they are not known.
+        plan: Those that are asked for now.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    asked = json.loads(json.dumps(plan.to_dict(), default=str))
+    differing = [
+        name
+        for part in ("decided", "settings")
+        for name, value in begun.get(part, {}).items()
+        if name not in _FREE_AT_RESUME
+        and not (part == "settings" and name in asked["decided"])
+        and asked[part].get(name) != value
+    ]
+    if differing:
+        raise ValueError(
+            f"the run in {plan.settings.output} was begun with other settings; these differ: "
+            f"{', '.join(differing)}. Give those of its run.json (--config "
+            f"{plan.settings.output}/run.json), or start anew with overwrite"
+        )
 
 
 def preset_named(presets: Mapping[str, Value], name: str, what: str) -> Value:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,9 @@ from cntlora_core.tasks.run import TaskResult, run_task
 from cntlora_core.tasks.scores import accuracy, matthews_correlation, pearson_correlation
 from cntlora_core.tasks.settings import Plan, planned, preset_named
 from cntlora_core.tasks.trainer import Task
+
+BROKEN_ROWS = 0.01
+"""QQP's own file has some rows that a line break cuts in two; more than this is another file."""
 
 
 @dataclass(frozen=True)
@@ -132,9 +136,14 @@ def text_task(
     samples = {name: _samples(data[name], glue, f"split {name!r}") for name in splits}
     tokenizer = tokenizer or load_part(AutoTokenizer, preset.model, "a model with a tokenizer")
     base: Any = model
+    new_layers: tuple[str, ...] = ()
     if base is None:
         classes = max(1, len(glue.classes))
-        base = load_model(AutoModelForSequenceClassification, plan, num_labels=classes)
+        base, loading = load_model(
+            AutoModelForSequenceClassification, plan, num_labels=classes, output_loading_info=True
+        )
+        new = {name.rpartition(".")[0] for name in loading["missing_keys"]}
+        new_layers = tuple(sorted(name for name in new if name.split(".")[0] not in preset.head))
     measured: dict[str, Any] = {name: samples[name] for name in glue.splits}
     if preset.options.get("halve_validation"):
         measured = halved(measured, settings.seed)
@@ -148,6 +157,7 @@ def text_task(
         measure=measure_classes,
         score=_Score(glue.metric),
         best=glue.metric,
+        new_layers=new_layers,
         loss=loss_of_classes,
     )
 
@@ -224,12 +234,14 @@ class _Collate:
 def _samples(rows: Rows, glue: _Glue, where: str) -> Sequence[Any]:
     texts = [column_of(rows, names, where) for names in glue.texts]
     label = column_of(rows, glue.label, where)
-    labels = [
-        _label(value, glue, f"{where}, row {i}, column {label!r}")
-        for i, value in enumerate(_column(rows, label))
-    ]
-
-    return Mapped(range(len(labels)), _Row(rows, tuple(texts), labels, where))  # pyright: ignore[reportReturnType]
+    values = _column(rows, label)
+    whole = [i for i, value in enumerate(values) if value not in (None, "")]
+    if (broken := len(values) - len(whole)) > BROKEN_ROWS * len(values):
+        whole = list(range(len(values)))  # the first of them is named below
+    elif broken:
+        warnings.warn(f"{where}: {broken} rows without a label are left out", stacklevel=2)
+    labels = {i: _label(values[i], glue, f"{where}, row {i}, column {label!r}") for i in whole}
+    return Mapped(whole, _Row(rows, tuple(texts), labels, where))  # pyright: ignore[reportReturnType]
 
 
 @dataclass(frozen=True)
@@ -238,7 +250,7 @@ class _Row:
 
     rows: Rows
     texts: tuple[str, ...]
-    labels: Sequence[float]
+    labels: Mapping[int, float]
     where: str
 
     def __call__(self, index: int) -> tuple[tuple[str, ...], float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -52,6 +52,8 @@ class Task:
         forward_fn: How the initialisation runs the model; default: ``model(**batch)``.
         mask_fn: Which tokens count in the initialisation; default: the model's own masks.
         averaged: The splits whose mean of `best` is reported too.
+        new_layers: Modules that the pre-trained weights lack: they are trained, and saved with the
+            adapter.
         generated: What a run has written in words, for a person to look at; `measure` appends.
     """
 
@@ -68,6 +70,7 @@ class Task:
     forward_fn: ForwardFn | None = None
     mask_fn: MaskFn | None = None
     averaged: tuple[str, ...] = ()
+    new_layers: tuple[str, ...] = ()
     generated: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -124,7 +127,13 @@ class TaskTrainer(Trainer):
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
         """As the Trainer does; `Task.generated` holds what this measurement generates."""
         self.task.generated.clear()
-        return super().evaluate(*args, **options)
+        try:
+            return super().evaluate(*args, **options)
+        except Cancelled:
+            if self.is_in_train and self.args.world_size == 1:  # a step is saved after measuring
+                self._save_checkpoint(cast(nn.Module, self.model), None)
+                self.callback_handler.on_save(self.args, self.state, self.control)
+            raise
 
     def create_optimizer(self, *_args: Any, **_options: Any) -> torch.optim.Optimizer:
         """Biases and norms do not decay; in full fine-tuning lower layers learn more slowly."""

@@ -90,7 +90,8 @@ def vlm_task(
         share = settings.held_out
         share = preset.options["held_out"] if share is None else share
         splits = held_out(splits["train"], share, settings.seed)
-    splits["train"] = at_most(splits["train"], preset.options.get("max_train"), settings.seed)
+    most = settings.max_train or preset.options.get("max_train")
+    splits["train"] = at_most(splits["train"], most, settings.seed)
     trusted = {"trust_remote_code": True} if settings.trust_remote_code else {}
     chat = chat_of(processor) if processor is not None else load_chat(preset.model, **trusted)
     base: Any = model

@@ -14,6 +14,7 @@ import cntlora_core.lava  # noqa: F401  (makes LAVA known to peft)
 from cntlora_core.tasks.mask_scores import MASK_SCORES, e_measure, mask_rows, s_measure
 from cntlora_core.tasks.recipes import SegmentationSettings
 from cntlora_core.tasks.segmentation import (
+    _Sample,
     balanced_loss,
     mask_logits,
     read_pairs,
@@ -96,6 +97,30 @@ def test_a_run_adapts_matrices_and_convolutions_and_fits_the_stock_base(more, tm
         loaded = PeftModel.from_pretrained(tiny_sam(), result.adapter).eval()
         torch.testing.assert_close(mask_logits(loaded, batch), expected, rtol=1e-3, atol=1e-4)
     assert (expected - before).abs().max() > 1e-2
+
+
+def test_a_base_of_fewer_bits_reads_images(tmp_path):
+    sam = tiny_sam().to(torch.bfloat16)
+    found = mask_logits(sam, {"pixel_values": torch.zeros(1, 3, 64, 64)})
+    assert found.shape == (1, 1, 64, 64)
+
+
+@pytest.mark.parametrize("colour", [(128, 0, 0), (0, 64, 0), (255, 255, 255)])
+def test_masks_may_have_any_colour(colour, tmp_path):
+    image, grey = pair(0)
+    mask = grey.point(lambda v: int(v > 127)).convert("L")
+    mask.putpalette([0, 0, 0, *colour])
+    assert mask.mode == "P"
+    _, found = _Sample(64)((image, mask))
+    _, expected = _Sample(64)((image, grey))
+    assert expected.sum() > 0
+    torch.testing.assert_close(found, expected)
+
+
+def test_isic_s_superpixels_are_no_images(tmp_path):
+    write(tmp_path / "isic/train", 2, "_segmentation")
+    pair(0)[1].save(tmp_path / "isic/train/images/0_superpixels.png")
+    assert len(read_pairs(str(tmp_path / "isic"), *NAMES)["train"]) == 2
 
 
 def test_folders_and_lists_are_read(tmp_path):

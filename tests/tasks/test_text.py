@@ -192,6 +192,22 @@ def test_glue_s_own_files_are_read(tmp_path, tiny_roberta):
     ]
 
 
+def test_rows_that_a_line_break_cuts_are_left_out(tmp_path, tiny_roberta):
+    pytest.importorskip("datasets")
+    header = ["id", "qid1", "qid2", "question1", "question2", "is_duplicate"]
+    rows = [[i, 2 * i, 2 * i + 1, f"a cat {i}", f"a dog {i}", i % 2] for i in range(20_000)]
+    broken = [*rows[:5], [5, 10, 11, "the red"], ["dog ran", "it sat", 1], *rows[5:]]
+    for split, lines in (("train", broken), ("dev", rows[:10])):
+        write_tsv(tmp_path / f"glue/QQP/{split}.tsv", header, lines)
+    with pytest.warns(UserWarning, match="'train': 2 rows without a label are left out"):
+        found, _ = samples(tmp_path, tiny_roberta, "qqp", tmp_path / "glue")
+    assert len(found) == 20_000
+    assert found[5] == (("a cat 5", "a dog 5"), 1)
+    write_tsv(tmp_path / "glue/QQP/train.tsv", header, broken[:9])
+    with pytest.raises(ValueError, match="row 5, column 'is_duplicate'"):
+        samples(tmp_path, tiny_roberta, "qqp", tmp_path / "glue")
+
+
 def test_parquet_and_json_lines_are_read(tmp_path, tiny_roberta):
     datasets = pytest.importorskip("datasets")
     scores = [{"sentence1": "a cat", "sentence2": "a dog", "label": 2.5, "idx": 0}]

@@ -234,7 +234,7 @@ def _vision(plan: Plan, name: str, splits: Mapping[str, Any], classes: int, seed
 
 def _any_size(samples: list[tuple[Tensor, int]]) -> Mapping[str, Any]:
     """A batch for an encoder whose position embeddings are those of another size."""
-    return collate_pictures(samples) | {"interpolate_pos_encoding": True}
+    return {**collate_pictures(samples), "interpolate_pos_encoding": True}
 
 
 def _pixels(picture: Image.Image) -> Tensor:

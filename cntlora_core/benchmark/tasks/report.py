@@ -5,6 +5,7 @@ python -m cntlora_core.benchmark.tasks.report runs/tasks --output docs/experimen
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -165,14 +166,15 @@ def _plot(
 def _mean_course(
     courses: Sequence[Sequence[Mapping[str, float]]], key: str
 ) -> list[tuple[float, float]]:
-    points = [[p for p in course if key in p] for course in courses]
+    points = [[p for p in course if p.get(key) is not None] for course in courses]
     return [
         (row[0]["step"], sum(p[key] for p in row) / len(row)) for row in zip(*points, strict=False)
     ]
 
 
 def _metric(runs: Mapping[int, Any], name: str) -> dict[int, float]:
-    return {seed: record["metrics"]["validation"][name] for seed, record in runs.items()}
+    found = {seed: record["metrics"]["validation"][name] for seed, record in runs.items()}
+    return {seed: math.nan if value is None else value for seed, value in found.items()}
 
 
 def _words(found: Estimate | None, factor: float, digits: int, *, star: bool = False) -> str:

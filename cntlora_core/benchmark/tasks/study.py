@@ -29,7 +29,7 @@ from cntlora_core.config import CNTLoRAConfig
 from cntlora_core.dynamics.callback import DynamicsCallback
 from cntlora_core.dynamics.log import FILE_NAME
 from cntlora_core.runtime.console import ConsoleReporter
-from cntlora_core.runtime.files import write_json_atomic
+from cntlora_core.runtime.files import finite_or_null, write_json_atomic
 from cntlora_core.runtime.flags import UserPath
 from cntlora_core.runtime.progress import Reporter, silent
 from cntlora_core.runtime.reading import read_json_object
@@ -171,7 +171,8 @@ def train(task: tuple[Run, Path, Folders], reporter: Reporter = silent) -> None:
     result = run_task(made, plan, reporter, callbacks=callbacks)
     record = read_json_object(result.folder / "metrics.json", "a run")
     curves = result.curves.to_dict()
-    write_json_atomic(place / RECORD_NAME, record | {"run": vars(run), "curves": curves})
+    done = record | {"run": vars(run), "curves": finite_or_null(curves)}
+    write_json_atomic(place / RECORD_NAME, done)
     shutil.rmtree(place / "work")
 
 
@@ -189,7 +190,10 @@ def best_rate(runs: Mapping[str, Mapping[str, Any]], problem: str, name: str, si
     for rate in VARIANTS[name].rates:
         record = runs[Run(problem, name, size, rate, SEARCH_SEED).key]
         metrics = record["metrics"]["validation"]
-        found[rate] = (metrics[record["best"]], -metrics["loss"])
+        found[rate] = tuple(
+            -math.inf if value is None else sign * value  # None: it has diverged
+            for sign, value in ((1, metrics[record["best"]]), (-1, metrics["loss"]))
+        )
     return max(found, key=found.__getitem__)
 
 
