@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from cntlora_core.metrics.encoders import Encoders
     from cntlora_core.metrics.steps import StepComparison
 
-SHEET_NAME = "compare.jpg"
 SCENES = ("", " in the snow", " on the beach", " in a forest")
 """What the default prompts put the subject into: a step that learnt too much loses them."""
 
@@ -84,7 +83,9 @@ class Compare:
 
     @property
     def _sheet(self) -> Path:
-        return self.output or self.run_folder / SHEET_NAME
+        from cntlora_core.diffusion.run_folder import COMPARISON_NAME
+
+        return self.output or self.run_folder / COMPARISON_NAME
 
     def compare(self, reporter: Reporter) -> StepComparison:
         """Generate, measure, and write picture and numbers.
@@ -155,6 +156,7 @@ class Compare:
         return found
 
     def _prompts(self, run: _Run) -> tuple[str, ...]:
+        from cntlora_core.data.prompts import filled_prompt
         from cntlora_core.diffusion.validation import require_unicode
         from cntlora_core.metrics.pictures import read_prompts
 
@@ -162,7 +164,8 @@ class Compare:
         if self.prompt:
             return read_prompts(self.prompt, run.prompts)
         instance = run.prompts.instance_prompt
-        return run.sample_prompts or tuple(instance + scene for scene in SCENES)
+        own = tuple(filled_prompt(prompt, run.prompts) for prompt in run.sample_prompts)
+        return own or tuple(instance + scene for scene in SCENES)
 
     def _photos(self, run: _Run, reporter: Reporter) -> list[Image.Image]:
         from cntlora_core.data.photos import load_photos

@@ -33,7 +33,8 @@ class Train:
         clip_skip: Which layer of the text encoder is read, from the last; 1 is the last.
         resume: Go on with the run in the output folder: an interrupted one to its end, a finished
             one to more steps, or to a LoRA file of another name, layout or precision.
-        overwrite: Start anew even where the output folder holds a run.
+        overwrite: Start anew even where the output folder holds a run, which is removed before the
+            first step.
         processes: GPUs that train together: each takes its share of every batch, so that the LoRA
             is that of one GPU. A multiple of it must be --batch-size or --gradient-accumulation.
     """

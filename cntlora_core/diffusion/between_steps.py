@@ -4,22 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cntlora_core.diffusion.export import ExportReport
-from cntlora_core.diffusion.run_folder import SAMPLES_NAME, sample_names
-from cntlora_core.diffusion.sampler import generate
-from cntlora_core.diffusion.settings import JobSettings, SamplingSettings
+from cntlora_core.diffusion.previews import Previews
+from cntlora_core.diffusion.settings import JobSettings
 from cntlora_core.diffusion.snapshots import snapshots_in, write_snapshot
 from cntlora_core.diffusion.trainer import SubjectTrainer
 from cntlora_core.diffusion.watching import HeldOutLoss, Trackers
-from cntlora_core.figures.sheets import save_image
-from cntlora_core.runtime.files import folder_within
-from cntlora_core.runtime.modes import evaluating
-from cntlora_core.runtime.progress import Reporter
-
-if TYPE_CHECKING:
-    from cntlora_core.diffusion.pipeline import Pipeline
 
 
 class BetweenSteps:
@@ -31,8 +22,7 @@ class BetweenSteps:
         target: Where the run's LoRA will be.
         export: Writes the LoRA as it is now.
         held_out: Measures the loss on held-out photos; None without any.
-        preview: Generates previews; None for none.
-        reporter: Told what is generated.
+        previews: Generates previews; None for none.
     """
 
     def __init__(
@@ -43,12 +33,11 @@ class BetweenSteps:
         export: Callable[[Path], ExportReport],
         *,
         held_out: HeldOutLoss | None,
-        preview: Pipeline | None,
-        reporter: Reporter,
+        previews: Previews | None,
     ) -> None:
         self._trainer, self._settings, self._target = trainer, settings, target
-        self._export, self._held_out, self._preview = export, held_out, preview
-        self._reporter, self._untrained = reporter, None
+        self._export, self._held_out, self._previews = export, held_out, previews
+        self._untrained: float | None = None
         self._trackers = Trackers(settings, target.parent, target.stem, trainer.step)
 
     def begin(self) -> None:
@@ -67,8 +56,10 @@ class BetweenSteps:
         self._trackers.follow(self._trainer.history)
         self._keep(step)
         due = training.sample_every and step % training.sample_every == 0
-        if self._preview is not None and (due or step == training.steps):
-            self._generate(self._preview, step)
+        if self._previews is not None and (due or step == training.steps):
+            pictures = self._previews(step, self._target.parent)
+            if pictures is not None:
+                self._trackers.images(step, self._previews.prompts, pictures)
 
     def notes(self) -> list[str]:
         """Where the loss on held-out photos was lowest: a person may ask which step to take."""
@@ -93,20 +84,3 @@ class BetweenSteps:
         due = every > 0 and 0 < step < self._settings.training.steps and step % every == 0
         if due and step not in {snapshot.step for snapshot in snapshots_in(folder)}:
             write_snapshot(folder, self._target, step, self._export)
-
-    def _generate(self, pipeline: Pipeline, step: int) -> None:
-        training = self._settings.training
-        sampling = SamplingSettings(
-            steps=training.sample_steps,
-            resolution=self._settings.subject.resolution,
-            seed=training.seed,
-        )
-        prompts, reporter = training.sample_prompts, self._reporter
-        with evaluating(*self._trainer.networks.values()):
-            pictures = generate(
-                pipeline, prompts, sampling, reporter=reporter, stage="generating samples"
-            )
-        samples = folder_within(self._target.parent, SAMPLES_NAME)
-        for name, picture in zip(sample_names(step, prompts), pictures, strict=True):
-            save_image(picture, samples / name)
-        self._trackers.images(step, prompts, pictures)

@@ -18,14 +18,14 @@ from cntlora_core.diffusion.from_lora import fingerprint_from_lora, require_fami
 from cntlora_core.diffusion.material import read_material
 from cntlora_core.diffusion.packages import require_packages
 from cntlora_core.diffusion.pipeline import StableDiffusionParts, load_stable_diffusion
+from cntlora_core.diffusion.previews import Previews, preview_prompts
 from cntlora_core.diffusion.record import JobResult, ModelFacts, file_metadata, run_record
 from cntlora_core.diffusion.run_folder import (
-    DYNAMICS_NAME,
-    DYNAMICS_PLOT,
     LOSS_NAME,
     PHOTOS_NAME,
     RANKS_NAME,
     check_folder,
+    clear_folder,
     lora_path,
 )
 from cntlora_core.diffusion.run_identity import (
@@ -38,7 +38,7 @@ from cntlora_core.diffusion.run_lock import only_run_in
 from cntlora_core.diffusion.run_log import RunLog
 from cntlora_core.diffusion.sampler import checked_device
 from cntlora_core.diffusion.settings import JobSettings
-from cntlora_core.diffusion.snapshots import remove_snapshots, snapshots_in
+from cntlora_core.diffusion.snapshots import keep_own_lora, snapshots_in
 from cntlora_core.diffusion.stages import (
     Initialization,
     Subject,
@@ -84,7 +84,8 @@ def personalise(
         resume: Go on from the state that a run left in the output folder: an interrupted one to its
             end, a finished one to more steps, or to nothing but another LoRA file, of another name,
             layout, precision or compression.
-        overwrite: Start anew even where the output folder holds such a state or a finished run.
+        overwrite: Start anew even where the output folder holds such a state or a finished run. It
+            is removed when all is ready for the first step: what fails before leaves it as it was.
         header: Texts for the header of the LoRA file, beside those that every file has.
         reporter: Told all along what is being done; what it raises ends the run cleanly.
 
@@ -116,7 +117,7 @@ def personalise(
         if processes.first:
             require_writable_folder(settings.output.output)
             run.end.enter_context(only_run_in(folder))
-            check_folder(folder, resume, overwrite)
+            check_folder(folder, resume, overwrite, settings.adapter.from_lora)
 
     with torch.inference_mode(False), run.end:
         processes.run(open_folder, "opening the output folder")
@@ -132,7 +133,9 @@ def personalise(
         with run.timed("photos"):
             subject = subject or read_subject(settings.subject)
         run.note(*subject.notes)
-        lora_path(folder, settings, subject)  # a name that will not do is said before any work
+        # A name or a prompt that will not do is said before any work.
+        lora_path(folder, settings, subject)
+        preview_prompts(settings, subject.prompts)
         return _personalise(
             settings,
             subject,
@@ -190,17 +193,13 @@ def _personalise(
     identity = run_identity(parts.fingerprint, subject, class_photos, seed, from_lora)
     model, networks, family = ModelFacts.of(parts), parts.networks, parts.family
     noise_scheduler = parts.noise_scheduler
-    preview = parts.pipeline() if training.sample_prompts else None
+    prompts = preview_prompts(settings, subject.prompts)
+    previews = Previews(parts, prompts, settings, run) if prompts else None
 
     if state is not None:
         check_same_run(state, {"identity": identity})
         plan, report = state.plan, state.settings.get("initialization")
     else:
-        if processes.first:
-            state_path.unlink(missing_ok=True)  # of a run that is not gone on with
-            remove_snapshots(folder)
-            for name in (DYNAMICS_NAME, DYNAMICS_PLOT):
-                (folder / name).unlink(missing_ok=True)
         with run.timed("initialization"):
             initialization = initialization or plan_initialization(
                 parts, encoded, settings.adapter, seed=seed, reporter=reporter
@@ -211,11 +210,6 @@ def _personalise(
         report = initialization.report.to_dict() if initialization.report is not None else None
     held_out = None if material.held_out is None else HeldOutLoss(parts, material.held_out)
     del parts  # and with it the VAE, unless samples are generated
-    masked = settings.subject.unmasked_weight < 1
-    if processes.first:
-        sheet = photo_sheet(subject.photos.photos, subject.names, encoded.frames, masked=masked)
-        save_image(sheet, folder / PHOTOS_NAME)
-
     trainer = SubjectTrainer(
         networks,
         family,
@@ -263,22 +257,27 @@ def _personalise(
             stage_progress(reporter, "factoring for the file"),
         )
 
-    target = lora_path(folder, settings, subject)
+    target, photos = lora_path(folder, settings, subject), subject.photos.photos
+
+    def begin() -> BetweenSteps | None:
+        if not processes.first:
+            return None
+        if state is None:
+            clear_folder(folder)
+        elif state.step < training.steps and (kept := keep_own_lora(folder)) is not None:
+            run.note(f"the LoRA of step {kept.step} is kept as {kept.path.relative_to(folder)}")
+        masked = settings.subject.unmasked_weight < 1
+        sheet = photo_sheet(photos, subject.names, encoded.frames, masked=masked)
+        save_image(sheet, folder / PHOTOS_NAME)
+        between = BetweenSteps(
+            trainer, settings, target, export, held_out=held_out, previews=previews
+        )
+        run.end.callback(between.finish)
+        between.begin()
+        return between
+
     with run.timed("training"), freed_memory_kept(device.type == "cpu"):
-        if processes.first:
-            between = BetweenSteps(
-                trainer,
-                settings,
-                target,
-                export,
-                held_out=held_out,
-                preview=preview,
-                reporter=reporter,
-            )
-            run.end.callback(between.finish)
-        else:
-            between = None
-        processes.run(between.begin if between else lambda: None, "beginning the training")
+        between = processes.run(begin, "beginning the training")
         trainer.run(
             reporter=reporter,
             state_path=state_path if processes.first else None,

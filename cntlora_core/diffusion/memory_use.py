@@ -68,10 +68,14 @@ def with_less_memory(work: Callable[[], Result], lower: Callable[[], bool]) -> R
         except Exception as error:
             if not lacks_memory(error) or not lower():
                 raise
-        # Only now: the error holds the frames of the work, and they what is in memory.
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        give_memory_back()  # only now: the error holds the frames of the work
+
+
+def give_memory_back() -> None:
+    """Collect what frames and caches hold of the memory, once they are no longer needed."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def checkpoint_gradients(unet: Any, text_encoders: Sequence[Any]) -> None:

@@ -92,7 +92,8 @@ def _of_one_colour(picture: Image.Image) -> bool:
     return bool((pixels == pixels[0, 0]).all())
 
 
-def _images_at_once(parts: StableDiffusionParts, resolution: int) -> int:
+def images_at_once(parts: StableDiffusionParts, resolution: int) -> int:
+    """How many images of a size are generated together: what suits the device and its memory."""
     if resolution <= 128:
         return 8
     return 4 if resolution <= 512 and parts.unet.device.type != "cpu" else 1
@@ -118,7 +119,7 @@ def _generate_missing(
         {"model": parts.source, "prompt": class_prompt, "resolution": resolution, "seed": seed},
     )
     pipeline = parts.pipeline()
-    size = _images_at_once(parts, resolution)
+    size = images_at_once(parts, resolution)
     sampling = SamplingSettings(
         steps=settings.class_steps,
         guidance=settings.class_guidance,

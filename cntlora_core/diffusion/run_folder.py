@@ -7,16 +7,24 @@ from pathlib import Path
 
 from cntlora_core.diffusion.run_identity import RECORD_NAME, STATE_NAME, finished_run, steps_in
 from cntlora_core.diffusion.settings import JobSettings
-from cntlora_core.diffusion.snapshots import SNAPSHOTS_NAME
+from cntlora_core.diffusion.snapshots import SNAPSHOTS_NAME, remove, remove_snapshots
 from cntlora_core.diffusion.stages import Subject
 from cntlora_core.dynamics.log import FILE_NAME
 from cntlora_core.lora_file.names import COMPONENTS
 from cntlora_core.runtime.file_names import distinct_names, safe_name
 from cntlora_core.runtime.files import path_within
+from cntlora_core.runtime.reading import user_path
 
 LOSS_NAME, RANKS_NAME, SAMPLES_NAME = "loss.png", "ranks.png", "samples"
 PHOTOS_NAME = "photos.jpg"
 DYNAMICS_NAME, DYNAMICS_PLOT = FILE_NAME, "dynamics.png"
+LOGS_NAME, COMPARISON_NAME = "logs", "compare.jpg"
+_INSIDE = (
+    (SAMPLES_NAME, "[0-9]*-*.png"),
+    (LOGS_NAME, "**/events.out.tfevents.*"),
+    (LOGS_NAME, "**/hparams.yml"),
+)
+_PICTURES = (LOSS_NAME, RANKS_NAME, PHOTOS_NAME, DYNAMICS_NAME, DYNAMICS_PLOT, COMPARISON_NAME)
 
 
 def lora_path(folder: Path, settings: JobSettings, subject: Subject) -> Path:
@@ -32,8 +40,7 @@ def lora_path(folder: Path, settings: JobSettings, subject: Subject) -> Path:
     )
     stem = safe_name(name)
     target = folder / (stem if output.layout == "peft" else f"{stem}.safetensors")
-    pictures = (LOSS_NAME, RANKS_NAME, PHOTOS_NAME, DYNAMICS_NAME, DYNAMICS_PLOT)
-    own = (STATE_NAME, RECORD_NAME, *pictures, SAMPLES_NAME, SNAPSHOTS_NAME)
+    own = (STATE_NAME, RECORD_NAME, *_PICTURES, SAMPLES_NAME, SNAPSHOTS_NAME, LOGS_NAME)
     if target.name.casefold() in own:
         raise ValueError(
             f"the name {name!r} would put the LoRA at {target}, where the run keeps a file of its "
@@ -52,13 +59,47 @@ def sample_names(step: int, prompts: Sequence[str]) -> list[str]:
     return [f"{step:06d}-{name}.png" for name in distinct_names(prompts)]
 
 
-def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
+def clear_folder(folder: Path) -> None:
+    """Remove what an earlier run left: nothing of it may pass for a part of the run that begins.
+
+    Files of other names stay, LoRAs that the earlier run was written to under another name among
+    them.
+    """
+    earlier = finished_run(folder)
+    (folder / RECORD_NAME).unlink(missing_ok=True)  # first: it is what makes a run a finished one
+    if earlier is not None:
+        remove(earlier.lora)
+    remove_snapshots(folder)
+    for name, pattern in _INSIDE:
+        inner = folder / name
+        for path in () if inner.is_symlink() else inner.glob(pattern):
+            path.unlink(missing_ok=True)
+    for name in (*_PICTURES, Path(COMPARISON_NAME).with_suffix(".json").name):
+        (folder / name).unlink(missing_ok=True)
+    (folder / STATE_NAME).unlink(missing_ok=True)  # last: until then the earlier run can go on
+
+
+def check_folder(folder: Path, resume: bool, overwrite: bool, from_lora: str | None = None) -> None:
     """Refuse to begin a run in a folder that holds one, unless it was said what becomes of that.
+
+    Args:
+        folder: The output folder.
+        resume: The run in it is gone on with.
+        overwrite: It is removed.
+        from_lora: The LoRA that the new run goes on from.
 
     Raises:
         FileExistsError: with what there is, and what to say.
+        ValueError: if overwriting would remove the LoRA that the run goes on from.
     """
-    if resume or overwrite:
+    if resume:
+        return
+    if overwrite:
+        if from_lora and user_path(from_lora).resolve().is_relative_to(folder.resolve()):
+            raise ValueError(
+                f"overwriting {folder} would remove the LoRA to go on from, {from_lora}: choose "
+                "another output folder"
+            )
         return
     has_state, found = (folder / STATE_NAME).exists(), finished_run(folder)
     if has_state and (found is None or len(found.history) != steps_in(folder)):

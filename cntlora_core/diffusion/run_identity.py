@@ -143,7 +143,8 @@ def finished_run(folder: Path) -> FinishedRun | None:
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return found if found.lora.exists() else None
+    within = found.lora.name == export["file"] not in ("", "..")
+    return found if within and found.lora.exists() else None
 
 
 def steps_in(folder: Path) -> int:

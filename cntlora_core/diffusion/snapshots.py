@@ -63,7 +63,21 @@ def write_snapshot(
 def remove_snapshots(folder: Path) -> None:
     """Remove the snapshots of a run that is not gone on with."""
     for snapshot in snapshots_in(folder):
-        _remove(snapshot.path)
+        remove(snapshot.path)
+
+
+def keep_own_lora(folder: Path) -> Snapshot | None:
+    """Keep the LoRA of a finished run among its snapshots.
+
+    Returns:
+        The new snapshot; None if there was one of that step, or no finished run.
+    """
+    found = finished_run(folder)
+    if found is None or found.step in {kept.step for kept in snapshots_in(folder)}:
+        return None
+    path = _place(folder, found.lora, found.step)
+    _copy(found.lora, path)
+    return Snapshot(found.step, path)
 
 
 def loras_of_run(folder: str | Path) -> list[Snapshot]:
@@ -105,8 +119,7 @@ def pick_snapshot(folder: str | Path, step: int) -> Path:
             )
         if step == own.step:
             return own.path
-        if own.step not in {snapshot.step for snapshot in snapshots_in(folder)}:
-            _copy(own.path, _place(folder, own.path, own.step))
+        keep_own_lora(folder)
         path = path_within(folder, steps[step].name)
         _copy(steps[step], path)
         record = read_json_object(folder / RECORD_NAME)
@@ -119,7 +132,7 @@ def pick_snapshot(folder: str | Path, step: int) -> Path:
         }
         record["snapshots"] = records_of(folder)
         write_json_atomic(folder / RECORD_NAME, record)
-        _remove(own.path)
+        remove(own.path)
     return path
 
 
@@ -154,13 +167,13 @@ def _place(folder: Path, lora: Path, step: int) -> Path:
 def _whole_folder(path: Path) -> Iterator[Path]:
     """A folder to fill, which takes its place when the block ends well."""
     temporary = path.with_name(f".{path.name}.tmp")  # a run is alone in its folder
-    _remove(temporary)
+    remove(temporary)
     try:
         yield temporary
-        _remove(path)
+        remove(path)
         temporary.replace(path)
     finally:
-        _remove(temporary)
+        remove(temporary)
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -172,7 +185,8 @@ def _copy(source: Path, target: Path) -> None:
             shutil.copyfile(source, temporary)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -14,12 +14,12 @@ from cntlora_core.cli import main
 from cntlora_core.diffusion import job, snapshots
 from cntlora_core.diffusion.job import personalise
 from cntlora_core.diffusion.sampler import LoRAUse
-from cntlora_core.diffusion.snapshots import pick_snapshot, snapshots_in
+from cntlora_core.diffusion.snapshots import loras_of_run, pick_snapshot, snapshots_in
 from cntlora_core.diffusion.trainer import SubjectTrainer
 from cntlora_core.inspection.inspect import inspect_lora
 from cntlora_core.lora_file.reading import read_lora_file
 
-from ..conftest import change, losses
+from ..conftest import StopAt, change, losses
 
 
 def same_lora(first: Path, second: Path) -> bool:
@@ -151,6 +151,33 @@ def test_a_picked_snapshot_is_the_run_s_lora_and_the_earlier_one_stays(kept, cap
     assert [p.name for p in run.folder.glob("*-step-*")] == [again.name]
     assert pick_snapshot(run.folder, 3) == again
     assert inspect_lora(personalise(settings, resume=True).folder).path == run.lora
+
+
+@pytest.mark.parametrize("layout", ["kohya", "peft"])
+def test_the_lora_of_a_finished_run_is_kept_when_it_gains_steps(plain, layout, tmp_path):
+    settings = change(change(plain, "training", steps=2), "output", layout=layout)
+    finished = personalise(settings)
+    final = tmp_path / f"final{finished.lora.suffix}"
+    snapshots._copy(finished.lora, final)
+    assert steps_kept(personalise(settings, resume=True).folder) == []  # written anew, no steps
+    longer = change(settings, "training", steps=4)
+    with pytest.raises(KeyboardInterrupt):
+        personalise(longer, resume=True, reporter=StopAt(3))
+    assert [lora.step for lora in loras_of_run(finished.folder)] == [2]
+    result = personalise(longer, resume=True)
+    assert [(s.step, s.path.name) for s in result.snapshots] == [
+        (2, f"{finished.lora.stem}-step-000002{finished.lora.suffix}")
+    ]
+    record = json.loads((result.folder / "run.json").read_text("utf-8"))
+    assert [kept["step"] for kept in record["snapshots"]] == [2]
+    assert [lora.step for lora in loras_of_run(result.folder)] == [2, 4]
+    assert not same_lora(result.lora, final)
+    assert same_lora(pick_snapshot(result.folder, 2), final)
+    longest = personalise(change(settings, "training", steps=5), resume=True)
+    assert [lora.step for lora in loras_of_run(longest.folder)] == [2, 4, 5]
+    assert [p.name for p in longest.folder.glob("*-step-*")] == [
+        record["snapshots"][0]["file"][10:]
+    ]
 
 
 def test_a_folder_without_a_finished_run_is_refused(tmp_path):
