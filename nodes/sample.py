@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from comfy_api.latest import io  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-from cntlora_core.data.captions import fill_placeholders
+from cntlora_core.data.prompts import prompts_for_loras
 
 from .pictures import image_tensor, shown
 from .runtime import HostReporter, device_name, run_heavy
@@ -39,16 +39,7 @@ def prompt_lines(text: str, loras: list[dict[str, Tensor]]) -> tuple[str, ...]:
     Raises:
         ValueError: there is no prompt, or the LoRAs do not say what {token} and {class} are.
     """
-    if "{token}" in text or "{class}" in text:
-        taught = {LoRAModel.of(lora).subject() for lora in loras}
-        subject = taught.pop() if len(taught) == 1 else None
-        if subject is None:
-            raise ValueError(
-                "{token} and {class} are filled in from the LoRA, and here there is none that "
-                "names them, or several that differ: write the words themselves into prompts"
-            )
-        text = fill_placeholders(text, subject)
-    prompts = lines(text)
+    prompts = prompts_for_loras(lines(text), [LoRAModel.of(lora).metadata for lora in loras])
     if not prompts:
         raise ValueError("there is no prompt: write at least one line into prompts")
     return prompts

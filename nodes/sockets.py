@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,6 @@ from comfy_api.latest import io  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 from cntlora_core.config import CNTLoRAConfig
-from cntlora_core.data.captions import SubjectPrompts, subject_prompts
 from cntlora_core.data.photos import PhotoSet
 from cntlora_core.diffusion.settings import Precision
 
@@ -111,14 +109,6 @@ class LoRAModel(dict[str, Tensor]):
         method, steps = metadata.get("cntlora.method"), metadata.get("ss_steps")
         label = f"{method}, {steps} steps" if method and steps else path.stem
         return cls(tensors, metadata, label, path)
-
-    def subject(self) -> SubjectPrompts | None:
-        """Token and class name that the LoRA was taught with, as its header says; None without."""
-        try:
-            values = json.loads(self.metadata["cntlora.settings"])["subject"]
-            return subject_prompts(values["token"], values["class_name"], None, None)
-        except (KeyError, TypeError, ValueError):
-            return None
 
     @classmethod
     def of(cls, lora: Mapping[str, Tensor]) -> LoRAModel:

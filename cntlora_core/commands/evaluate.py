@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from cntlora_core.diffusion.settings import Precision, SamplingSettings
+from cntlora_core.diffusion.settings import SamplingSettings, TrainingPrecision
 from cntlora_core.runtime.flags import UserPath
 from cntlora_core.runtime.progress import Reporter
 
@@ -41,7 +41,8 @@ class Evaluate:
         token: The word that stands for the subject; CLIP is not asked for it.
         class_name: What the subject is, for placeholders.
         per_prompt: Pictures for each prompt.
-        precision: Data type of the model.
+        precision: Data type of the model. auto is bfloat16 on CUDA, float16 on cards without it,
+            and float32 elsewhere.
         dino: Vision transformer by hub id or folder; small: the one that comes along, for 64 px.
             Default: facebook/dino-vits16, and small for the small model.
         clip: CLIP model by hub id or folder; small likewise. Default:
@@ -62,7 +63,7 @@ class Evaluate:
     sampling: Annotated[SamplingSettings, tyro.conf.arg(name="")] = field(
         default_factory=SamplingSettings
     )
-    precision: Precision = "float32"
+    precision: TrainingPrecision = "auto"
     dino: str | None = None
     clip: str | None = None
     device: str | None = None

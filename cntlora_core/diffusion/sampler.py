@@ -19,7 +19,7 @@ from cntlora_core.diffusion.pipeline import (
     load_stable_diffusion,
     model_family,
 )
-from cntlora_core.diffusion.settings import Precision, SamplingSettings, torch_dtype
+from cntlora_core.diffusion.settings import SamplingSettings, TrainingPrecision, torch_dtype
 from cntlora_core.lora_file.families import SD15_FILES, SDXL_FILES, FileFamily
 from cntlora_core.lora_file.find_lora import find_lora
 from cntlora_core.lora_file.peft_config import DIFFUSERS_METADATA_KEY
@@ -32,6 +32,7 @@ from cntlora_core.lora_file.reading import (
     read_lora_tensors,
 )
 from cntlora_core.lora_file.writing import diffusers_tensors
+from cntlora_core.runtime.precision import best_precision
 from cntlora_core.runtime.progress import Reporter, silent
 from cntlora_core.runtime.reading import reason, require_file, user_path
 from cntlora_core.runtime.seeds import torch_seed
@@ -152,7 +153,7 @@ def load_for_sampling(
     model: str | Path,
     loras: Sequence[LoRAUse] = (),
     *,
-    precision: Precision = "float32",
+    precision: TrainingPrecision = "float32",
     device: str | torch.device | None = None,
     scheduler: str | None = None,
     clip_skip: int = 1,
@@ -160,6 +161,7 @@ def load_for_sampling(
 ) -> Pipeline:
     """A stock diffusers pipeline with LoRA files loaded and weighted.
 
+    The precision ``auto`` is bfloat16 or float16 on CUDA and float32 elsewhere, as in training.
     Notes to ``reporter`` say what of a LoRA is left out.
 
     Raises:
@@ -171,7 +173,8 @@ def load_for_sampling(
     for lora in loras:
         for note in lora.check(files):
             reporter("loading the model", 0, 0, {"note": note})
-    parts = load_stable_diffusion(model, dtype=torch_dtype(precision), device=place)
+    dtype = torch_dtype(best_precision(place) if precision == "auto" else precision)
+    parts = load_stable_diffusion(model, dtype=dtype, device=place)
     pipeline = parts.pipeline(scheduler)  # pyright: ignore[reportArgumentType]
     _load_lora_files(pipeline, loras)
     skip_last_layers(parts.networks, clip_skip)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import textwrap
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
 
 from cntlora_core.runtime.files import atomic_write
 
@@ -199,6 +200,37 @@ def running_mean(values: np.ndarray, window: int = 50) -> np.ndarray:
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(ends - window, 0)
     return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def save_beside(image: Image.Image, path: Path) -> Path:
+    """Write a picture as a PNG, and leave every other picture as it is.
+
+    Args:
+        image: The picture.
+        path: Where it goes; a number is added to the name where another picture has it.
+
+    Returns:
+        The file that holds it; one that did so before is not written again.
+    """
+    for number in itertools.count(1):
+        place = path if number == 1 else path.with_stem(f"{path.stem}-{number}")
+        if not place.exists():
+            save_image(image, place)
+            return place
+        if _is_picture(place, image):
+            return place
+    raise AssertionError("numbers do not end")
+
+
+def _is_picture(path: Path, image: Image.Image) -> bool:
+    try:
+        with Image.open(path) as there:
+            return (
+                there.size == image.size
+                and not ImageChops.difference(there.convert("RGB"), image.convert("RGB")).getbbox()
+            )
+    except Exception:  # Pillow's decoders raise anything on a damaged file
+        return False
 
 
 def save_image(image: Image.Image, path: Path) -> None:

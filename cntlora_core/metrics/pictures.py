@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
-from cntlora_core.data.captions import SubjectPrompts, fill_placeholders
+from cntlora_core.data.captions import SubjectPrompts
 from cntlora_core.data.photos import load_photos
+from cntlora_core.data.prompts import filled_prompt
+from cntlora_core.diffusion.sampler import LoRAUse
 from cntlora_core.runtime.files import write_json_atomic
 from cntlora_core.runtime.reading import read_json_object, reading, require_file, user_path
 
 PROMPTS_NAME = "prompts.json"
-"""In a folder of pictures: an object with the prompt of each file."""
+"""In a folder of pictures: an object with the prompt of each file, and its LoRAs where known."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +38,7 @@ class PromptedPictures:
 def read_pictures(folder: str | Path, prompt: str | None = None) -> PromptedPictures:
     """The pictures of a folder and their prompts.
 
-    A prompt is taken from ``prompts.json``, which ``cntlora sample`` writes, else from a text file
+    A prompt is taken from ``prompts.json``, see :func:`write_prompts`, else from a text file
     of the same name beside the picture, else it is ``prompt``.
 
     Args:
@@ -65,18 +68,40 @@ def read_pictures(folder: str | Path, prompt: str | None = None) -> PromptedPict
     return PromptedPictures(images, tuple(str(text) for text in prompts), notes)
 
 
-def write_prompts(folder: Path, prompts: Mapping[str, str]) -> None:
-    """Add to the prompts of a folder's pictures, by their file names."""
-    write_json_atomic(folder / PROMPTS_NAME, {**_listed(folder), **prompts})
+def write_prompts(
+    folder: Path, prompts: Mapping[str, str], loras: Sequence[LoRAUse] | None = None
+) -> None:
+    """Add to the prompts of a folder's pictures, in ``prompts.json``, by their file names.
+
+    Args:
+        folder: The folder.
+        prompts: Of the pictures that are added.
+        loras: What they were generated with, which is then noted with each prompt.
+    """
+    new: dict[str, Any] = dict(prompts)
+    if loras is not None:
+        used = [{"file": str(lora.path), "strength": lora.strength} for lora in loras]
+        new = {name: {"prompt": prompt, "loras": used} for name, prompt in prompts.items()}
+    write_json_atomic(folder / PROMPTS_NAME, {**_entries(folder), **new})
 
 
 def _listed(folder: Path) -> dict[str, str]:
+    return {
+        name: entry if isinstance(entry, str) else entry["prompt"]
+        for name, entry in _entries(folder).items()
+    }
+
+
+def _entries(folder: Path) -> dict[str, Any]:
+    """By the names of pictures: their prompts, or objects with these and LoRAs."""
     path = folder / PROMPTS_NAME
     if not path.is_file():
         return {}
     content = read_json_object(path)
-    if not all(isinstance(x, str) for x in content.values()):
-        raise ValueError(f'{path} should hold an object such as {{"dog-0.png": "a dog"}}')
+    for entry in content.values():
+        prompt = entry.get("prompt") if isinstance(entry, dict) else entry
+        if not isinstance(prompt, str):
+            raise ValueError(f'{path} should hold an object such as {{"dog-0.png": "a dog"}}')
     return content
 
 
@@ -97,19 +122,10 @@ def read_prompts(texts: Sequence[str], subject: SubjectPrompts | None) -> tuple[
         prompts += [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise ValueError("there are no prompts: give some, or a text file with one in each line")
-    return tuple(_filled(prompt, subject) for prompt in prompts)
+    return tuple(filled_prompt(prompt, subject) for prompt in prompts)
 
 
 def _lines(path: Path) -> list[str]:
     require_file(path, "a text file with a prompt in each line")
     with reading(path, "a text file", "Save it as UTF-8."):
         return path.read_text("utf-8-sig").splitlines()
-
-
-def _filled(prompt: str, subject: SubjectPrompts | None) -> str:
-    marks = [mark for mark in ("{}", "{token}", "{class}") if mark in prompt]
-    if not marks:
-        return prompt
-    if subject is None:
-        raise ValueError(f"the prompt {prompt!r} has {marks[0]}: give a token and a class name")
-    return fill_placeholders(prompt.replace("{}", "{token} {class}"), subject)
