@@ -199,8 +199,8 @@ def training_prompts(
         prompt = fill_placeholders(caption, subject)
         if subject.token and not _contains_word(prompt, subject.token):
             warnings.append(
-                f"the caption of {label} does not contain the token {subject.token!r}: what this "
-                f"photo teaches is not tied to it ({prompt!r})"
+                f"the caption of {label} does not contain the token {subject.token!r}: nothing "
+                f"ties this photo to it ({prompt!r})"
             )
         prompts.append(prompt)
     return TrainingPrompts(tuple(prompts), tuple(warnings))

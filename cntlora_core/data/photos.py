@@ -50,6 +50,7 @@ _BESIDE_PHOTOS = frozenset((
     ".txt", ".caption", ".json", ".md", ".csv", ".yaml", ".yml", ".ini", ".db", ".xmp", ".aae",
 ))
 # fmt: on
+ONLY_ONE_PHOTO = "only one photo: its pose and background are learnt too; 4 to 6 are better"
 _IGNORED = ", so the whole photo is learnt"
 
 
@@ -240,7 +241,7 @@ def _set_notes(photos: Sequence[Photo]) -> list[str]:
     """What there is to say about the photos as a set."""
     notes = []
     if len(photos) == 1:
-        notes.append("only one photo: its pose and background are learnt too; 4 to 6 are better")
+        notes.append(ONLY_ONE_PHOTO)
     first: dict[str, str] = {}
     for name, photo in zip(photo_names(photos), photos):
         if photo.digest in first:

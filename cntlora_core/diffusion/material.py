@@ -53,6 +53,7 @@ def read_material(
         run.note(*others.notes)
     with run.timed("encoding"):
         held_out = encode_held_out(parts, subject, cache=cache, reporter=reporter)
+    run.note(*(() if held_out is None else held_out.notes))
     return Material(encoded, class_photos, others, held_out)
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from cntlora_core.data.captions import (
 from cntlora_core.data.framing import Frame, bucket_step, crop_note, enlarged_notes, frame, listed
 from cntlora_core.data.latents import LatentSet, bucket_sizes, encode_latents
 from cntlora_core.data.photos import (
+    ONLY_ONE_PHOTO,
     PhotoSet,
     load_photos,
     photo_names,
@@ -61,10 +63,24 @@ class Subject:
     held_out: PhotoSet | None = None
 
     @property
+    def of_held_out(self) -> Subject | None:
+        """The held-out photos in the place of those trained on, each under its own prompt."""
+        if self.held_out is None:
+            return None
+        texts = _prompts_of(self.held_out, self.prompts)
+        return replace(self, photos=self.held_out, training_prompts=texts, held_out=None)
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What a person should know of photos and captions."""
         skipped = (f"skipped {s.path.name}: {s.reason}" for s in self.photos.skipped)
-        return (*self.photos.warnings, *skipped, *self.training_prompts.warnings)
+        others = () if self.of_held_out is None else self.of_held_out.notes
+        return (
+            *self.photos.warnings,
+            *skipped,
+            *self.training_prompts.warnings,
+            *_of_held_out(note for note in others if note != ONLY_ONE_PHOTO),
+        )
 
     @property
     def names(self) -> list[str]:
@@ -79,6 +95,11 @@ class Subject:
             "masks": [photo.mask and pixel_digest(photo.mask) for photo in photos],
             "prompts": list(self.training_prompts.prompts),
         }
+
+
+def _of_held_out(notes: Iterable[str]) -> tuple[str, ...]:
+    """Notes that say which photos they are about: names may be those of photos trained on."""
+    return tuple(f"held-out photos: {note}" for note in notes)
 
 
 def read_subject(
@@ -98,11 +119,14 @@ def read_subject(
         settings.token, settings.class_name, settings.instance_prompt, settings.class_prompt
     )
     photos = photos if photos is not None else load_photos(settings.images)
-    captions = [photo.caption for photo in photos.photos]
-    texts = training_prompts(captions, prompts, photo_names(photos.photos))
     if held_out is None and settings.held_out is not None:
-        held_out = load_photos(settings.held_out, read_captions=False)
-    return Subject(settings, photos, prompts, texts, held_out)
+        held_out = load_photos(settings.held_out)
+    return Subject(settings, photos, prompts, _prompts_of(photos, prompts), held_out)
+
+
+def _prompts_of(photos: PhotoSet, prompts: SubjectPrompts) -> TrainingPrompts:
+    captions = [photo.caption for photo in photos.photos]
+    return training_prompts(captions, prompts, photo_names(photos.photos))
 
 
 def training_resolution(parts: StableDiffusionParts, settings: SubjectSettings) -> int:
@@ -199,13 +223,13 @@ def _mask_note(subject: Subject) -> str | None:
 def encode_held_out(
     parts: StableDiffusionParts, subject: Subject, *, cache: Path, reporter: Reporter = silent
 ) -> EncodedSubject | None:
-    """The held-out photos under the subject's prompt, as :func:`encode_subject`, if any."""
-    if subject.held_out is None:
+    """The held-out photos under their prompts, as :func:`encode_subject`, if any."""
+    others = subject.of_held_out
+    if others is None:
         return None
-    photos = subject.held_out.photos
-    texts = training_prompts([None] * len(photos), subject.prompts, photo_names(photos))
-    others = replace(subject, photos=subject.held_out, training_prompts=texts)
-    return encode_subject(parts, others, cache=cache, reporter=reporter)
+    others = replace(others, prompts=replace(others.prompts, token=None))  # it has had its note
+    encoded = encode_subject(parts, others, cache=cache, reporter=reporter)
+    return replace(encoded, notes=_of_held_out(encoded.notes))
 
 
 def encode_class_images(

@@ -13,11 +13,11 @@ from accelerate import PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from PIL import Image
 
-from cntlora_core.diffusion.family import UNET, predict
+from cntlora_core.diffusion.family import UNET, Conditioning, predict
 from cntlora_core.diffusion.initialize import NoisedPhotos
 from cntlora_core.diffusion.objective import sample_errors
 from cntlora_core.diffusion.pipeline import StableDiffusionParts
-from cntlora_core.diffusion.run_folder import DYNAMICS_NAME, DYNAMICS_PLOT
+from cntlora_core.diffusion.run_folder import DYNAMICS_NAME, DYNAMICS_PLOT, LOGS_NAME
 from cntlora_core.diffusion.settings import JobSettings
 from cntlora_core.diffusion.stages import EncodedSubject
 from cntlora_core.diffusion.trainer import SubjectTrainer
@@ -33,12 +33,11 @@ class HeldOutLoss:
 
     Args:
         parts: The model; its UNet and text encoders are those that are trained.
-        photos: The held-out photos and their prompts; each is read at four timesteps.
+        photos: The held-out photos; each is read at four timesteps, under its own prompt.
     """
 
     def __init__(self, parts: StableDiffusionParts, photos: EncodedSubject) -> None:
         self._networks, self._family = parts.networks, parts.family
-        self._tokens = photos.tokens[:1]  # one prompt for all
         self._batches = list(
             NoisedPhotos(
                 photos.latents,
@@ -57,13 +56,16 @@ class HeldOutLoss:
         device, dtype = unet.device, unet.dtype
         errors = []
         with evaluating(*self._networks.values()):
-            prompt = self._family.encode(self._networks, self._tokens)
+            prompts: dict[tuple[int, ...], Conditioning] = {}  # most photos have the same one
             for batch in self._batches:
+                words = tuple(batch.tokens[0].tolist())
+                if words not in prompts:
+                    prompts[words] = self._family.encode(self._networks, batch.tokens)
                 prediction = predict(
                     unet,
                     batch.latents.to(device, dtype),
                     batch.timesteps.to(device),
-                    dataclasses.replace(prompt, time_ids=batch.time_ids),
+                    dataclasses.replace(prompts[words], time_ids=batch.time_ids),
                 )
                 weights = None if batch.weights is None else batch.weights.to(device)
                 errors.append(sample_errors(prediction, batch.target.to(device), weights))
@@ -91,7 +93,7 @@ class Trackers:
             PartialState(cpu=settings.training.device == "cpu")  # which process writes
         for kind in names:
             made: Any = LOGGER_TYPE_TO_CLASS[kind]
-            where = (str(folder / "logs"),) if made.requires_logging_directory else ()
+            where = (str(folder / LOGS_NAME),) if made.requires_logging_directory else ()
             tracker = made(name, *where)
             getattr(tracker, "start", lambda: None)()  # not in every version
             tracker.store_init_configuration(dict(_flat(settings.to_dict())))

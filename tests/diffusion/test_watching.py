@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import struct
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,12 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from cntlora_core.diffusion.family import predict
+from cntlora_core.diffusion.initialize import NoisedPhotos
 from cntlora_core.diffusion.job import personalise
+from cntlora_core.diffusion.pipeline import load_stable_diffusion
+from cntlora_core.diffusion.stages import EncodedSubject, encode_held_out, read_subject
+from cntlora_core.diffusion.watching import HeldOutLoss
 
 from .conftest import StopAt, change
 
@@ -61,6 +68,55 @@ def test_a_held_out_loss_falls_where_the_photos_are_those_trained_on(settings):
     found = measured(result)
     assert found[30] < found[10]
     assert any("before training" in note for note in result.notes)
+
+
+@torch.no_grad()
+def test_each_held_out_photo_is_measured_under_its_own_caption(settings, held_out, tmp_path):
+    parts = load_stable_diffusion(settings.model)
+    asked = dataclasses.replace(settings.subject, held_out=held_out)
+
+    def loss() -> tuple[float, EncodedSubject]:
+        encoded = encode_held_out(parts, read_subject(asked), cache=tmp_path / "cache")
+        assert encoded is not None
+        return HeldOutLoss(parts, encoded)(), encoded
+
+    plain, _ = loss()
+    caption = Path(held_out) / "0.txt"
+    caption.write_text("a photo of {token} {class}")
+    assert loss()[0] == plain  # the subject's prompt, in other words
+    caption.write_text("a red {class} in the snow")
+    found, encoded = loss()
+    assert encoded.prompts == ("a red dog in the snow", "a photo of sks dog")
+    errors, scheduler = [], parts.noise_scheduler
+    for batch in NoisedPhotos(encoded.latents, encoded.tokens, scheduler, passes=4, seed=2026):
+        prompt = parts.family.encode(parts.networks, batch.tokens)
+        predicted = predict(parts.unet, batch.latents, batch.timesteps, prompt)
+        errors.append(float((predicted - batch.target).square().mean()))
+    assert found == pytest.approx(sum(errors) / len(errors))
+    assert found != plain
+
+
+def test_what_is_wrong_with_held_out_photos_is_said(settings, held_out, tmp_path):
+    folder = Path(held_out)
+    (folder / "1.png").unlink()
+    (folder / "bad.png").write_bytes(b"no picture")
+    (folder / "0.txt").write_text("a photo of a {class}")
+    (folder / "9.txt").write_text("of no picture")
+    Image.new("RGB", (16, 96)).save(folder / "long.png")
+    lost = change(settings, "subject", held_out=held_out, token="zwq")
+    lost = change(change(lost, "prior", prior_weight=0.0), "adapter", method="lora")
+    notes = personalise(change(lost, "training", steps=1)).notes
+    said = [note for note in notes if note.startswith("held-out photos: ")]
+    for words in ("skipped bad.png", "9.txt is not used", "0.png does not contain the token",
+                  "long.png", "enlarged"):  # fmt: skip
+        assert any(words in note for note in said), (words, said)
+    assert sum("is read as" in note for note in notes) == 1  # the token, once
+    (folder / "long.png").unlink()
+    assert not any("only one photo" in note for note in read_subject(lost.subject).notes)
+    (folder / "0.txt").write_text("a photo of {token}")
+    whole = {"instance_prompt": "a photo of my dog", "class_prompt": "a photo of a dog"}
+    with pytest.raises(ValueError, match=r"caption of 0\.png has a placeholder"):
+        personalise(change(lost, "subject", token=None, class_name=None, **whole), overwrite=True)
 
 
 def events(folder) -> list:
