@@ -79,7 +79,7 @@ class SubjectSettings:
             of another shape is resized to about the same area.
         flip: Also train on mirrored photos.
         held_out: Folder of further photos of the subject, which are not trained on: the loss on
-            them tells learning from learning by heart.
+            them, under their captions, tells learning from learning by heart.
         crop: Crop photos to the square in their middle, in place of keeping their shape.
         unmasked_weight: What the loss outside a photo's mask (dog1.mask.png, or its transparency)
             weighs, from 0 to 1; 1 leaves masks out of account.
@@ -166,7 +166,8 @@ class TrainingSettings:
         device: Where to train; default: CUDA, then MPS, then the CPU.
         seed: Seed of everything random in a run.
         save_every: Steps between states from which an interrupted run can go on.
-        sample_prompts: Prompts of images generated while training.
+        sample_prompts: Prompts of images generated while training; {token} and {class} are filled
+            in.
         sample_every: Steps between those samples; 0 generates them at the end only.
         sample_steps: Sampling steps of such a sample.
         held_out_every: Steps between measurements of the loss on held-out photos.

@@ -38,7 +38,7 @@ class PromptedPictures:
 def read_pictures(folder: str | Path, prompt: str | None = None) -> PromptedPictures:
     """The pictures of a folder and their prompts.
 
-    A prompt is taken from ``prompts.json``, see :func:`write_prompts`, else from a text file
+    A prompt is taken from ``prompts.json``, which ``cntlora sample`` writes, else from a text file
     of the same name beside the picture, else it is ``prompt``.
 
     Args:

@@ -62,6 +62,8 @@ def test_names_and_exports_train_nothing_and_more_steps_go_on(
     assert done == 1
     assert Path(longer.args[2]).parent == folder
     assert len(longer.args[1]["loss"]) == 3
+    loras = pack.module("compare_steps").steps_of(longer.args[0])
+    assert [step for step, _ in loras] == [2, 3]
     done, shorter = steps.of(*graph, name="once", training_seed=11, steps=2)
     assert done == 2
     assert Path(shorter.args[2]).parent.name == f"once-{folder.name.rpartition('-')[2]}-2"
@@ -113,7 +115,7 @@ def test_a_cancelled_training_goes_on_to_the_same_lora(
         with pytest.raises(model_management.InterruptProcessingException):
             steps.of(*graph, save_lora_every=1, trained_before="train anew")
     assert not model_management.processing_interrupted()
-    (folder / "run.json").unlink()  # or the training of before is found
+    assert not (folder / "run.json").exists()  # the training of before is not taken for this one
     assert (folder / "state.safetensors").is_file()
     done, resumed = steps.of(*graph, save_lora_every=1)
     assert done == 1
