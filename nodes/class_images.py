@@ -145,7 +145,11 @@ class ClassPictures(io.ComfyNode):
                 reporter("loading the model", 0, 1, {})
                 dtype = torch_dtype(model.precision)
                 parts = load_stable_diffusion(
-                    model.path, dtype=dtype, device=device_name(), clip_skip=model.clip_skip
+                    model.path,
+                    dtype=dtype,
+                    device=device_name(),
+                    clip_skip=model.clip_skip,
+                    prediction_type=model.prediction_type,
                 )
                 side = training_resolution(parts, subject.settings)
                 return class_images(parts, prompt, settings, resolution=side, reporter=reporter)

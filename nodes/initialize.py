@@ -59,7 +59,11 @@ def make_initialization(
         reporter("loading the model", 0, 1, {})
         dtype = torch_dtype(model.precision)
         parts = load_stable_diffusion(
-            model.path, dtype=dtype, device=device_name(), clip_skip=model.clip_skip
+            model.path,
+            dtype=dtype,
+            device=device_name(),
+            clip_skip=model.clip_skip,
+            prediction_type=model.prediction_type,
         )
         cache = work_folder() / "cache"
         encoded = encode_subject(parts, subject, cache=cache, reporter=reporter)

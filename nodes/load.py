@@ -8,12 +8,19 @@ from typing import Any, get_args
 from comfy_api.latest import io  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-from cntlora_core.diffusion.settings import JobSettings, TrainingPrecision, TrainingSettings
+from cntlora_core.diffusion.settings import (
+    JobSettings,
+    PredictionType,
+    TrainingPrecision,
+    TrainingSettings,
+)
 
 from .host import folder_paths
 from .runtime import device_precision
 from .sockets import ModelChoice, ModelSocket
 from .widgets import ADVANCED, CATEGORY, SMALL_MODEL, default_of, model_names, model_path
+
+MODELS_OWN = "model's own"
 
 
 class LoadModel(io.ComfyNode):
@@ -54,6 +61,16 @@ class LoadModel(io.ComfyNode):
                     tooltip="Which layer of the text encoder is read, from the last: 1 is that. "
                     "Models of drawings often want 2. Open Model for KSampler sets the same.",
                 ),
+                io.Combo.Input(
+                    "prediction_type",
+                    options=[MODELS_OWN, *get_args(PredictionType)],
+                    default=MODELS_OWN,
+                    optional=True,
+                    extra_dict=ADVANCED,
+                    tooltip="What the model predicts. Its file says so, or it is epsilon; set "
+                    "v_prediction for a v-prediction model whose file says nothing. Open Model for "
+                    "KSampler sets the same.",
+                ),
             ],
             outputs=[ModelSocket.Output(display_name="model", tooltip="The model to teach.")],
         )
@@ -61,30 +78,44 @@ class LoadModel(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, checkpoint: str | None) -> bool | str:
         """Say at once, in words, if the file is no Stable Diffusion 1.5 or XL model."""
-        from cntlora_core.diffusion.family import family_of
-
         if checkpoint is None:  # it comes from another node, which has not run yet
             return True
         try:
-            family_of(model_path(checkpoint))
+            _schedule(model_path(checkpoint))
         except (OSError, ValueError) as error:
             return str(error)
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, checkpoint: str, precision: str, clip_skip: int = 1) -> str:
+    def fingerprint_inputs(
+        cls,
+        checkpoint: str,
+        precision: str,
+        clip_skip: int = 1,
+        prediction_type: str = MODELS_OWN,
+    ) -> str:
         """Changes when the file does, also under the same name."""
         from cntlora_core.diffusion.fingerprint import fingerprint_model
 
-        return f"{fingerprint_model(model_path(checkpoint))} {precision} {clip_skip}"
+        model = fingerprint_model(model_path(checkpoint))
+        return f"{model} {precision} {clip_skip} {prediction_type}"
 
     @classmethod
     def execute(
-        cls, checkpoint: str, precision: TrainingPrecision, clip_skip: int = 1
+        cls,
+        checkpoint: str,
+        precision: TrainingPrecision,
+        clip_skip: int = 1,
+        prediction_type: str = MODELS_OWN,
     ) -> io.NodeOutput:
-        number_format = device_precision() if precision == "auto" else precision
         return io.NodeOutput(
-            ModelChoice(checkpoint, model_path(checkpoint), number_format, clip_skip)
+            ModelChoice(
+                checkpoint,
+                model_path(checkpoint),
+                device_precision() if precision == "auto" else precision,
+                clip_skip,
+                None if prediction_type == MODELS_OWN else prediction_type,  # pyright: ignore[reportArgumentType]
+            )
         )
 
 
@@ -127,7 +158,7 @@ class OpenModel(io.ComfyNode):
             # ComfyUI counts from the last layer of all, SDXL from the last that it reads.
             unread = max(family_of(model.path).unread_layers.values(), default=0)
             clip.clip_layer(-model.clip_skip - unread)
-        return io.NodeOutput(denoiser, clip, vae)
+        return io.NodeOutput(_as_it_predicts(denoiser, model), clip, vae)
 
 
 def _opened(model: ModelChoice) -> tuple[Any, Any, Any]:
@@ -146,6 +177,37 @@ def _opened(model: ModelChoice) -> tuple[Any, Any, Any]:
         )
     path = str(model.path)
     return comfy.sd.load_checkpoint_guess_config(path, embedding_directory=embeddings)[:3]
+
+
+def _schedule(path: Path, prediction_type: PredictionType | None = None) -> dict[str, Any]:
+    """The scheduler's settings that training and sampling go by.
+
+    Raises:
+        CheckpointError: the file or folder is no model of a known family.
+    """
+    from cntlora_core.diffusion.family import family_of
+    from cntlora_core.diffusion.prediction import scheduler_config
+
+    family = family_of(path)
+    return scheduler_config(path, path if path.is_dir() else family.configs, prediction_type)
+
+
+def _as_it_predicts(denoiser: Any, model: ModelChoice) -> Any:
+    """A MODEL that is sampled by what it predicts in the training.
+
+    ComfyUI reads neither a folder's scheduler nor a file's header, nor what a person chose.
+    """
+    schedule = _schedule(model.path, model.prediction_type)
+    predicts = schedule.get("prediction_type", "epsilon")
+    if predicts == "epsilon" and model.prediction_type is None:
+        return denoiser
+    from comfy_extras.nodes_model_advanced import (  # pyright: ignore[reportMissingImports]
+        ModelSamplingDiscrete,
+    )
+
+    sampling = "eps" if predicts == "epsilon" else predicts
+    zero_snr = bool(schedule.get("rescale_betas_zero_snr"))
+    return ModelSamplingDiscrete().patch(denoiser, sampling, zero_snr)[0]
 
 
 def _text_weights(folder: Path, part: str) -> dict[str, Tensor]:

@@ -73,6 +73,7 @@ def load_pipeline(
         device=device_name(),
         scheduler=scheduler,
         clip_skip=model.clip_skip,
+        prediction_type=model.prediction_type,
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cntlora_core.config import CNTLoRAConfig
 from cntlora_core.data.photos import PhotoSet
-from cntlora_core.diffusion.settings import Precision
+from cntlora_core.diffusion.settings import Precision, PredictionType
 
 if TYPE_CHECKING:
     from cntlora_core.diffusion.stages import Initialization, Subject
@@ -35,12 +35,14 @@ class ModelChoice:
         path: A checkpoint file or a diffusers folder.
         precision: Data type of its weights while it is in use.
         clip_skip: Which layer of its text encoder is read, from the last.
+        prediction_type: What it predicts; None for what it says.
     """
 
     name: str
     path: Path
     precision: Precision
     clip_skip: int = 1
+    prediction_type: PredictionType | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -83,6 +83,7 @@ def job_settings(
     )
 
 
+        prediction_type=initialized.model.prediction_type,
 def run_folder(name: str, key: str, steps: int) -> Path:
     """The folder of a run: one that there is already, whatever its name, or a new one.
 

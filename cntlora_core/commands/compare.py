@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from cntlora_core.diffusion.settings import Precision, SamplingSettings
+from cntlora_core.diffusion.settings import Precision, PredictionType, SamplingSettings
 from cntlora_core.runtime.flags import UserPath
 from cntlora_core.runtime.progress import Reporter
 
@@ -112,6 +112,7 @@ class Compare:
             self.sampling,
             resolution=self.sampling.resolution or run.resolution,
             clip_skip=max(self.sampling.clip_skip, run.clip_skip),
+            prediction_type=self.sampling.prediction_type or run.prediction_type,
         )
         settings = GenerationSettings(asked, self.per_prompt, sampling=sampling)
         require_writable_folder(self._sheet.parent)
@@ -128,6 +129,7 @@ class Compare:
             device=self.device,
             scheduler=sampling.scheduler,
             clip_skip=sampling.clip_skip,
+            prediction_type=sampling.prediction_type,
         )
         reporter("loading the model", 1, 1, {})
         found = compare_steps(
@@ -214,6 +216,7 @@ class _Run:
     resolution: int | None
     precision: Precision
     clip_skip: int
+    prediction_type: PredictionType | None
 
     @classmethod
     def read(cls, folder: Path) -> _Run:
@@ -233,4 +236,5 @@ class _Run:
                 resolution=settings["subject"]["resolution"],
                 precision=settings["training"]["precision"],
                 clip_skip=int(settings.get("clip_skip", 1)),
+                prediction_type=settings.get("prediction_type"),
             )

@@ -206,6 +206,7 @@ class Evaluate:
             device=self.device,
             scheduler=self.sampling.scheduler,
             clip_skip=self.sampling.clip_skip,
+            prediction_type=self.sampling.prediction_type,
         )
         reporter("loading the model", 1, 1, {})
         for label, pictures in generate_each(pipeline, loras, settings, reporter):

@@ -78,6 +78,7 @@ class Sample:
             device=self.device,
             scheduler=self.sampling.scheduler,
             clip_skip=self.sampling.clip_skip,
+            prediction_type=self.sampling.prediction_type,
             reporter=reporter,
         )
         reporter("loading the model", 1, 1, {})

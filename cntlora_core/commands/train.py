@@ -14,6 +14,7 @@ from cntlora_core.diffusion.settings import (
     AdapterSettings,
     JobSettings,
     OutputSettings,
+    PredictionType,
     PriorSettings,
     SubjectSettings,
     TrainingSettings,
@@ -31,12 +32,14 @@ class Train:
     Attributes:
         model: Stable Diffusion 1.5 or XL as one .safetensors file, a diffusers folder or a hub id.
         clip_skip: Which layer of the text encoder is read, from the last; 1 is the last.
+        prediction_type: What the model predicts, where its file says nothing or something wrong;
+            default: what it says.
         resume: Go on with the run in the output folder: an interrupted one to its end, a finished
             one to more steps, or to a LoRA file of another name, layout or precision.
         overwrite: Start anew even where the output folder holds a run, which is removed before the
             first step.
         processes: GPUs that train together: each takes its share of every batch, so that the LoRA
-            is that of one GPU. A multiple of it must be --batch-size or --gradient-accumulation.
+            is that of one GPU. It must divide --batch-size or --gradient-accumulation without rest.
     """
 
     model: str
@@ -55,6 +58,7 @@ class Train:
     resume: bool = False
     overwrite: bool = False
     processes: int = 1
+    prediction_type: PredictionType | None = None
 
     def after_cancel(self) -> str:
         """What to do next, for a person who has pressed Ctrl-C."""
@@ -76,6 +80,7 @@ class Train:
             self.adapter,
             self.training,
             self.clip_skip,
+            self.prediction_type,
         )
         with joined(self.training.device) as processes:
             reporter.console.quiet = not processes.first  # one tells what is done

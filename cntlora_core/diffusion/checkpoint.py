@@ -74,6 +74,19 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     Raises:
         CheckpointError: the file is not a whole safetensors file, or its header contradicts itself.
     """
+    return _header(path)[0]
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts in a safetensors file's header, by name.
+
+    Raises:
+        CheckpointError: as :func:`read_header`.
+    """
+    return _header(path)[1]
+
+
+def _header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     try:
         require_file(path, "a .safetensors file")
         size = path.stat().st_size
@@ -85,7 +98,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             if 8 + length > size:
                 raise FileSizeError(8 + length, size)
             stream.seek(8)
-            return parse_header(stream.read(length), size)[0]
+            return parse_header(stream.read(length), size)
     except FileSizeError as error:
         raise CheckpointError(path, f"{error}. Download or copy it again.") from None
     except UnicodeDecodeError:

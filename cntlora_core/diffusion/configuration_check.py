@@ -44,6 +44,12 @@ def require_working(part: str, model: Any) -> None:
             scale = model.config["scaling_factor"]
             if not (math.isfinite(scale) and scale > 0):
                 raise ValueError(f"scaling_factor must be a positive number, got {scale!r}")
+            for name in ("latents_mean", "latents_std"):
+                if model.config.get(name) is not None:
+                    raise ValueError(
+                        f"{name} is set: latents that are normalised by channel, as EDM models "
+                        "have them, are not supported"
+                    )
             side = 2 ** len(model.config["block_out_channels"])
             model(new(1, 3, side, side))
             return

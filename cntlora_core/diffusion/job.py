@@ -305,6 +305,7 @@ def _load(settings: JobSettings, device: torch.device, reporter: Reporter) -> St
         dtype=settings.training.dtype,
         device=device,
         clip_skip=settings.clip_skip,
+        prediction_type=settings.prediction_type,
         reporter=reporter,
     )
     reporter("loading the model", 1, 1, {})

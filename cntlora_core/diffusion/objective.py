@@ -30,7 +30,8 @@ def training_target(
 def min_snr_weights(noise_scheduler: DDPMScheduler, timesteps: Tensor, gamma: float) -> Tensor:
     """Min-SNR weights (n,) of each sample's loss (arXiv 2303.09556, equation 8).
 
-    ``min(SNR, gamma) / SNR`` for noise prediction, over ``SNR + 1`` for velocity prediction.
+    ``min(SNR, gamma) / SNR`` for noise prediction, over ``SNR + 1`` for velocity prediction. An SNR
+    of 0 is in order for the latter alone, whose weight there is 0.
     """
     snr = compute_snr(noise_scheduler, timesteps)
     velocity = noise_scheduler.config["prediction_type"] == "v_prediction"

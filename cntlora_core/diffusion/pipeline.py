@@ -34,8 +34,9 @@ from cntlora_core.diffusion.family import (
     family_of,
 )
 from cntlora_core.diffusion.fingerprint import fingerprint_model
+from cntlora_core.diffusion.prediction import fingerprint_suffix, scheduler_config
 from cntlora_core.diffusion.schedulers import noise_scheduler, sampler
-from cntlora_core.diffusion.settings import SchedulerName
+from cntlora_core.diffusion.settings import PredictionType, SchedulerName
 from cntlora_core.diffusion.tokenizer import load_tokenizer
 from cntlora_core.diffusion.weights import fill_from_files, names_in_file
 from cntlora_core.runtime.hub import why_not_fetched
@@ -70,8 +71,8 @@ class StableDiffusionParts:
             noise schedule and prediction type.
         pipeline_options: what the stock pipeline is made with, beside the parts.
         source: what was given to ``load_stable_diffusion``.
-        fingerprint: 16 hex digits that identify the weights, a key for caches; see
-            ``fingerprint_files``.
+        fingerprint: 16 hex digits that identify the weights, see ``fingerprint_files``, and what
+            the model predicts, where that is not epsilon; a key for caches.
     """
 
     family: Family
@@ -153,6 +154,7 @@ def load_stable_diffusion(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     clip_skip: int = 1,
+    prediction_type: PredictionType | None = None,
     local_files_only: bool | None = None,
     reporter: Reporter = silent,
 ) -> StableDiffusionParts:
@@ -166,6 +168,8 @@ def load_stable_diffusion(
         device: of all parts.
         clip_skip: which layer of the text encoder is its last; those behind it are left away, and
             the fingerprint says so.
+        prediction_type: what the UNet predicts, where the model says nothing or something wrong; by
+            default what it says: a folder's scheduler, or the marks of a single file.
         local_files_only: for a hub id, use what is in the hub's cache and no network; by default
             ``HF_HUB_OFFLINE`` decides.
         reporter: told of the reading of the weights for their fingerprint, where that takes long.
@@ -183,6 +187,7 @@ def load_stable_diffusion(
         source=str(model),
         dtype=dtype,
         device=device,
+        prediction_type=prediction_type,
         reporter=reporter,
     )
     skip_last_layers(parts.networks, clip_skip)
@@ -191,13 +196,15 @@ def load_stable_diffusion(
 
 
 def model_fingerprint(model: str | Path, reporter: Reporter = silent) -> str:
-    """The fingerprint of a model's weights, as in :class:`StableDiffusionParts`; none are loaded.
+    """The fingerprint of a model, as in :class:`StableDiffusionParts`; no weights are loaded.
 
     Raises:
         CheckpointError: what was given is not there, or no model.
     """
     path = _locate(model, None)
-    return fingerprint_model(path, reporter)
+    configs = path if path.is_dir() else family_of(path).configs
+    schedule = scheduler_config(path, configs)
+    return fingerprint_model(path, reporter) + fingerprint_suffix(schedule)
 
 
 def model_family(model: str | Path) -> Family:
@@ -217,6 +224,7 @@ def load_parts(
     source: str,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
+    prediction_type: PredictionType | None = None,
     reporter: Reporter = silent,
 ) -> StableDiffusionParts:
     """Loads the weights in ``path`` into the models that the folder ``configs`` describes.
@@ -226,6 +234,7 @@ def load_parts(
     Raises:
         CheckpointError: weights are missing or have other shapes.
     """
+    schedule = scheduler_config(path, configs, prediction_type)  # refused before weights are read
     models = {}
     for part in family.parts:
         files = folder_weights(path, part) if path.is_dir() else [path]
@@ -241,7 +250,10 @@ def load_parts(
             with reading(described, what, _OTHER_MODEL):
                 require_working(part, models[part].eval())
     fingerprint = fingerprint_model(path, reporter)
-    return assemble(models, configs, family, source=source, fingerprint=fingerprint)
+    fingerprint += fingerprint_suffix(schedule)
+    return assemble(
+        models, configs, family, source=source, fingerprint=fingerprint, schedule=schedule
+    )
 
 
 def assemble(
@@ -251,8 +263,17 @@ def assemble(
     *,
     source: str,
     fingerprint: str,
+    schedule: Mapping[str, Any] | None = None,
 ) -> StableDiffusionParts:
     """Freezes the models and adds the tokenizers and the noise schedule of the folder ``configs``.
+
+    Args:
+        models: by component.
+        configs: the folder.
+        family: of the models.
+        source: what the parts and messages call the model.
+        fingerprint: of the model.
+        schedule: the scheduler's settings, in place of the folder's.
 
     Raises:
         CheckpointError: the parts do not fit together, or a file is missing.
@@ -279,10 +300,10 @@ def assemble(
         raise CheckpointError(
             source, f"the UNet reads {wants} latent channels, the VAE makes {gives}."
         )
-    schedule = configs / "scheduler" / "scheduler_config.json"
-    scheduler_config = read_json(schedule)
-    with reading(schedule, "the settings of a scheduler", _OTHER_MODEL):
-        schedule_of_training = noise_scheduler(scheduler_config)
+    described = configs / "scheduler" / "scheduler_config.json"
+    schedule = dict(read_json(described) if schedule is None else schedule)
+    with reading(described, "the settings of a scheduler", _OTHER_MODEL):
+        schedule_of_training = noise_scheduler(schedule)
     tokenizers = []
     own = configs == family.configs
     for (name, padding), encoder in zip(family.tokenizers.items(), encoders, strict=True):
@@ -311,7 +332,7 @@ def assemble(
         vae=vae,
         tokenizers=tuple(tokenizers),
         noise_scheduler=schedule_of_training,
-        scheduler_config=scheduler_config,
+        scheduler_config=schedule,
         pipeline_options=options,
         source=source,
         fingerprint=fingerprint,

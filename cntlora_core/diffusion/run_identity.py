@@ -35,6 +35,7 @@ _MAY_CHANGE = {
     ("job", "training", "log_with"),
     ("job", "training", "dynamics_every"),
     ("job", "model"),
+    ("job", "prediction_type"),  # the model's fingerprint says it
     ("job", "adapter", "init_minutes"),
     ("job", "adapter", "from_lora"),
     ("job", "training", "save_every"),

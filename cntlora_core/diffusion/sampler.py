@@ -19,7 +19,12 @@ from cntlora_core.diffusion.pipeline import (
     load_stable_diffusion,
     model_family,
 )
-from cntlora_core.diffusion.settings import SamplingSettings, TrainingPrecision, torch_dtype
+from cntlora_core.diffusion.settings import (
+    PredictionType,
+    SamplingSettings,
+    TrainingPrecision,
+    torch_dtype,
+)
 from cntlora_core.lora_file.families import SD15_FILES, SDXL_FILES, FileFamily
 from cntlora_core.lora_file.find_lora import find_lora
 from cntlora_core.lora_file.peft_config import DIFFUSERS_METADATA_KEY
@@ -157,6 +162,7 @@ def load_for_sampling(
     device: str | torch.device | None = None,
     scheduler: str | None = None,
     clip_skip: int = 1,
+    prediction_type: PredictionType | None = None,
     reporter: Reporter = silent,
 ) -> Pipeline:
     """A stock diffusers pipeline with LoRA files loaded and weighted.
@@ -174,7 +180,7 @@ def load_for_sampling(
         for note in lora.check(files):
             reporter("loading the model", 0, 0, {"note": note})
     dtype = torch_dtype(best_precision(place) if precision == "auto" else precision)
-    parts = load_stable_diffusion(model, dtype=dtype, device=place)
+    parts = load_stable_diffusion(model, dtype=dtype, device=place, prediction_type=prediction_type)
     pipeline = parts.pipeline(scheduler)  # pyright: ignore[reportArgumentType]
     _load_lora_files(pipeline, loras)
     skip_last_layers(parts.networks, clip_skip)
@@ -324,7 +330,12 @@ def sample(
     uses = [use if isinstance(use, LoRAUse) else LoRAUse.parse(str(use)) for use in loras]
     if not isinstance(model, StableDiffusionParts):
         pipeline = load_for_sampling(
-            model, uses, scheduler=settings.scheduler, clip_skip=settings.clip_skip, **loading
+            model,
+            uses,
+            scheduler=settings.scheduler,
+            clip_skip=settings.clip_skip,
+            prediction_type=settings.prediction_type,
+            **loading,
         )
         return generate(pipeline, prompts, settings)
     pipeline = model.pipeline(settings.scheduler)  # pyright: ignore[reportArgumentType]

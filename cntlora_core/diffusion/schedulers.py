@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, get_args
 
@@ -56,16 +57,38 @@ def noise_scheduler(config: Mapping[str, Any]) -> DDPMScheduler:
     name = config.get("_class_name")
     if not isinstance(name, str) or not name.endswith("Scheduler") or not hasattr(diffusers, name):
         raise ValueError(f"_class_name must be one of diffusers' schedulers, got {name!r}")
+    own = _scheduler(name, config, {})
+    if not hasattr(own, "alphas_cumprod") or own.config.get("timestep_type") == "continuous":
+        raise ValueError(
+            f"{name} has no discrete noise schedule here (EDM and flow models have none): models "
+            "that predict epsilon or v_prediction under one can be trained"
+        )
+    own.set_timesteps(1)
     noise = _scheduler("DDPMScheduler", config, {})
-    _scheduler(name, config, {}).set_timesteps(1)
     kept = noise.alphas_cumprod
     if not bool(((kept >= 0) & (kept <= 1)).all()):
         raise ValueError("its betas are not all between 0 and 1")
     if (kind := noise.config["prediction_type"]) not in _PREDICTIONS:
         raise ValueError(f"prediction_type must be one of {', '.join(_PREDICTIONS)}, got {kind!r}")
+    if kind == "epsilon" and bool(kept[-1] == 0):
+        raise ValueError(
+            "rescale_betas_zero_snr leaves no signal at the last timestep, where epsilon tells "
+            "nothing of the image: such models predict v_prediction"
+        )
     return noise
 
 
 def _scheduler(name: str, config: Mapping[str, Any], settings: Mapping[str, Any]) -> Any:
-    """Latents are not bounded by 1, so clipping is off unless the model's config asks for it."""
-    return getattr(diffusers, name).from_config({"clip_sample": False, **config}, **settings)
+    """Latents are not bounded by 1, so clipping is off unless the model's config asks for it.
+
+    Raises:
+        ValueError: The model has a zero terminal SNR, and the scheduler knows none.
+    """
+    made = getattr(diffusers, name).from_config({"clip_sample": False, **config}, **settings)
+    known = inspect.signature(type(made).__init__).parameters
+    if config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in known:
+        raise ValueError(
+            f"{name} cannot sample from a zero terminal SNR, which the model has: use euler, "
+            "euler_a, ddim, ddpm, dpm++ or unipc"
+        )
+    return made

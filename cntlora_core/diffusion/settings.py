@@ -52,6 +52,7 @@ TrackerName = Literal["tensorboard", "wandb"]
 OptimizerName = Literal["adamw", "adamw_8bit", "prodigy"]
 
 
+PredictionType = Literal["epsilon", "v_prediction"]
 MOST_SAMPLING_STEPS = 1000
 """Timesteps of Stable Diffusion 1.5's noise schedule."""
 
@@ -301,6 +302,7 @@ class SamplingSettings:
 
     def __post_init__(self) -> None:
         require_between("clip_skip", self.clip_skip, 1, 100)
+        prediction_type: What the model predicts; as in training.
         require_between("steps", self.steps, 1, MOST_SAMPLING_STEPS)
         require_between("batch_size", self.batch_size, 1, 10_000)
         require_finite("guidance", self.guidance, 0)
@@ -313,6 +315,7 @@ class SamplingSettings:
 
 @dataclass(frozen=True)
 class OutputSettings:
+    prediction_type: PredictionType | None = None
     """What is left behind.
 
     Attributes:
@@ -324,6 +327,8 @@ class OutputSettings:
             learnt. Where the base weight was rewritten an exact file has twice that rank.
         keep_state: Keep the training state of a finished run, so that it can go on to more steps or
             be exported again; its size is 4 times that of the adapter in float32.
+        if self.prediction_type is not None:
+            require_choice("prediction_type", self.prediction_type, PredictionType)
         save_lora_every: Steps between LoRA files that are kept on the way, in the folder snapshots
             of the output; 0 keeps none. `cntlora compare` and `cntlora pick` choose among them.
     """
@@ -372,6 +377,8 @@ class JobSettings:
         require_between("clip_skip", self.clip_skip, 1, 100)
         require_json(self.to_dict())  # a run is recorded as JSON: refuse now what has no such form
 
+        prediction_type: What the model predicts, where it says nothing or something wrong; default:
+            what a folder's scheduler or the marks of a single file say, else epsilon.
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON values."""
         return dataclasses.asdict(self)
@@ -381,10 +388,16 @@ class JobSettings:
         """Inverse of :meth:`to_dict`; unknown keys are refused.
 
         Raises:
+    prediction_type: PredictionType | None = None
             ValueError: for an unknown or missing key, or a value that makes no sense.
         """
         return build_settings(cls, values, _NESTED)
 
+        if self.prediction_type is not None:
+            require_choice("prediction_type", self.prediction_type, PredictionType)
+        if not self.adapter.train_text_encoder:
+            names = ("text_encoder_lr", "text_encoder_steps")
+            require_defaults(self.training, names, "without train_text_encoder")
 
 _NESTED: dict[str, type] = {
     "subject": SubjectSettings,

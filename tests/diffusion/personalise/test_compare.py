@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -71,6 +72,13 @@ def test_without_encoders_there_is_the_picture_alone(run, capsys):
     assert "must end in .jpg" in capsys.readouterr().err
     assert main(["compare", str(sheet.parent / "samples")]) == 1
     assert "no finished run" in capsys.readouterr().err
+
+
+def test_images_are_generated_by_what_the_run_s_model_predicts(plain):
+    told = dataclasses.replace(plain, prediction_type="v_prediction")
+    run = personalise(change(told, "training", steps=1))
+    record = compared(run, "--no-scores", "--per-prompt", "1", "--prompt", "a dog")
+    assert record["sampling"]["prediction_type"] == "v_prediction"
 
 
 def comparison(*scores: tuple[float, float]) -> StepComparison:

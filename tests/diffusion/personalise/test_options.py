@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,6 +18,7 @@ from cntlora_core.diffusion import job, material
 from cntlora_core.diffusion.job import personalise
 from cntlora_core.diffusion.stages import encode_class_images
 
+from cntlora_core.lora_file.reading import read_lora_file
 from ..conftest import StopAt, change, losses
 
 
@@ -148,3 +152,47 @@ def test_generating_samples_does_not_change_the_training(settings):
         settings, "training", sample_prompts=("a dog",), sample_every=2, sample_steps=2
     )
     assert losses(personalise(settings, overwrite=True)) == losses(plain)
+
+
+def test_a_model_of_zero_terminal_snr_is_trained_and_sampled(settings, tmp_path):
+    """With Min-SNR weights, class images and previews; all of it is finite."""
+    model = tmp_path / "zero snr"
+    shutil.copytree(settings.model, model)
+    file = model / "scheduler" / "scheduler_config.json"
+    changed = {
+        "_class_name": "EulerDiscreteScheduler",
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+        "timestep_spacing": "trailing",
+    }
+    file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | changed), "utf-8")
+    settings = dataclasses.replace(settings, model=str(model))
+    settings = change(
+        settings, "training", steps=6, batch_size=4, min_snr_gamma=5.0, save_every=40,
+        sample_prompts=("a photo of sks dog",), sample_steps=3,
+    )  # fmt: skip
+    result = personalise(settings)
+    assert np.isfinite(losses(result)).all()
+    made = [
+        *(result.folder / "samples").iterdir(),
+        *Path(str(settings.prior.cache)).rglob("0*.png"),
+    ]
+    assert len(made) == 1 + 2 + 2  # a sample, and the class images of both models
+    for path in made:
+        with Image.open(path) as picture:
+            assert np.asarray(picture).std() > 0
+    record = json.loads((result.folder / "run.json").read_text("utf-8"))
+    assert record["model"]["prediction_type"] == "v_prediction"
+    assert record["identity"]["model"].endswith("-v_prediction-zero-snr")
+
+
+def test_what_the_model_predicts_can_be_said(settings):
+    """A run under another objective is another run."""
+    told = dataclasses.replace(settings, prediction_type="v_prediction")
+    first = personalise(change(told, "training", steps=2))
+    assert read_lora_file(first.lora).metadata["modelspec.prediction_type"] == "v"
+    with pytest.raises(ValueError, match=r"these differ: .*identity\.model"):
+        personalise(change(settings, "training", steps=3), resume=True)
+    personalise(change(told, "training", steps=3), resume=True)
+    with pytest.raises(ValueError, match="prediction_type must be one of epsilon, v_prediction"):
+        dataclasses.replace(settings, prediction_type="v")
