@@ -127,14 +127,14 @@ class Initialize(io.ComfyNode):
         if options is None:  # what a graph holds that was saved before these had their own node
             options = initialization_options(**moved)
             unseen = not_the_defaults(options)
+        lava = {"convolutions": options.convolutions, "orthogonality": options.orthogonality}
         settings = AdapterSettings(
             method=method,
             adapter=adapter,
             rank=rank,
             alpha=alpha or None,
             train_text_encoder=train_text_encoder,
-            convolutions=options.convolutions,
-            orthogonality=options.orthogonality,
+            **(lava if adapter == "lava" else {}),
             init_passes=passes,
             cntlora=options.cntlora,
         )

@@ -28,7 +28,15 @@ from .sockets import (
 )
 from .thumbnail import leave_thumbnail
 from .training_run import job_settings, train
-from .training_widgets import TRAIN_ANEW, advanced_inputs, main_inputs
+from .training_widgets import (
+    TRAIN_ANEW,
+    USUAL_CYCLES,
+    USUAL_POWER,
+    advanced_inputs,
+    lr_course,
+    main_inputs,
+    rates,
+)
 from .widgets import CATEGORY, lines, work_folder
 from .workflow import workflow_header
 
@@ -102,18 +110,19 @@ class TrainSubject(io.ComfyNode):
         compress: bool,
         save_lora_every: int,
         class_images: ClassImages | None = None,
+        lr_cycles: int = USUAL_CYCLES,
+        lr_power: float = USUAL_POWER,
     ) -> io.NodeOutput:
         prompts = lines(fill_placeholders(validation_prompt, start.subject.prompts))
         training = TrainingSettings(
             steps=steps,
-            learning_rate=learning_rate,
+            **rates(optimizer, learning_rate, text_encoder_lr),
             batch_size=batch_size,
             gradient_accumulation=gradient_accumulation,
             weight_decay=weight_decay,
             max_grad_norm=max_grad_norm,
-            lr_schedule=lr_schedule,
+            **lr_course(lr_schedule, lr_cycles, lr_power),
             lr_warmup=lr_warmup,
-            text_encoder_lr=text_encoder_lr or None,
             text_encoder_steps=text_encoder_steps or None,
             caption_dropout=caption_dropout,
             optimizer=optimizer,

@@ -72,18 +72,21 @@ def job_settings(
         num_class_images=1 if class_images is None else len(class_images.photos.photos),
         cache=str(work_folder() / "cache"),
     )
+    adapter = initialized.initialization.adapter
+    if not adapter.train_text_encoder:  # what the widgets hold for it does not matter
+        training = dataclasses.replace(training, text_encoder_lr=None, text_encoder_steps=None)
     return JobSettings(
         model=str(initialized.model.path),
         subject=initialized.subject.settings,
         output=output,
         prior=prior,
-        adapter=initialized.initialization.adapter,
+        adapter=adapter,
         training=training,
         clip_skip=initialized.model.clip_skip,
+        prediction_type=initialized.model.prediction_type,
     )
 
 
-        prediction_type=initialized.model.prediction_type,
 def run_folder(name: str, key: str, steps: int) -> Path:
     """The folder of a run: one that there is already, whatever its name, or a new one.
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Any, get_args
 
 from comfy_api.latest import io  # pyright: ignore[reportMissingImports]
 
 from cntlora_core.diffusion.settings import (
+    LEAST_PRODIGY,
     OptimizerName,
     OutputSettings,
     PriorSettings,
@@ -17,6 +18,26 @@ from cntlora_core.diffusion.settings import (
 from .widgets import ADVANCED, LARGEST_SEED, default_of
 
 USE_IT, TRAIN_ANEW = "use what is there", "train anew"
+USUAL_CYCLES, USUAL_POWER = 3, 2.0
+
+
+def rates(optimizer: OptimizerName, learning_rate: float, text_encoder_lr: float) -> dict[str, Any]:
+    """Settings of the learning rates from what the widgets hold, where 0 is none of its own.
+
+    Prodigy has one for all, and a learning rate that is usual for others would hold it still.
+    """
+    if optimizer == "prodigy":
+        return {"learning_rate": learning_rate if learning_rate >= LEAST_PRODIGY else 1.0}
+    return {"learning_rate": learning_rate, "text_encoder_lr": text_encoder_lr or None}
+
+
+def lr_course(lr_schedule: Schedule, lr_cycles: int, lr_power: float) -> dict[str, Any]:
+    """Settings of the schedule from what the widgets hold; those of another one do not count."""
+    shape = {
+        "cosine_with_restarts": {"lr_cycles": lr_cycles},
+        "polynomial": {"lr_power": lr_power},
+    }
+    return {"lr_schedule": lr_schedule, **shape.get(lr_schedule, {})}
 
 
 def main_inputs() -> list[io.Input]:
@@ -220,7 +241,8 @@ def advanced_inputs() -> list[io.Input]:
             default=default_of(TrainingSettings, "optimizer"),
             extra_dict=ADVANCED,
             tooltip="adamw_8bit needs the package bitsandbytes, prodigy the package prodigyopt. "
-            "prodigy finds its learning rate: set learning_rate to 1.",
+            "prodigy finds its learning rate for all: learning_rate then multiplies it, where it "
+            "is 0.1 or more, and text_encoder_lr does not count.",
         ),
         io.Int.Input(
             "save_lora_every",
@@ -230,5 +252,24 @@ def advanced_inputs() -> list[io.Input]:
             extra_dict=ADVANCED,
             tooltip="Steps between LoRAs that are kept on the way, for Compare Steps; 0 keeps "
             "none. A training that is finished already gets none: train it anew.",
+        ),
+        io.Int.Input(
+            "lr_cycles",
+            default=USUAL_CYCLES,
+            min=2,
+            max=10_000,
+            optional=True,
+            extra_dict=ADVANCED,
+            tooltip="Only for cosine_with_restarts: how often the learning rate falls to 0.",
+        ),
+        io.Float.Input(
+            "lr_power",
+            default=USUAL_POWER,
+            min=0.0,
+            max=100.0,
+            step=0.1,
+            optional=True,
+            extra_dict=ADVANCED,
+            tooltip="Only for polynomial: more lowers the learning rate sooner; 1 would be linear.",
         ),
     ]

@@ -9,6 +9,7 @@ from cntlora_core.config import CNTLoRAConfig, Constraint, FactorName
 from cntlora_core.diffusion.validation import (
     require_between,
     require_choice,
+    require_defaults,
     require_finite,
     require_from_lora_alone,
     store_as_text,
@@ -24,6 +25,8 @@ AdapterKind = Literal["lora", "lava"]
 
 MOST_RANKS = 10_000
 """Above the width of every layer of Stable Diffusion 1.5."""
+LAVA_ONLY = ("convolutions", "orthogonality", "orthogonal_factors")
+"""Settings that say something of LAVA alone."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,8 @@ class AdapterSettings:
             require_choice("orthogonal_factors", name, FactorName)
         if self.adapter == "lava":
             self._check_lava(method.family == "cntlora")
+        else:
+            require_defaults(self, LAVA_ONLY, f"with adapter={self.adapter!r}, but with lava")
         self.cntlora.to_dict()  # a run is recorded as JSON: refuse now what has no such form
 
     def _check_lava(self, closed_form: bool) -> None:

@@ -22,8 +22,10 @@ from cntlora_core.diffusion.validation import (
     require_at_least,
     require_between,
     require_choice,
+    require_defaults,
     require_finite,
     require_json,
+    require_schedule_shape,
     require_side,
     require_step_rules,
     require_unicode,
@@ -50,11 +52,14 @@ Schedule = Literal[
 ]
 TrackerName = Literal["tensorboard", "wandb"]
 OptimizerName = Literal["adamw", "adamw_8bit", "prodigy"]
-
-
 PredictionType = Literal["epsilon", "v_prediction"]
+
+
 MOST_SAMPLING_STEPS = 1000
 """Timesteps of Stable Diffusion 1.5's noise schedule."""
+LEAST_PRODIGY = 0.1
+"""Prodigy multiplies its own estimate by the learning rate: with much less it never leaves that
+estimate's first value, 1e-6."""
 
 
 def torch_dtype(precision: str) -> torch.dtype:
@@ -136,6 +141,9 @@ class PriorSettings:
         require_between("class_steps", self.class_steps, 1, MOST_SAMPLING_STEPS)
         require_finite("prior_weight", self.prior_weight, 0)
         require_finite("class_guidance", self.class_guidance, 0)
+        if self.class_images is not None:
+            generated = ("num_class_images", "class_steps", "class_guidance", "class_seed")
+            require_defaults(self, generated, "on the class images of a folder (class_images)")
 
 
 @dataclass(frozen=True)
@@ -144,7 +152,8 @@ class TrainingSettings:
 
     Attributes:
         steps: Optimizer steps.
-        learning_rate: Peak learning rate; with prodigy a factor of its own estimate, usually 1.
+        learning_rate: Peak learning rate; with prodigy a factor of its own estimate, usually 1 and
+            at least 0.1.
         text_encoder_lr: Peak learning rate of the text encoder; default: half of learning_rate, and
             with prodigy the same.
         text_encoder_steps: After how many steps the text encoder stops learning; default: never.
@@ -155,8 +164,8 @@ class TrainingSettings:
         max_grad_norm: Gradients are clipped to this norm; 0 leaves them.
         lr_schedule: Course of the learning rate.
         lr_warmup: Steps of linear warm-up.
-        lr_cycles: Restarts of cosine_with_restarts.
-        lr_power: Power of polynomial.
+        lr_cycles: Cycles of cosine_with_restarts, which needs more than 1; 3 is usual.
+        lr_power: Power of polynomial, which needs another than 1; 2 is usual.
         lr_step_rules: Factors of piecewise_constant with the steps they end at, the last without:
             "1:500,0.1".
         caption_dropout: Share of the photos that are read without their prompt.
@@ -231,6 +240,7 @@ class TrainingSettings:
         require_choice("optimizer", self.optimizer, OptimizerName)
         require_between("lr_cycles", self.lr_cycles, 1, 10_000)
         require_finite("lr_power", self.lr_power, 0)
+        require_schedule_shape(self.lr_schedule, self.lr_cycles, self.lr_power)
         require_step_rules(self.lr_schedule == "piecewise_constant", self.lr_step_rules)
         if not 0 <= self.caption_dropout < 1:
             raise ValueError(
@@ -244,6 +254,11 @@ class TrainingSettings:
                 raise ValueError(
                     "prodigy has one learning rate for all it trains: leave text_encoder_lr out"
                 )
+        if self.optimizer == "prodigy" and self.learning_rate < LEAST_PRODIGY:
+            raise ValueError(
+                f"learning_rate={self.learning_rate:g} holds prodigy at the first value of its own "
+                "estimate, and nothing is learnt: use learning_rate=1"
+            )
         require_choice("precision", self.precision, TrainingPrecision)
         if self.min_snr_gamma is not None:
             require_finite("min_snr_gamma", self.min_snr_gamma, 0)
@@ -287,6 +302,7 @@ class SamplingSettings:
         clip_skip: Which layer of the text encoder is read; as in training.
         width: Of images that are not square, in pixels; default: resolution.
         height: Of images that are not square, in pixels; default: resolution.
+        prediction_type: What the model predicts; as in training.
     """
 
     steps: int = 30
@@ -299,10 +315,10 @@ class SamplingSettings:
     clip_skip: int = 1
     width: int | None = None
     height: int | None = None
+    prediction_type: PredictionType | None = None
 
     def __post_init__(self) -> None:
         require_between("clip_skip", self.clip_skip, 1, 100)
-        prediction_type: What the model predicts; as in training.
         require_between("steps", self.steps, 1, MOST_SAMPLING_STEPS)
         require_between("batch_size", self.batch_size, 1, 10_000)
         require_finite("guidance", self.guidance, 0)
@@ -311,11 +327,12 @@ class SamplingSettings:
         require_unicode("negative_prompt", self.negative_prompt)
         if self.scheduler is not None:
             require_choice("scheduler", self.scheduler, SchedulerName)
+        if self.prediction_type is not None:
+            require_choice("prediction_type", self.prediction_type, PredictionType)
 
 
 @dataclass(frozen=True)
 class OutputSettings:
-    prediction_type: PredictionType | None = None
     """What is left behind.
 
     Attributes:
@@ -327,8 +344,6 @@ class OutputSettings:
             learnt. Where the base weight was rewritten an exact file has twice that rank.
         keep_state: Keep the training state of a finished run, so that it can go on to more steps or
             be exported again; its size is 4 times that of the adapter in float32.
-        if self.prediction_type is not None:
-            require_choice("prediction_type", self.prediction_type, PredictionType)
         save_lora_every: Steps between LoRA files that are kept on the way, in the folder snapshots
             of the output; 0 keeps none. `cntlora compare` and `cntlora pick` choose among them.
     """
@@ -362,6 +377,8 @@ class JobSettings:
         clip_skip: Which layer of the text encoder is read: 1 is the one that the model was trained
             with, the last of Stable Diffusion 1.5 and the last but one of XL; 2 is the layer before
             it, as models of drawings often want. Generate with the same.
+        prediction_type: What the model predicts, where it says nothing or something wrong; default:
+            what a folder's scheduler or the marks of a single file say, else epsilon.
     """
 
     model: str
@@ -371,14 +388,18 @@ class JobSettings:
     adapter: AdapterSettings = field(default_factory=AdapterSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
     clip_skip: int = 1
+    prediction_type: PredictionType | None = None
 
     def __post_init__(self) -> None:
         store_as_text(self, "model")
         require_between("clip_skip", self.clip_skip, 1, 100)
+        if self.prediction_type is not None:
+            require_choice("prediction_type", self.prediction_type, PredictionType)
+        if not self.adapter.train_text_encoder:
+            names = ("text_encoder_lr", "text_encoder_steps")
+            require_defaults(self.training, names, "without train_text_encoder")
         require_json(self.to_dict())  # a run is recorded as JSON: refuse now what has no such form
 
-        prediction_type: What the model predicts, where it says nothing or something wrong; default:
-            what a folder's scheduler or the marks of a single file say, else epsilon.
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON values."""
         return dataclasses.asdict(self)
@@ -388,16 +409,10 @@ class JobSettings:
         """Inverse of :meth:`to_dict`; unknown keys are refused.
 
         Raises:
-    prediction_type: PredictionType | None = None
             ValueError: for an unknown or missing key, or a value that makes no sense.
         """
         return build_settings(cls, values, _NESTED)
 
-        if self.prediction_type is not None:
-            require_choice("prediction_type", self.prediction_type, PredictionType)
-        if not self.adapter.train_text_encoder:
-            names = ("text_encoder_lr", "text_encoder_steps")
-            require_defaults(self.training, names, "without train_text_encoder")
 
 _NESTED: dict[str, type] = {
     "subject": SubjectSettings,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
 MOST_PIXELS = 4096
@@ -93,6 +93,41 @@ def require_step_rules(needed: bool, rules: str) -> None:
         raise ValueError(
             "lr_step_rules has an effect with lr_schedule='piecewise_constant' only: leave it out"
         )
+
+
+def require_schedule_shape(schedule: str, cycles: int, power: float) -> None:
+    """Raises a ValueError where restarts and power do nothing, or the schedule nothing of its own.
+
+    Args:
+        schedule: Of the learning rate.
+        cycles: Of ``cosine_with_restarts``; 1 is none for others.
+        power: Of ``polynomial``; 1 is none for others.
+    """
+    for name, value, needs, instead in (
+        ("lr_cycles", cycles, "cosine_with_restarts", "lr_cycles=3, or lr_schedule='cosine'"),
+        ("lr_power", power, "polynomial", "lr_power=2, or lr_schedule='linear'"),
+    ):
+        if schedule == needs and value == 1:
+            what = "has no restart" if name == "lr_cycles" else "is linear"
+            raise ValueError(f"lr_schedule={schedule!r} with {name}=1 {what}: use {instead}")
+        if schedule != needs and value != 1:
+            raise ValueError(
+                f"{name}={value} has no effect with lr_schedule={schedule!r}: it belongs to {needs}"
+            )
+
+
+def require_defaults(settings: Any, names: Iterable[str], reason: str) -> None:
+    """Raises a ValueError if a field that has no effect differs from its default.
+
+    Args:
+        settings: A dataclass.
+        names: Of the fields.
+        reason: Why they have none, for the message.
+    """
+    defaults = {f.name: f.default for f in dataclasses.fields(settings)}
+    for name in names:
+        if (value := getattr(settings, name)) != defaults[name]:
+            raise ValueError(f"{name}={value} has no effect {reason}: leave it out")
 
 
 def require_unicode(name: str, *texts: str | None) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from cntlora_core.diffusion.settings import AdapterSettings
+
 from .conftest import Pack, pictures, subject_of, train
 
 
@@ -32,6 +34,13 @@ def test_lava_is_initialised_trained_saved_and_sampled_with(pack: Pack) -> None:
     saved = pack.run("CNTLoRASave", lora=lora, filename_prefix="lava").args[0]
     report = pack.run("CNTLoRAInspect", lora_name=saved).args[0]
     assert "method: cross" in report
+
+
+def test_what_says_something_of_lava_alone_does_not_count_for_a_lora(pack: Pack) -> None:
+    given = {"rank_budget": "fixed", "convolutions": False, "orthogonality": 0.5}
+    options = pack.run("CNTLoRAInitializationOptions", **given).args[0]
+    start = initialize(pack, adapter="lora", options=options).args[0]
+    assert start.initialization.adapter.orthogonality == AdapterSettings.orthogonality
 
 
 def test_the_attention_alone(pack: Pack) -> None:

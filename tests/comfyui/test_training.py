@@ -13,6 +13,8 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 
+from cntlora_core.diffusion.settings import OutputSettings, TrainingSettings
+
 from .conftest import STEPS, WORKFLOW, Pack, train
 
 
@@ -112,6 +114,42 @@ def test_a_finished_training_is_found_again_and_another_one_is_not(
     monkeypatch.setattr("cntlora_core.diffusion.run_identity.ALGORITHM", 10**6)
     with pytest.raises(AssertionError, match="it trains"):
         train(pack, initialized, others)
+
+
+@pytest.mark.parametrize(
+    ("widgets", "expected"),
+    [
+        ({"optimizer": "prodigy", "learning_rate": 1e-4, "text_encoder_lr": 5e-5},
+         {"learning_rate": 1.0, "text_encoder_lr": None}),
+        ({"lr_schedule": "cosine_with_restarts", "lr_power": 3.0},
+         {"lr_cycles": 3, "lr_power": 1.0}),
+        ({"lr_schedule": "polynomial", "lr_cycles": 5}, {"lr_cycles": 1, "lr_power": 2.0}),
+        ({"lr_cycles": 5, "lr_power": 3.0}, {"lr_cycles": 1, "lr_power": 1.0}),
+    ],
+)  # fmt: skip
+def test_widgets_that_do_not_matter_are_not_counted(
+    pack: Pack, run: SimpleNamespace, widgets: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    """Nor does an artist have to know which learning rate an optimizer wants."""
+    trained = train(pack, run.initialized.args[0], steps=2, preview_every=0, **widgets)
+    record = json.loads((Path(trained.args[2]).parent / "run.json").read_text("utf-8"))
+    training = record["settings"]["training"]
+    assert training.items() >= expected.items()
+    ups = [tensor for name, tensor in trained.args[0].items() if "lora_up" in name]
+    assert max(float(tensor.abs().max()) for tensor in ups) > 0
+
+
+def test_a_text_encoder_that_is_not_adapted_has_no_settings(
+    pack: Pack, run: SimpleNamespace
+) -> None:
+    initialized = run.initialized.args[0]
+    alone = dataclasses.replace(initialized.initialization.adapter, train_text_encoder=False)
+    planned = dataclasses.replace(initialized.initialization, adapter=alone)
+    initialized = dataclasses.replace(initialized, initialization=planned)
+    training = TrainingSettings(text_encoder_lr=1e-5, text_encoder_steps=3)
+    make = pack.module("training_run").job_settings
+    job = make(initialized, None, training, 0.1, OutputSettings(output="out"))
+    assert job.training == TrainingSettings()
 
 
 def test_bad_settings_are_an_error_in_words(pack: Pack, run: SimpleNamespace) -> None:

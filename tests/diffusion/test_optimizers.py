@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from cntlora_core import mini
 from cntlora_core.diffusion import job
 from cntlora_core.diffusion.job import personalise
+from cntlora_core.diffusion.optimizers import build_schedule
 from cntlora_core.diffusion.pipeline import load_stable_diffusion
 from cntlora_core.diffusion.sampler import LoRAUse, load_for_sampling
-from cntlora_core.diffusion.settings import TrainingSettings
+from cntlora_core.diffusion.settings import AdapterSettings, PriorSettings, TrainingSettings
 
 from .conftest import StopAt, change, losses
 
@@ -137,11 +138,62 @@ def test_a_clip_skip_of_all_layers_is_refused(settings):
         ({"lr_step_rules": "1:500,0.1"}, "piecewise_constant"),
         ({"caption_dropout": 1.0}, "less than 1"),
         ({"text_encoder_steps": 0}, "at least 1"),
+        ({"optimizer": "prodigy"}, "use learning_rate=1"),
+        ({"optimizer": "prodigy", "learning_rate": 0.09}, "use learning_rate=1"),
+        ({"lr_schedule": "cosine_with_restarts"}, r"no restart: use lr_cycles=3, or .*'cosine'"),
+        ({"lr_schedule": "polynomial"}, r"is linear: use lr_power=2, or .*'linear'"),
+        ({"lr_cycles": 3}, "lr_cycles=3 has no effect with lr_schedule='constant'"),
+        ({"lr_schedule": "cosine", "lr_power": 2.0}, "lr_power=2.0 has no effect"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(wrong, says):
     with pytest.raises(ValueError, match=says):
         TrainingSettings(**wrong)
+
+
+@pytest.mark.parametrize("given", [{"text_encoder_lr": 1e-5}, {"text_encoder_steps": 5}])
+def test_settings_of_a_text_encoder_that_is_not_adapted_are_refused(settings, given):
+    settings = change(settings, "training", **given)
+    with pytest.raises(ValueError, match=r"has no effect without train_text_encoder"):
+        change(settings, "adapter", train_text_encoder=False)
+
+
+@pytest.mark.parametrize("given", [{"convolutions": False}, {"orthogonality": 0.0},
+                                   {"orthogonal_factors": ("U", "V")}])  # fmt: skip
+def test_settings_of_lava_are_refused_for_a_lora(given):
+    assert AdapterSettings(adapter="lava", **given)
+    with pytest.raises(ValueError, match=r"has no effect with adapter='lora', but with lava"):
+        AdapterSettings(**given)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"num_class_images": 5}, {"class_steps": 5}, {"class_guidance": 5.0}, {"class_seed": 5}],
+)
+def test_settings_of_generated_class_images_are_refused_for_a_folder(given):
+    assert PriorSettings(**given)
+    assert PriorSettings(class_images="dogs")
+    with pytest.raises(ValueError, match=r"=5.* has no effect on the class images of a folder"):
+        PriorSettings(class_images="dogs", **given)
+
+
+def rates_of(training: TrainingSettings) -> list[float]:
+    """The learning rate of each step, relative to the peak."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule, found = build_schedule(optimizer, training), []
+    for _ in range(training.steps):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+def test_cosine_with_restarts_restarts_and_polynomial_is_not_linear():
+    restarts = rates_of(TrainingSettings(steps=90, lr_schedule="cosine_with_restarts", lr_cycles=3))
+    assert [i for i, rate in enumerate(restarts) if rate == 1.0] == [0, 30, 60]
+    curved = rates_of(TrainingSettings(steps=90, lr_schedule="polynomial", lr_power=2.0))
+    straight = rates_of(TrainingSettings(steps=90, lr_schedule="linear"))
+    assert curved[45] == pytest.approx(straight[45] ** 2, rel=1e-3)
 
 
 @pytest.mark.skipif(not HAS_8BIT, reason="bitsandbytes is not installed")

@@ -13,6 +13,7 @@ from typing import Any
 
 from cntlora_core.benchmark.convergence.controls import CONTROLS
 from cntlora_core.config import CNTLoRAConfig
+from cntlora_core.diffusion.adapter_settings import LAVA_ONLY
 from cntlora_core.diffusion.settings import (
     AdapterSettings,
     PriorSettings,
@@ -30,7 +31,6 @@ else:
 
 ALL_SUBJECTS = "all"
 _OWN = ("subject", "photos", "control_of", "resolution", "flip")
-_LAVA_ONLY = ("convolutions", "orthogonality", "orthogonal_factors")
 
 
 def _names(kind: type, *without: str) -> tuple[str, ...]:
@@ -151,7 +151,7 @@ class Run:
         if self.control:
             found["control_of"] = adapter.method
         lava = adapter.adapter == "lava"
-        found |= {n: getattr(adapter, n) for n in _ADAPTER if lava or n not in _LAVA_ONLY}
+        found |= {n: getattr(adapter, n) for n in _ADAPTER if lava or n not in LAVA_ONLY}
         found["alpha"] = adapter.lora_alpha
         if get_method(adapter.method).family == "cntlora":
             found |= {name: getattr(adapter.cntlora, name) for name in _CNTLORA}
@@ -179,6 +179,7 @@ class Run:
         def of(names: tuple[str, ...]) -> dict[str, Any]:
             return {name: values[name] for name in names if name in values}
 
+        lava = values.get("adapter") == "lava"  # an axis of kinds shares the settings of one
         photos = values.get("photos")
         if photos is not None and (type(photos) is not int or photos < 1):
             raise ValueError(f"photos must be a number of at least 1, got {photos!r}")
@@ -191,7 +192,7 @@ class Run:
             adapter=AdapterSettings(
                 method=(control_of or "cross") if method in CONTROLS else method,
                 cntlora=CNTLoRAConfig(**of(_CNTLORA)),
-                **of(_ADAPTER),
+                **of(tuple(n for n in _ADAPTER if lava or n not in LAVA_ONLY)),
             ),
             training=TrainingSettings(**{"precision": "float32", **of(_TRAINING)}),
             prior=PriorSettings(**of(_PRIOR)),

@@ -16,9 +16,10 @@ from PIL import Image
 from cntlora_core.config import CNTLoRAConfig
 from cntlora_core.diffusion import job, material
 from cntlora_core.diffusion.job import personalise
+from cntlora_core.diffusion.settings import PriorSettings
 from cntlora_core.diffusion.stages import encode_class_images
-
 from cntlora_core.lora_file.reading import read_lora_file
+
 from ..conftest import StopAt, change, losses
 
 
@@ -44,7 +45,8 @@ def test_given_class_images_are_used_and_none_with_weight_zero(settings, tmp_pat
     folder = tmp_path / "dogs"
     folder.mkdir()
     Image.new("RGB", (24, 32), "blue").save(folder / "x.png")
-    result = personalise(change(settings, "prior", class_images=str(folder)))
+    settings = dataclasses.replace(settings, prior=given_images(settings, folder))
+    result = personalise(settings)
     assert all(record["prior_loss"] > 0 for record in result.history)
     assert any("1 of 1 class images have fewer than 32 x 32 pixels" in n for n in result.notes)
     without = change(settings, "prior", prior_weight=0.0)
@@ -65,10 +67,14 @@ def test_given_class_images_are_held_at_the_training_resolution(settings, tmp_pa
 
     monkeypatch.setattr(material, "encode_class_images", keep)
     settings = change(settings, "subject", resolution=32)
-    result = personalise(change(settings, "prior", class_images=str(folder)))
+    result = personalise(dataclasses.replace(settings, prior=given_images(settings, folder)))
     assert [image.size for image in held] == [(40, 32)] * 3
     assert not any("class images have fewer" in note for note in result.notes)
     assert sum(len(image.tobytes()) for image in held) == 3 * 40 * 32 * 3
+
+
+def given_images(settings, folder: Path) -> PriorSettings:
+    return PriorSettings(class_images=str(folder), cache=settings.prior.cache)
 
 
 MANY = {"gradient_accumulation": 2, "batch_size": 2, "min_snr_gamma": 5.0}
