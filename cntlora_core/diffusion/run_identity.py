@@ -216,6 +216,8 @@ def _at(values: Any, *path: str) -> Any:
 def _differences(old: Any, new: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted({*old, *new}):
+            if key not in old and not new[key]:
+                continue  # a setting that there was not then, and that is off
             yield from _differences(old.get(key), new.get(key), (*path, key))
     elif old != new:
         yield path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -17,8 +18,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from cntlora_core.diffusion.job import STATE_NAME, JobResult, personalise
+from cntlora_core.diffusion.run_identity import check_same_run
 from cntlora_core.diffusion.run_lock import HOLDER_NAME
 from cntlora_core.diffusion.settings import JobSettings
+from cntlora_core.diffusion.state import TrainingState
 from cntlora_core.diffusion.trainer import NonFiniteLossError, SubjectTrainer
 from cntlora_core.runtime.threads import threads
 
@@ -125,6 +128,18 @@ def test_resuming_with_other_settings_or_photos_is_refused(settings, photo_folde
     Image.new("RGB", (40, 40), "green").save(photo)
     with pytest.raises(ValueError, match=r"identity\.photos"):
         personalise(settings, resume=True)
+
+
+def test_a_setting_that_is_newer_than_the_state_and_off_is_no_other_setting(settings):
+    with pytest.raises(KeyboardInterrupt):
+        personalise(settings, reporter=StopAt(3))
+    state = TrainingState.load(Path(settings.output.output) / STATE_NAME)
+    given = {"job": copy.deepcopy(state.settings["job"])}
+    del state.settings["job"]["training"]["noise_offset"]
+    check_same_run(state, given)
+    given["job"]["training"]["noise_offset"] = 0.1
+    with pytest.raises(ValueError, match=r"training\.noise_offset"):
+        check_same_run(state, given)
 
 
 def test_a_finished_run_without_its_state_is_begun_anew_only_by_overwriting(settings):
