@@ -156,7 +156,8 @@ def _identify_tensors(entries: Mapping[str, TensorEntry]) -> CheckpointKind:
         return any(mark in name for name in entries for mark in marks)
 
     def size(name: str, axis: int) -> int | None:
-        return entries[name].shape[axis] if name in entries else None
+        shape = entries[name].shape if name in entries else ()
+        return shape[axis] if axis < len(shape) else None
 
     unet = "model.diffusion_model."
     cross = "1.transformer_blocks.0.attn2.to_k.weight"

@@ -167,6 +167,12 @@ def test_files_are_told_apart(tmp_path: Path, kind: CheckpointKind, shapes: Shap
             assert piece in str(caught.value)
 
 
+def test_a_convolution_without_a_kernel_is_no_checkpoint(tmp_path: Path) -> None:
+    name = "model.diffusion_model.input_blocks.0.0.weight"
+    save_file({name: torch.zeros(3)}, tmp_path / "flat.safetensors")
+    assert identify(tmp_path / "flat.safetensors") is CheckpointKind.UNET
+
+
 def test_every_kind_of_file_is_tried() -> None:
     assert {kind for _, kind, _ in FILES} == set(CheckpointKind)
 
