@@ -321,6 +321,8 @@ def _trainer(
         layer_decay=preset.layer_decay if preset.method == "full" else 1.0,
         decay_to_zero=not initial,
         lora_plus=preset.lora_plus,
+        head=preset.head,
+        head_learning_rate=plan.settings.head_learning_rate,
         model=adapted.model,
         args=args,
         train_dataset=train,

@@ -133,6 +133,8 @@ class TaskSettings:
         cntlora: Further settings of the data-driven initialisation.
         lora_plus: Learning rate of a LoRA's up matrices over that of its down matrices; LoRA+
             (arXiv 2402.12354) takes 16.
+        head_learning_rate: Of the modules that are trained in full, such as a fresh classifier;
+            default: learning_rate.
     """
 
     output: str
@@ -172,6 +174,7 @@ class TaskSettings:
     overwrite: bool = False
     cntlora: CNTLoRAConfig = field(default_factory=CNTLoRAConfig)
     lora_plus: float | None = None
+    head_learning_rate: float | None = None
 
     def __post_init__(self) -> None:
         if self.method is not None:
@@ -202,6 +205,7 @@ class TaskSettings:
 
     def _require_numbers(self) -> None:
         above_zero = ("alpha", "learning_rate", "epochs", "lora_plus")
+        above_zero += ("head_learning_rate",)
         at_least_zero = ("orthogonality", "weight_decay")
         counts = ("rank", "steps", "batch_size", "accumulate", "eval_batch_size", "eval_every")
         counts += ("log_every", "max_train", "max_eval")

@@ -83,6 +83,8 @@ class TaskTrainer(Trainer):
         decay_to_zero: Whether matrices of adapters decay like others; their initialisation is kept
             otherwise, by :class:`DecayToInitialisation`.
         lora_plus: Learning rate of up matrices over that of down matrices.
+        head: Names of the modules that are trained in full.
+        head_learning_rate: Their learning rate; default: that of all.
         options: The Trainer's own.
     """
 
@@ -93,10 +95,12 @@ class TaskTrainer(Trainer):
         layer_decay: float = 1.0,
         decay_to_zero: bool = True,
         lora_plus: float = 1.0,
+        head: Sequence[str] = (),
+        head_learning_rate: float | None = None,
         **options: Any,
     ) -> None:
         self.task, self.layer_decay, self.decay_to_zero = task, layer_decay, decay_to_zero
-        self.lora_plus = lora_plus
+        self.lora_plus, self.head, self.head_rate = lora_plus, head, head_learning_rate
         super().__init__(
             compute_metrics=lambda found: task.score(_rows(found)),
             data_collator=task.collate,  # pyright: ignore[reportArgumentType]
@@ -146,6 +150,7 @@ class TaskTrainer(Trainer):
                 self.layer_decay,
                 decay_adapters=self.decay_to_zero,
                 lora_plus=self.lora_plus,
+                head_rates=dict.fromkeys(self.head, self.head_rate) if self.head_rate else {},
             )
             self.optimizer = kind(groups, **options)
         return self.optimizer
@@ -159,6 +164,7 @@ def parameter_groups(
     *,
     decay_adapters: bool = True,
     lora_plus: float = 1.0,
+    head_rates: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
     """The trained parameters, grouped by learning rate and weight decay.
 
@@ -170,6 +176,7 @@ def parameter_groups(
             below the first layer, and what is in no layer is the head.
         decay_adapters: Whether adapters' matrices have the weight decay.
         lora_plus: Learning rate of up matrices over that of down matrices (arXiv 2402.12354).
+        head_rates: Learning rates of modules by name, in place of all that.
     """
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     adapters = {
@@ -187,6 +194,8 @@ def parameter_groups(
         rate = learning_rate * layer_decay ** (top - (top if depth is None else depth))
         if ".lora_B." in name:
             rate *= lora_plus
+        for head, own in (head_rates or {}).items():
+            rate = own if f".{head}." in f".{name}" else rate
         decays = parameter.ndim > 1 and (decay_adapters or id(parameter) not in adapters)
         groups.setdefault((rate, weight_decay if decays else 0.0), []).append(parameter)
     return [{"params": p, "lr": r, "weight_decay": w} for (r, w), p in groups.items()]

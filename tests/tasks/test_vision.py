@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from torch import nn
+from transformers import TrainerCallback
 
 from cntlora_core.tasks.presets import VISION
 from cntlora_core.tasks.recipes import VisionSettings
@@ -129,6 +130,23 @@ def test_up_matrices_learn_faster_by_the_ratio_of_lora_plus():
     rates = {id(p): g["lr"] for g in groups for p in g["params"]}
     found = {n.split(".")[-3]: rates[id(p)] for n, p in model.named_parameters() if "lora" in n}
     assert found == pytest.approx({"lora_A": 1e-3, "lora_B": 16e-3})
+
+
+def test_the_head_may_have_a_learning_rate_of_its_own(tmp_path, dinov2, vtab):
+    wanted = settings(tmp_path, dinov2, vtab, learning_rate=1e-3, head_learning_rate=5e-2)
+    seen = []
+
+    class Rates(TrainerCallback):
+        def on_step_begin(self, *_args, model=None, optimizer=None, **_):
+            names = {id(p): name for name, p in model.named_parameters()}
+            seen.extend(
+                ("classifier" in names[id(p)], group["initial_lr"])
+                for group in optimizer.param_groups
+                for p in group["params"]
+            )
+
+    train_vision(wanted, callbacks=(Rates(),))
+    assert set(seen) == {(True, 5e-2), (False, 1e-3)}
 
 
 def test_folders_of_classes_and_parquet_are_read(tmp_path):

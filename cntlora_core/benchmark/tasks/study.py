@@ -62,7 +62,7 @@ class Variant:
 
 
 _QR = {"factorization": "qr"}
-VARIANTS: Mapping[str, Variant] = {
+VARIANTS: dict[str, Variant] = {
     **{
         name: Variant(name)
         for name in ("lora", "pissa", "olora", "eva", "corda_ipm", "lora_ga", "dora", "adalora")
@@ -76,6 +76,11 @@ VARIANTS: Mapping[str, Variant] = {
     **{name: Variant(name) for name in ("cross", "self", "shift")},
     **{f"{name}-qr": Variant(name, cntlora=_QR) for name in ("cross", "self", "shift")},
 }
+METHODS = tuple(VARIANTS)
+VARIANTS |= {
+    f"{name}, head 0.003": Variant(name, {"head_learning_rate": 3e-3})
+    for name in ("lora", "eva", "cross", "shift")
+}
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ class TaskStudy:
     Attributes:
         output: Folder of the runs; those that it holds are not run again.
         problem: glosses, style, digits, subject or captions.
-        methods: Names of the table.
+        methods: Names of the table; default: all whose head has no learning rate of its own.
         seeds: Of the comparison.
         sizes: Numbers of training samples; default: all of the problem's.
         rates: Learning rates of the comparison, without a search; default: the source's, and each
@@ -97,7 +102,7 @@ class TaskStudy:
 
     output: UserPath
     problem: ProblemName = "glosses"
-    methods: tuple[str, ...] = tuple(VARIANTS)
+    methods: tuple[str, ...] = METHODS
     seeds: tuple[int, ...] = (0, 1, 2)
     sizes: tuple[int, ...] = ()
     rates: tuple[float, ...] = ()
