@@ -73,6 +73,8 @@ def test_runs_are_kept_searched_and_compared(tiny, tmp_path):
 
     rows = report.table(records, "digits", 12, dict.fromkeys(("lora", "bitfit"), 5e-4))
     assert [row.split(" | ")[0] for row in rows.splitlines()[2:]] == ["| lora", "| bitfit"]
+    rows = report.table(records, "digits", 12, dict.fromkeys(("bitfit", "cross-qr"), 5e-4))
+    assert "accuracy - bitfit's" in rows, "the first where plain LoRA is not among them"
     study.train((Run("digits", "lora", 12, best, 0), tmp_path, Folders()))
     asked = {"lora": best, "bitfit": 5e-4}
     text = report.report(study.read_runs(tmp_path), tmp_path, asked).read_text()

@@ -61,7 +61,8 @@ def seeds_of(records: Records, problem: str, name: str, size: int, rate: float) 
 
 
 def table(records: Records, problem: str, size: int, rates: Mapping[str, float]) -> str:
-    """One row a method: accuracy and loss on the validation set, and differences from plain LoRA.
+    """One row a method: accuracy and loss on the validation set, and differences from plain LoRA,
+    or where that is not among them from the first.
 
     Args:
         records: All runs by key.
@@ -73,10 +74,12 @@ def table(records: Records, problem: str, size: int, rates: Mapping[str, float])
     by_name = {name: runs for name, runs in by_name.items() if runs}
     if not by_name:
         return ""
+    baseline = BASELINE if BASELINE in by_name else next(iter(by_name))
+    plain = "LoRA" if VARIANTS[baseline].method == "lora" else baseline
     known = next(iter(next(iter(by_name.values())).values()))["metrics"]["validation"]
     others = [metric for metric in known if metric not in ("accuracy", "loss")]
     head = [
-        "method", "learning rate", "seeds", "accuracy", "accuracy - LoRA's", *others, "loss",
+        "method", "learning rate", "seeds", "accuracy", f"accuracy - {plain}'s", *others, "loss",
         "parameters", "initialisation",
     ]  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
@@ -85,11 +88,7 @@ def table(records: Records, problem: str, size: int, rates: Mapping[str, float])
         first = next(iter(runs.values()))
         accuracy = estimate(list(accuracies[name].values()))
         loss = estimate(list(_metric(runs, "loss").values()))
-        difference = (
-            paired(accuracies[name], accuracies[BASELINE])
-            if name != BASELINE and BASELINE in accuracies
-            else None
-        )
+        difference = paired(accuracies[name], accuracies[baseline]) if name != baseline else None
         took = estimate([record["seconds"]["initialisation"] for record in runs.values()])
         assert took is not None
         cells = [
