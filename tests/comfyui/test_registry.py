@@ -28,7 +28,7 @@ FORBIDDEN_MODULES = {
 }  # fmt: skip
 # ComfyUI's own, and what the requirements themselves ask for.
 BROUGHT_ALONG = {
-    "torch", "comfy", "comfy_api", "comfy_execution", "folder_paths", "server",
+    "torch", "comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths", "server",
     "huggingface_hub", "packaging", "typing_extensions",
 }  # fmt: skip
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "system", "popen"}

@@ -71,6 +71,7 @@ def test_a_run_stopped_while_it_measures_keeps_its_steps(tmp_path, tiny_roberta)
     )
 
 
+@pytest.mark.thorough
 def test_the_last_checkpoint_is_kept_beside_the_best(tmp_path, tiny_roberta):
     wanted = settings(
         tmp_path, tiny_roberta, steps=9, eval_every=2, learning_rate=1e-12, select_best=True,
@@ -81,6 +82,7 @@ def test_the_last_checkpoint_is_kept_beside_the_best(tmp_path, tiny_roberta):
     assert checkpoints(wanted)[-1] == "checkpoint-7"
 
 
+@pytest.mark.thorough
 def test_a_run_begun_anew_leaves_nothing_of_the_old_one(tmp_path, tiny_roberta):
     wanted = settings(tmp_path, tiny_roberta, method="cross", keep_checkpoints=1)
     folder = train_text(wanted, data=rte()).folder
@@ -133,6 +135,7 @@ def test_what_is_trained_is_float32_whatever_the_base_is(method, tmp_path, tiny_
             train_text(other, data=rte())
 
 
+@pytest.mark.thorough
 def test_layers_that_the_pre_trained_weights_lack_are_trained_and_saved(tmp_path):
     tokenizer = make_tokenizer()
     shape = DebertaV2Config(
@@ -186,6 +189,7 @@ def test_settings_that_would_be_ignored_are_refused(more, words, tmp_path, tiny_
         train_text(settings(tmp_path, tiny_roberta, **more), data=rte())
 
 
+@pytest.mark.thorough
 def test_a_preset_s_choice_of_the_best_needs_checkpoints(tmp_path, tiny_roberta):
     wanted = settings(tmp_path, tiny_roberta, preset="lava", keep_checkpoints=0)
     result = train_text(wanted, data=rte())

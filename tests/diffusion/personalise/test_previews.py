@@ -71,6 +71,7 @@ def scarce_memory(monkeypatch, most: int) -> list[int]:
     return asked
 
 
+@pytest.mark.thorough
 def test_where_memory_runs_out_previews_are_generated_one_by_one(shown, monkeypatch, tmp_path):
     whole = personalise(shown)
     asked = scarce_memory(monkeypatch, 2)  # one image, with and without its prompt

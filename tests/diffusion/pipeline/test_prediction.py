@@ -65,6 +65,7 @@ def test_a_single_file_is_trained_and_sampled_by_its_marks(
         assert parts.pipeline().scheduler.config["timestep_spacing"] == "trailing"
 
 
+@pytest.mark.thorough
 def test_a_person_s_word_goes_before_the_marks(marked: Any, narrow: Path, folder: Path) -> None:
     plain, both = marked(), marked(V_PRED, ZTSNR)
     told = load_narrow(plain, narrow, prediction_type="v_prediction")
@@ -76,6 +77,7 @@ def test_a_person_s_word_goes_before_the_marks(marked: Any, narrow: Path, folder
     assert schedule_of(told) == ("v_prediction", False)
 
 
+@pytest.mark.thorough
 def test_the_fingerprint_says_what_is_predicted(marked: Any, narrow: Path) -> None:
     """So that class images and unfinished trainings under another objective are not reused."""
     plain = marked()
