@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -57,6 +58,7 @@ from cntlora_core.tasks.trainer import (
 )
 
 CHECKPOINTS, BEGUN = "checkpoints", "run.json"
+_MIXED = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 _RESULTS = ("adapter", "model", "base", "metrics.json", "curves.json", "curves.png", "ranks.json")
 
 
@@ -221,6 +223,8 @@ def training_arguments(
     strategy = "steps" if measures else "no"
     kept = settings.keep_checkpoints
     best = preset.select_best and measures and kept > 0
+    # Before version 5 transformers takes an earlier run's from here.
+    os.environ["ACCELERATE_MIXED_PRECISION"] = _MIXED[preset.precision]
     args = TrainingArguments(
         output_dir=str(folder / CHECKPOINTS),
         max_steps=steps,

@@ -135,6 +135,15 @@ def test_what_is_trained_is_float32_whatever_the_base_is(method, tmp_path, tiny_
             train_text(other, data=rte())
 
 
+def test_a_run_in_float32_after_one_in_bfloat16_is_in_float32(tmp_path, tiny_roberta):
+    losses = []
+    for i, precision in enumerate(("float32", "bfloat16", "float32")):
+        wanted = settings(tmp_path, tiny_roberta, precision=precision, keep_checkpoints=0)
+        result = train_text(dataclasses.replace(wanted, output=str(tmp_path / str(i))), data=rte())
+        losses.append([point["loss"] for point in result.curves.training])
+    assert losses[0] == losses[2] != losses[1]
+
+
 @pytest.mark.thorough
 def test_layers_that_the_pre_trained_weights_lack_are_trained_and_saved(tmp_path):
     tokenizer = make_tokenizer()
