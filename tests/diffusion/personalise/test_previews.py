@@ -35,7 +35,7 @@ def test_placeholders_are_filled_in(shown, tmp_path):
     names = [f"{step:06d}-{name}.png" for step in (2, 3) for name in FILLED]
     assert samples(result) == sorted(names)
     words = change(shown, "output", output=str(tmp_path / "words"))
-    words = change(words, "training", sample_prompts=("a photo of sks dog in the snow",))
+    words = change(words, "training", sample_prompts=tuple(n.replace("_", " ") for n in FILLED))
     same = personalise(words)
     for name in samples(same):
         one, other = (run.folder / "samples" / name for run in (result, same))
