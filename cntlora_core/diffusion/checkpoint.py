@@ -74,19 +74,15 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     Raises:
         CheckpointError: the file is not a whole safetensors file, or its header contradicts itself.
     """
-    return _header(path)[0]
+    return read_whole_header(path)[0]
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """The texts in a safetensors file's header, by name.
+def read_whole_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """The tensors of a safetensors file, by name, and the texts in its header, by name.
 
     Raises:
         CheckpointError: as :func:`read_header`.
     """
-    return _header(path)[1]
-
-
-def _header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     try:
         require_file(path, "a .safetensors file")
         size = path.stat().st_size

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cntlora_core.diffusion.checkpoint import CheckpointError, read_header, read_json, read_metadata
+from cntlora_core.diffusion.checkpoint import CheckpointError, read_json, read_whole_header
 from cntlora_core.diffusion.settings import PredictionType
 
 _MODELSPEC = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
@@ -52,14 +52,14 @@ def fingerprint_suffix(config: Mapping[str, Any]) -> str:
 
 def _marked(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that a single file's marks change."""
-    keys = read_header(path).keys()
+    keys, texts = read_whole_header(path)
     if found := [key for key in _EDM if key in keys]:
         raise CheckpointError(
             path,
             f"this is an EDM model (it has {found[0]}), whose noise schedule is continuous: models "
             "that predict epsilon or v_prediction under a discrete one can be trained.",
         )
-    said = read_metadata(path).get("modelspec.prediction_type", "").strip().lower()
+    said = texts.get("modelspec.prediction_type", "").strip().lower()
     predicts = "v_prediction" if "v_pred" in keys else _MODELSPEC.get(said)
     if predicts is None:
         return {}

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from cntlora_core.diffusion.run_identity import RECORD_NAME, STATE_NAME, finished_run, steps_in
 from cntlora_core.diffusion.settings import JobSettings
-from cntlora_core.diffusion.snapshots import SNAPSHOTS_NAME, remove, remove_snapshots
+from cntlora_core.diffusion.snapshots import SNAPSHOTS_NAME, remove_snapshots
 from cntlora_core.diffusion.stages import Subject
 from cntlora_core.dynamics.log import FILE_NAME
 from cntlora_core.lora_file.names import COMPONENTS
 from cntlora_core.runtime.file_names import distinct_names, safe_name
-from cntlora_core.runtime.files import path_within
+from cntlora_core.runtime.files import path_within, remove
 from cntlora_core.runtime.reading import user_path
 
 LOSS_NAME, RANKS_NAME, SAMPLES_NAME = "loss.png", "ranks.png", "samples"

@@ -11,7 +11,13 @@ from pathlib import Path
 
 from cntlora_core.diffusion.run_identity import RECORD_NAME, finished_run
 from cntlora_core.diffusion.run_lock import only_run_in
-from cntlora_core.runtime.files import atomic_write, folder_within, path_within, write_json_atomic
+from cntlora_core.runtime.files import (
+    atomic_write,
+    folder_within,
+    path_within,
+    remove,
+    write_json_atomic,
+)
 from cntlora_core.runtime.reading import read_json_object
 
 SNAPSHOTS_NAME = "snapshots"
@@ -183,11 +189,3 @@ def _copy(source: Path, target: Path) -> None:
     else:
         with atomic_write(target) as temporary:
             shutil.copyfile(source, temporary)
-
-
-def remove(path: Path) -> None:
-    """Remove a file, or a folder with all that is in it, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

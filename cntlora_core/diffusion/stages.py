@@ -74,7 +74,8 @@ class Subject:
     def notes(self) -> tuple[str, ...]:
         """What a person should know of photos and captions."""
         skipped = (f"skipped {s.path.name}: {s.reason}" for s in self.photos.skipped)
-        others = () if self.of_held_out is None else self.of_held_out.notes
+        held_out = self.of_held_out
+        others = () if held_out is None else held_out.notes
         return (
             *self.photos.warnings,
             *skipped,

@@ -211,6 +211,14 @@ def folder_within(folder: Path, *names: str) -> Path:
     return require_writable_folder(path_within(folder, *names))
 
 
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def user_cache() -> Path:
     """The user's folder for what can be made again.
 

@@ -133,20 +133,33 @@ def adapt_again(base: nn.Module, plan: Plan, checkpoint: Path) -> Adapted:
     return Adapted(load_initialized(base, checkpoint, is_trainable=True))
 
 
-def train_in_float32(model: nn.Module, preset: Preset) -> None:
-    """Float32 for what is trained in a base of fewer bits, such as heads and biases: AdamW's steps
-    would be rounded away there. Autocast brings the two together.
+def require_autocast(model: nn.Module, preset: Preset) -> None:
+    """Nothing is trained in a base of fewer bits without autocast, see :func:`train_in_float32`.
+
+    Args:
+        model: The base, not wrapped.
+        preset: Says what of it is trained.
 
     Raises:
-        ValueError: without autocast.
+        ValueError: naming what is trained.
     """
-    trained = [n for n, p in model.named_parameters() if p.requires_grad and _is_short(p)]
-    if trained and preset.precision == "float32":
-        raise ValueError(
-            f"base_precision={preset.base_precision!r} is for what stays as it is, and "
-            f"{trained[0]} is trained: give precision={preset.base_precision!r} too, or "
-            "base_precision='float32'"
-        )
+    if preset.precision != "float32":
+        return
+    bits = preset.bias == "all" or preset.method == "bitfit"
+    for name, parameter in model.named_parameters():
+        own = any(f".{head}." in f".{name}" for head in preset.head)
+        if _is_short(parameter) and (own or (bits and name.endswith("bias"))):
+            raise ValueError(
+                f"base_precision={preset.base_precision!r} is for what stays as it is, and {name} "
+                f"is trained: give precision={preset.base_precision!r} too, or "
+                "base_precision='float32'"
+            )
+
+
+def train_in_float32(model: nn.Module) -> None:
+    """Float32 for what is trained in a base of fewer bits, such as heads and biases: AdamW's steps
+    would be rounded away there. Autocast brings the two together.
+    """
     for module in model.modules():
         own = list(module.parameters(recurse=False))
         if any(p.requires_grad for p in own):

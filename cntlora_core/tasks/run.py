@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from peft import PeftConfig, PeftModel
+from peft import AdaLoraConfig, PeftConfig, PeftModel
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
@@ -27,6 +26,7 @@ from cntlora_core.methods import get_method
 from cntlora_core.methods.comparisons import AdaLoraOrthogonality
 from cntlora_core.runtime.files import (
     finite_or_null,
+    remove,
     require_writable_folder,
     write_json_atomic,
 )
@@ -42,6 +42,7 @@ from cntlora_core.tasks.adapting import (
     adapt_again,
     initial_factors,
     initialization_batches,
+    require_autocast,
     save_adapter,
     train_in_float32,
     write_report,
@@ -117,6 +118,12 @@ def run_task(
         head = (*plan.preset.head, *new)
         plan = dataclasses.replace(plan, preset=dataclasses.replace(plan.preset, head=head))
     preset = plan.preset
+    if settings.head_learning_rate and not preset.head:
+        raise ValueError(
+            "head_learning_rate is that of modules that are trained in full, and there are none: "
+            "leave it out"
+        )
+    require_autocast(task.model, preset)
     _world(settings.device)  # joins the processes of a launcher
     processes = Processes()
     folder = fresh_folder(settings)
@@ -161,14 +168,15 @@ def run_task(
             _begin(folder, task, plan, adapted)
     else:
         adapted = adapt_again(task.model, plan, Path(checkpoint))
-    train_in_float32(adapted.model, preset)
+    train_in_float32(adapted.model)
     adapted.model.to(args.device)  # pyright: ignore[reportArgumentType]
     initialised = time.perf_counter() - start
     name = preset.method if config is None else str(config.peft_type).rpartition(".")[2].lower()
     progress = Progress(reporter, f"training by {name}")
     trainer = _trainer(task, plan, adapted, args, train, splits, (progress, *callbacks))
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    if checkpoint is None or not trainer.take_finished(Path(checkpoint)):
+        trainer.train(resume_from_checkpoint=checkpoint)
     if progress.cancelled is not None:
         raise progress.cancelled
     seconds = {"initialisation": initialised, "training": time.perf_counter() - start}
@@ -268,12 +276,10 @@ def training_arguments(
 def _prepare(folder: Path, overwrite: bool) -> None:
     require_writable_folder(folder)
     if overwrite:
-        for path in (*(folder / name for name in (CHECKPOINTS, BEGUN, *_RESULTS)),
-                     *folder.glob("generated-*.json")):  # fmt: skip
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+        for name in (CHECKPOINTS, BEGUN, *_RESULTS):
+            remove(folder / name)
+        for path in folder.glob("generated-*.json"):
+            remove(path)
 
 
 def _begun(folder: Path) -> Mapping[str, Any]:
@@ -308,7 +314,7 @@ def _trainer(
     splits: Mapping[str, Any],
     callbacks: tuple[TrainerCallback, ...],
 ) -> TaskTrainer:
-    preset = plan.preset
+    preset, rate = plan.preset, plan.settings.head_learning_rate
     initial = initial_factors(adapted.model)
     own = [ConvertedCheckpoints(), *callbacks]
     if initial and preset.weight_decay:
@@ -318,15 +324,14 @@ def _trainer(
     kind = TaskTrainer
     if preset.adapter == "lava":
         kind = with_orthogonality(TaskTrainer)
-    elif preset.method == "adalora":
+    elif _needs_adalora_term(adapted.model):
         kind = with_orthogonality(TaskTrainer, AdaLoraOrthogonality)
     trainer = kind(
         task,
         layer_decay=preset.layer_decay if preset.method == "full" else 1.0,
         decay_to_zero=not initial,
         lora_plus=preset.lora_plus,
-        head=preset.head,
-        head_learning_rate=plan.settings.head_learning_rate,
+        head_rates=dict.fromkeys(preset.head, rate) if rate else {},
         model=adapted.model,
         args=args,
         train_dataset=train,
@@ -337,27 +342,22 @@ def _trainer(
     return trainer
 
 
+def _needs_adalora_term(model: nn.Module) -> bool:
+    config = model.active_peft_config if isinstance(model, PeftModel) else None
+    return isinstance(config, AdaLoraConfig) and config.task_type is None  # peft adds it otherwise
+
+
 def _measured(trainer: TaskTrainer, name: str, split: Any) -> dict[str, float]:
-    found = _last_measured(trainer, split) or trainer.evaluate(split, metric_key_prefix="final")
+    step, found = trainer.measured
+    last = step == trainer.state.global_step and not trainer.args.load_best_model_at_end
+    if not last or split is not trainer.eval_dataset:
+        found = trainer.evaluate(split, metric_key_prefix="final")
     generated = gather_object(trainer.task.generated)  # each process has written a part
     if generated and trainer.is_world_process_zero():
         folder = Path(str(trainer.args.output_dir)).parent
         write_json_atomic(folder / f"generated-{name}.json", generated)
-    values = {key.removeprefix("final_"): value for key, value in found.items() if "final_" in key}
-    return {key: float(value) for key, value in values.items() if not key.endswith(TIMES)}
-
-
-def _last_measured(trainer: TaskTrainer, split: Any) -> dict[str, float]:
-    """What the training itself measured after its last step; empty where that is another model."""
-    state, logs = trainer.state, trainer.state.log_history
-    if split is not trainer.eval_dataset or trainer.args.load_best_model_at_end:
-        return {}
-    last = [
-        log
-        for log in logs
-        if log["step"] == state.global_step and f"eval_{trainer.task.best}" in log
-    ]
-    return {key.replace("eval_", "final_", 1): value for log in last for key, value in log.items()}
+    named = {key.partition("_")[2]: value for key, value in found.items() if key != "epoch"}
+    return {key: float(value) for key, value in named.items() if not key.endswith(TIMES)}
 
 
 def _share(plan: Plan, args: TrainingArguments) -> tuple[int, int]:

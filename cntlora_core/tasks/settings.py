@@ -204,8 +204,7 @@ class TaskSettings:
             )
 
     def _require_numbers(self) -> None:
-        above_zero = ("alpha", "learning_rate", "epochs", "lora_plus")
-        above_zero += ("head_learning_rate",)
+        above_zero = ("alpha", "learning_rate", "epochs", "lora_plus", "head_learning_rate")
         at_least_zero = ("orthogonality", "weight_decay")
         counts = ("rank", "steps", "batch_size", "accumulate", "eval_batch_size", "eval_every")
         counts += ("log_every", "max_train", "max_eval")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -20,6 +21,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 
 from cntlora_core.runtime.console import Cancelled
 from cntlora_core.runtime.progress import Reporter
@@ -83,9 +85,11 @@ class TaskTrainer(Trainer):
         decay_to_zero: Whether matrices of adapters decay like others; their initialisation is kept
             otherwise, by :class:`DecayToInitialisation`.
         lora_plus: Learning rate of up matrices over that of down matrices.
-        head: Names of the modules that are trained in full.
-        head_learning_rate: Their learning rate; default: that of all.
+        head_rates: Learning rates of modules by name, in place of all that.
         options: The Trainer's own.
+
+    Attributes:
+        measured: The steps done at the last measurement, and what it found; -1 before the first.
     """
 
     def __init__(
@@ -95,12 +99,12 @@ class TaskTrainer(Trainer):
         layer_decay: float = 1.0,
         decay_to_zero: bool = True,
         lora_plus: float = 1.0,
-        head: Sequence[str] = (),
-        head_learning_rate: float | None = None,
+        head_rates: Mapping[str, float] | None = None,
         **options: Any,
     ) -> None:
         self.task, self.layer_decay, self.decay_to_zero = task, layer_decay, decay_to_zero
-        self.lora_plus, self.head, self.head_rate = lora_plus, head, head_learning_rate
+        self.lora_plus, self.head_rates = lora_plus, head_rates
+        self.measured: tuple[int, dict[str, float]] = (-1, {})
         super().__init__(
             compute_metrics=lambda found: task.score(_rows(found)),
             data_collator=task.collate,  # pyright: ignore[reportArgumentType]
@@ -132,12 +136,29 @@ class TaskTrainer(Trainer):
         """As the Trainer does; `Task.generated` holds what this measurement generates."""
         self.task.generated.clear()
         try:
-            return super().evaluate(*args, **options)
+            found = super().evaluate(*args, **options)
         except Cancelled:
             if self.is_in_train and self.args.world_size == 1:  # a step is saved after measuring
                 self._save_checkpoint(cast(nn.Module, self.model), None)
                 self.callback_handler.on_save(self.args, self.state, self.control)
             raise
+        self.measured = self.state.global_step, found
+        return found
+
+    def take_finished(self, checkpoint: Path) -> bool:
+        """Take model and curves of a training that lacks no step: `train` would add one.
+
+        Returns:
+            Whether it is one.
+        """
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        if state.global_step < self.args.max_steps:
+            return False
+        self.state = state
+        self._load_from_checkpoint(str(checkpoint))
+        if self.args.load_best_model_at_end:
+            self._load_best_model()
+        return True
 
     def create_optimizer(self, *_args: Any, **_options: Any) -> torch.optim.Optimizer:
         """Biases and norms do not decay; in full fine-tuning lower layers learn more slowly."""
@@ -150,7 +171,7 @@ class TaskTrainer(Trainer):
                 self.layer_decay,
                 decay_adapters=self.decay_to_zero,
                 lora_plus=self.lora_plus,
-                head_rates=dict.fromkeys(self.head, self.head_rate) if self.head_rate else {},
+                head_rates=self.head_rates,
             )
             self.optimizer = kind(groups, **options)
         return self.optimizer

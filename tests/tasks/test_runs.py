@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from cntlora_core.commands.config_file import with_config
 from cntlora_core.methods.comparisons import AdaLoraOrthogonality
 from cntlora_core.runtime.console import Cancelled
 from cntlora_core.tasks.presets import TEXT
-from cntlora_core.tasks.run import training_arguments
+from cntlora_core.tasks.run import run_task, training_arguments
 from cntlora_core.tasks.settings import planned
 from cntlora_core.tasks.text import TextSettings, text_task, train_text
 
@@ -133,6 +134,64 @@ def test_what_is_trained_is_float32_whatever_the_base_is(method, tmp_path, tiny_
         other = dataclasses.replace(wanted, precision="float32", output=str(tmp_path / "other"))
         with pytest.raises(ValueError, match="give precision='bfloat16' too"):
             train_text(other, data=rte())
+
+
+def test_what_is_refused_leaves_an_earlier_run_alone(tmp_path, tiny_roberta):
+    wanted = settings(tmp_path, tiny_roberta, steps=1, max_eval=2)
+    metrics = train_text(wanted, data=rte()).folder / "metrics.json"
+    again = dataclasses.replace(wanted, base_precision="bfloat16", overwrite=True)
+    with pytest.raises(ValueError, match="give precision='bfloat16' too"):
+        train_text(again, data=rte())
+    assert metrics.exists()
+
+
+def test_a_learning_rate_of_no_head_is_refused(tmp_path, tiny_roberta):
+    wanted = settings(tmp_path, tiny_roberta, head_learning_rate=1e-3)
+    preset = dataclasses.replace(TEXT["cntlora"]["rte"], head=())
+    plan = planned(wanted, preset)
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_roberta, num_labels=2)
+    task = text_task(plan, wanted, data=rte(), model=model)
+    with pytest.raises(ValueError, match="there are none"):
+        run_task(task, plan)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_adalora_has_its_regulariser_however_it_was_asked_for(own, tmp_path, tiny_roberta):
+    wanted = settings(
+        tmp_path, tiny_roberta, method="lora" if own else "adalora", steps=9, max_eval=2,
+        keep_checkpoints=0, select_best=False,
+    )  # fmt: skip
+    config = AdaLoraConfig(init_r=3, target_r=2, total_step=9, target_modules=["query"])
+    plan = planned(wanted, TEXT["cntlora"]["rte"])
+    task = text_task(plan, wanted, data=rte())
+    with patch.object(
+        AdaLoraOrthogonality, "__call__", autospec=True, side_effect=AdaLoraOrthogonality.__call__
+    ) as term:
+        run_task(task, plan, config=config if own else None)
+    assert term.call_count == 9
+
+
+@pytest.mark.parametrize(
+    "more", [{"schedule": "constant"}, {"eval_every": 1, "select_best": True}, {"method": "full"}]
+)
+def test_a_run_resumed_at_its_last_step_is_measured_again(more, tmp_path, tiny_roberta):
+    given = {"steps": 2, "eval_every": 2, "select_best": False}
+    wanted = settings(tmp_path, tiny_roberta, **{**given, **more})
+    results = []
+    for asked in (wanted, dataclasses.replace(wanted, resume=True)):
+        plan = planned(asked, TEXT["cntlora"]["rte"])
+        task = text_task(plan, asked, data=rte())
+        rows_of, said = task.measure, task.generated
+
+        def measure(model, batch, rows_of=rows_of, said=said):
+            said.append({"said": 1})
+            return rows_of(model, batch)
+
+        result = run_task(dataclasses.replace(task, measure=measure), plan)
+        written = result.folder / "generated-validation.json"
+        results.append((result.metrics, result.curves, json.loads(written.read_text())))
+        written.unlink()
+    assert results[0] == results[1]
 
 
 def test_a_run_in_float32_after_one_in_bfloat16_is_in_float32(tmp_path, tiny_roberta):
