@@ -87,6 +87,12 @@ def test_runs_are_kept_searched_and_compared(tiny, tmp_path):
     assert f"| lora | {best:g} | 1 |" in each
     assert "cross-qr" not in each, "its learning rates were not searched"
 
+    kept = tmp_path / "kept" / study.ARCHIVE_NAME
+    report.archive(study.read_runs(tmp_path), kept)
+    for place in (kept, kept.parent):
+        again = report.report(study.read_runs(place), tmp_path / "again", asked)
+        assert again.read_text() == (tmp_path / "tasks-tables.md").read_text()
+
 
 @pytest.mark.parametrize("side", [32, 64])
 def test_the_image_encoder_takes_pictures_of_either_size(side, tmp_path):

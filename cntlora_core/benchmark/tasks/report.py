@@ -17,6 +17,7 @@ import tyro
 from cntlora_core.benchmark.convergence.statistics import Estimate, estimate, paired
 from cntlora_core.benchmark.tasks.problems import PROBLEMS
 from cntlora_core.benchmark.tasks.study import (
+    ARCHIVE_NAME,
     SEARCH_SEED,
     VARIANTS,
     Run,
@@ -25,10 +26,11 @@ from cntlora_core.benchmark.tasks.study import (
     search_size,
 )
 from cntlora_core.figures.plots import curve_figure, save_figure
-from cntlora_core.runtime.files import atomic_write
+from cntlora_core.runtime.files import atomic_write, write_json_atomic
 from cntlora_core.runtime.flags import UserPath
 
 Records = Mapping[str, Mapping[str, Any]]
+_KEPT = ("run", "metrics", "best", "trained_parameters", "seconds", "versions", "curves")
 BASELINE = "lora"
 
 
@@ -37,8 +39,9 @@ class TaskReport:
     """Which runs, and where the tables and plots go.
 
     Attributes:
-        runs: The study's output folder.
-        output: Folder for ``tasks-tables.md`` and ``tasks-*.png``.
+        runs: The study's output folder, or a ``tasks-runs.json``.
+        output: Folder for ``tasks-tables.md``, ``tasks-*.png`` and ``tasks-runs.json``, which has
+            of each run what the tables and plots are made of.
         seeds: Of the comparison; default: all that there are.
         rates: Learning rates by method, for a table of these alone.
     """
@@ -99,6 +102,21 @@ def table(records: Records, problem: str, size: int, rates: Mapping[str, float])
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def archive(records: Records, path: Path) -> None:
+    """Write of each run what tables and plots are made of, as one JSON object by key."""
+    lean = {key: {name: record[name] for name in _KEPT} for key, record in sorted(records.items())}
+    write_json_atomic(path, _rounded(lean), indent=None)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        unused = ("epoch", "learning_rate", "grad_norm") if "step" in value else ()
+        return {key: _rounded(item) for key, item in value.items() if key not in unused}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def report(records: Records, output: Path, rates: Mapping[str, float] | None = None) -> Path:
@@ -189,10 +207,12 @@ def _words(found: Estimate | None, factor: float, digits: int, *, star: bool = F
 
 def main() -> int:
     settings = tyro.cli(TaskReport, description=__doc__)
+    runs = read_runs(settings.runs)
+    archive(runs, settings.output / ARCHIVE_NAME)
     wanted = {SEARCH_SEED, *settings.seeds}
     records = {
         key: record
-        for key, record in read_runs(settings.runs).items()
+        for key, record in runs.items()
         if not settings.seeds or record["run"]["seed"] in wanted
     }
     print(report(records, settings.output, settings.rates))

@@ -41,7 +41,7 @@ SEARCH_SEED = 103
 """Another subject, too, than those of the first seeds."""
 RATES = (3e-4, 1e-3, 1.7e-3, 3e-3)
 LOW, HIGH = (3e-5, 1e-4, 3e-4, 1e-3), (1e-3, 3e-3, 1e-2, 3e-2)
-RECORD_NAME = "run.json"
+RECORD_NAME, ARCHIVE_NAME = "run.json", "tasks-runs.json"
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,8 @@ class TaskStudy:
     """What is run.
 
     Attributes:
-        output: Folder of the runs; those that it holds are not run again.
+        output: Folder of the runs; those that it holds are not run again, nor those of a
+            ``tasks-runs.json`` in it.
         problem: glosses, style, digits, subject or captions.
         methods: Names of the table; default: all whose head has no learning rate of its own.
         seeds: Of the comparison.
@@ -207,10 +208,16 @@ def search_size(problem: str) -> int:
     return min(PROBLEMS[problem].sizes)
 
 
-def read_runs(output: Path) -> dict[str, dict[str, Any]]:
-    """The records of all runs by key."""
-    files = (output / "runs").glob(f"*/{RECORD_NAME}")
-    return {path.parent.name: read_json_object(path, "a run") for path in files}
+def read_runs(place: Path) -> dict[str, dict[str, Any]]:
+    """The records of all runs by key.
+
+    Args:
+        place: A study's folder, or the ``tasks-runs.json`` that its report keeps.
+    """
+    archive = place if place.is_file() else place / ARCHIVE_NAME
+    kept = read_json_object(archive, "the runs of a study") if archive.is_file() else {}
+    files = (place / "runs").glob(f"*/{RECORD_NAME}")
+    return kept | {path.parent.name: read_json_object(path, "a run") for path in files}
 
 
 def study(settings: TaskStudy, reporter: Reporter = silent) -> list[str]:
