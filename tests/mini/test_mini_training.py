@@ -31,8 +31,10 @@ from cntlora_core.mini.making.train_autoencoder import (
 )
 from cntlora_core.mini.making.train_diffusion import (
     DiffusionConfig,
+    build_scheduler,
     build_text_encoder,
     build_unet,
+    diffusion_loss,
     stratified_steps,
     train,
     trained_parameters,
@@ -93,6 +95,24 @@ def test_a_resumed_run_equals_an_uninterrupted_one(data: Path, tmp_path: Path):
         torch.testing.assert_close(parts[name], tensor, rtol=1e-4, atol=1e-6)
     moved = [k for k in whole if k.startswith("model/") and "conv_in.weight" in k]
     assert (whole[moved[0]] - whole[moved[0].replace("model/", "ema/")]).abs().max() > 0
+
+
+def test_bfloat16_gives_nearly_the_loss_and_gradient_of_float32(data: Path):
+    tokenizer = CLIPTokenizer.from_pretrained(data / "tokenizer")
+    found = []
+    for config in (SMALL, replace(SMALL, bfloat16=True)):
+        torch.manual_seed(5)
+        unet, words = build_unet(config), build_text_encoder(config, tokenizer)
+        latents, noise = torch.randn(2, 4, 4, 16, 16).unbind()
+        tokens, covers = torch.randint(500, (4, 77)), torch.rand(4, 1, 16, 16)
+        steps, signal = torch.tensor([50, 300, 600, 900]), build_scheduler().alphas_cumprod
+        loss = diffusion_loss(unet, words, signal, config, latents, tokens, covers, noise, steps)
+        loss.backward()
+        assert unet.conv_in.weight.grad is not None
+        found.append((loss.detach(), unet.conv_in.weight.grad))
+    assert found[0][0] != found[1][0]
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=0.02, atol=0)
+    assert torch.cosine_similarity(found[0][1].flatten(), found[1][1].flatten(), 0) > 0.98
 
 
 def test_a_run_goes_on_from_the_weights_of_a_model(data: Path, tmp_path: Path):

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import PNDMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -58,6 +59,8 @@ class DiffusionConfig:
             gives noisy timesteps, where the prompt's objects and colours are settled, their due.
         ema: decay of the averaged weights.
         muon: Muon for matrices and kernels instead of AdamW.
+        bfloat16: autocast, and attention as plain products, which then beats the fused one: 1.45
+            times as fast on a processor with AMX, slower on others.
         seed: of weights, data order and noise.
     """
 
@@ -77,6 +80,7 @@ class DiffusionConfig:
     snr_power: float = 0.5
     ema: float = 0.9985
     muon: bool = False
+    bfloat16: bool = False
     seed: int = 2
 
     def __post_init__(self) -> None:
@@ -184,9 +188,7 @@ def diffusion_loss(
     unet: UNet2DConditionModel,
     text_encoder: CLIPTextModel,
     signal: torch.Tensor,
-    snr_limit: float,
-    snr_power: float,
-    thing_weight: float,
+    config: DiffusionConfig,
     latents: torch.Tensor,
     tokens: torch.Tensor,
     covers: torch.Tensor,
@@ -199,9 +201,7 @@ def diffusion_loss(
         unet: the denoiser.
         text_encoder: stock CLIP text model.
         signal: (1000,) cumulative alphas.
-        snr_limit: see :class:`DiffusionConfig`.
-        snr_power: see :class:`DiffusionConfig`.
-        thing_weight: see :class:`DiffusionConfig`.
+        config: weights and precision.
         latents: (n, 4, h, w), scaled.
         tokens: (n, 77) ids.
         covers: (n, 1, h, w), 1 where an object is.
@@ -214,11 +214,12 @@ def diffusion_loss(
     alpha = signal[steps].view(-1, 1, 1, 1)
     noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
     noisy = noisy.contiguous(memory_format=torch.channels_last)
-    states = text_encoder(tokens).last_hidden_state
-    predicted = unet(noisy, steps, states).sample
+    with torch.autocast("cpu", torch.bfloat16, enabled=config.bfloat16):
+        states = text_encoder(tokens).last_hidden_state
+        predicted = unet(noisy, steps, states).sample.float()
     snr = signal[steps] / (1 - signal[steps])
-    weight = snr.clamp(max=snr_limit).pow(snr_power) / snr
-    error = (1 + (thing_weight - 1) * covers) * (predicted - noise).pow(2)
+    weight = snr.clamp(max=config.snr_limit).pow(config.snr_power) / snr
+    error = (1 + (config.thing_weight - 1) * covers) * (predicted - noise).pow(2)
     return (weight * error.flatten(1).mean(1)).mean()
 
 
@@ -251,6 +252,8 @@ def train(
     tokenizer = CLIPTokenizer.from_pretrained(data / "tokenizer")
     torch.manual_seed(config.seed)
     unet = build_unet(config).to(memory_format=torch.channels_last)
+    if config.bfloat16:
+        unet.set_attn_processor(AttnProcessor())
     text_encoder = build_text_encoder(config, tokenizer)
     if start_from is not None:
         before = UNet2DConditionModel.from_pretrained(start_from / "unet")
@@ -260,7 +263,6 @@ def train(
     if text is not None:
         text_encoder.load_state_dict(load_file(text))
     signal = build_scheduler().alphas_cumprod
-    limits = (config.snr_limit, config.snr_power, config.thing_weight)
     scaling = json.loads((vae / "config.json").read_text(encoding="utf-8"))["scaling_factor"]
     stream = LatentStream(data, tokenizer, scaling, config)
 
@@ -277,7 +279,7 @@ def train(
     optimise(
         output,
         trained_parameters(unet, text_encoder),
-        partial(diffusion_loss, unet, text_encoder, signal, *limits),
+        partial(diffusion_loss, unet, text_encoder, signal, config),
         batch_of,
         config,
         budget,
