@@ -56,7 +56,7 @@ test-slow: $(INSTALLED)
 test-quantised: $(INSTALLED)
 	$(BIN)/python -m $(PIP) -c constraints.txt -e ".[dev,quantised]"
 	$(BIN)/python -m pytest tests/core/test_quantised.py tests/diffusion/test_optimizers.py \
-		tests/methods/test_initializations.py
+		tests/methods/test_initializations.py tests/tasks/test_adapting.py
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -152,7 +152,8 @@ def _default_loss(forward_fn: ForwardFn | None) -> ForwardFn:
     forward = forward_fn or default_forward
 
     def loss_of(model: nn.Module, batch: Any) -> Tensor:
-        loss = getattr(forward(model, batch), "loss", None)
+        output = forward(model, batch)
+        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         if not isinstance(loss, Tensor):
             raise ValueError(
                 f"method {NAME!r} needs a loss to take the gradient of, and the model's output has "

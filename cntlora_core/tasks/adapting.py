@@ -180,13 +180,7 @@ def save_adapter(model: nn.Module, folder: Path, method: str) -> Path:
     ``folder/base``.
     """
     if not isinstance(model, PeftModel):
-        target = folder / "model"
-        if isinstance(model, PreTrainedModel):
-            cast(Any, model).save_pretrained(str(target))
-        else:
-            target.mkdir(parents=True, exist_ok=True)
-            save_safetensors_atomic(model.state_dict(), target / "model.safetensors")
-        return target
+        return _save_model(model, folder / "model", model.state_dict())
     target = folder / "adapter"
     if base_is_rewritten(model):
         save_converted(model, target)
@@ -195,8 +189,17 @@ def save_adapter(model: nn.Module, folder: Path, method: str) -> Path:
     if method == "loftq":
         base = model.get_base_model()
         weights = {_stock_name(n): t for n, t in base.state_dict().items() if _is_stock(n)}
-        cast(Any, base).save_pretrained(str(folder / "base"), state_dict=weights)
+        _save_model(base, folder / "base", weights)
     return target
+
+
+def _save_model(model: nn.Module, folder: Path, weights: Mapping[str, Tensor]) -> Path:
+    if isinstance(model, PreTrainedModel):
+        cast(Any, model).save_pretrained(str(folder), state_dict=weights)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_safetensors_atomic(weights, folder / "model.safetensors")
+    return folder
 
 
 def initial_factors(model: nn.Module) -> dict[nn.Parameter, Tensor]:
