@@ -30,7 +30,7 @@ from cntlora_core.runtime.files import atomic_write, write_json_atomic
 from cntlora_core.runtime.flags import UserPath
 
 Records = Mapping[str, Mapping[str, Any]]
-_KEPT = ("run", "metrics", "best", "trained_parameters", "seconds", "versions", "curves")
+_KEPT = ("run", "metrics", "best", "trained_parameters", "seconds", "versions")
 BASELINE = "lora"
 
 
@@ -60,7 +60,7 @@ def seeds_of(records: Records, problem: str, name: str, size: int, rate: float) 
         wanted = Run(problem, name, size, rate, run.seed)
         if run == wanted and run.seed != SEARCH_SEED and run.key == key:
             found[run.seed] = record
-    return found
+    return dict(sorted(found.items()))
 
 
 def table(records: Records, problem: str, size: int, rates: Mapping[str, float]) -> str:
@@ -106,17 +106,26 @@ def table(records: Records, problem: str, size: int, rates: Mapping[str, float])
 
 def archive(records: Records, path: Path) -> None:
     """Write of each run what tables and plots are made of, as one JSON object by key."""
-    lean = {key: {name: record[name] for name in _KEPT} for key, record in sorted(records.items())}
-    write_json_atomic(path, _rounded(lean), indent=None)
+    lean = {
+        key: {name: record[name] for name in _KEPT} | {"curves": _plotted(record["curves"])}
+        for key, record in sorted(records.items())
+    }
+    write_json_atomic(path, lean, indent=None)
 
 
-def _rounded(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        unused = ("epoch", "learning_rate", "grad_norm") if "step" in value else ()
-        return {key: _rounded(item) for key, item in value.items() if key not in unused}
-    if isinstance(value, list):
-        return [_rounded(item) for item in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+def _plotted(curves: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: [
+            {
+                key: round(p[key], 5)
+                for key in ("step", "loss", "accuracy")
+                if p.get(key) is not None
+            }
+            for p in points
+        ]
+        for name, points in curves.items()
+        if isinstance(points, list)
+    }
 
 
 def report(records: Records, output: Path, rates: Mapping[str, float] | None = None) -> Path:
