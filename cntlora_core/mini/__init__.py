@@ -14,7 +14,7 @@ ENCODERS = ("clip", "vision")
 
 @dataclass(frozen=True)
 class MiniSubject:
-    """One subject in the style that the small model never saw.
+    """One subject, in drawings that the small model never saw.
 
     Attributes:
         name: folder name, e.g. ``"dog"``.

@@ -94,7 +94,14 @@ def assemble(run: Path, vae: Path, tokenizer: Path) -> StableDiffusionPipeline:
     return pipeline
 
 
-def export(run: Path, vae: Path, data: Path, autoencoder_record: Path, target: Path) -> None:
+def export(
+    run: Path,
+    vae: Path,
+    data: Path,
+    autoencoder_record: Path,
+    target: Path,
+    started_from: Path | None = None,
+) -> None:
     """Write the folder beside ``target``, then put it in ``target``'s place.
 
     Args:
@@ -103,6 +110,7 @@ def export(run: Path, vae: Path, data: Path, autoencoder_record: Path, target: P
         data: output folder of ``mini.dataset``.
         autoencoder_record: ``autoencoder.json`` of the autoencoder's run.
         target: the model folder to make or replace.
+        started_from: the model folder that the run went on from, whose record is kept.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".model-", dir=target.parent))
@@ -127,6 +135,9 @@ def export(run: Path, vae: Path, data: Path, autoencoder_record: Path, target: P
             "numpy": np.__version__,
         },
     }
+    if started_from is not None:
+        before = json.loads((started_from / "training.json").read_text(encoding="utf-8"))
+        records["started_from"] = {name: before[name] for name in ("dataset", "diffusion")}
     write_json_atomic(temporary / "training.json", records)
     old = target.with_name(f".{target.name}-old")
     shutil.rmtree(old, ignore_errors=True)
@@ -201,13 +212,15 @@ def main() -> None:
     parser.add_argument("--autoencoder", type=Path, required=True, help="of mini.train_autoencoder")
     parser.add_argument("--data", type=Path, required=True, help="folder of mini.dataset")
     parser.add_argument("--target", type=Path, help="model folder to make or replace")
+    parser.add_argument("--started-from", type=Path, help="model folder that the run went on from")
     parser.add_argument("--sheet", type=Path, help="picture of samples to generate")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     vae = args.autoencoder / "vae"
     if args.target:
-        export(args.run, vae, args.data, args.autoencoder / "autoencoder.json", args.target)
+        record = args.autoencoder / "autoencoder.json"
+        export(args.run, vae, args.data, record, args.target, args.started_from)
         print(f"wrote {args.target}")
     if args.sheet:
         generate_sheet(assemble(args.run, vae, args.data / "tokenizer"), args.sheet)
