@@ -41,7 +41,7 @@ class TaskReport:
     Attributes:
         runs: The study's output folder, or a ``tasks-runs.json``.
         output: Folder for ``tasks-tables.md``, ``tasks-*.png`` and ``tasks-runs.json``, which has
-            of each run what the tables and plots are made of.
+            of each run what the tables and plots are made of, and keeps the runs that it had.
         seeds: Of the comparison; default: all that there are.
         rates: Learning rates by method, for a table of these alone.
     """
@@ -105,10 +105,12 @@ def table(records: Records, problem: str, size: int, rates: Mapping[str, float])
 
 
 def archive(records: Records, path: Path) -> None:
-    """Write of each run what tables and plots are made of, as one JSON object by key."""
+    """Write of each run what tables and plots are made of, as one JSON object by key, beside the
+    runs that the file has.
+    """
     lean = {
         key: {name: record[name] for name in _KEPT} | {"curves": _plotted(record["curves"])}
-        for key, record in sorted(records.items())
+        for key, record in sorted((read_runs(path) | dict(records)).items())
     }
     write_json_atomic(path, lean, indent=None)
 

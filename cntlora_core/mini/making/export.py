@@ -137,7 +137,8 @@ def export(
     }
     if started_from is not None:
         before = json.loads((started_from / "training.json").read_text(encoding="utf-8"))
-        records["started_from"] = {name: before[name] for name in ("dataset", "diffusion")}
+        kept = ("dataset", "diffusion", "started_from")
+        records["started_from"] = {name: before[name] for name in kept if name in before}
     write_json_atomic(temporary / "training.json", records)
     old = target.with_name(f".{target.name}-old")
     shutil.rmtree(old, ignore_errors=True)

@@ -59,8 +59,7 @@ class DiffusionConfig:
             gives noisy timesteps, where the prompt's objects and colours are settled, their due.
         ema: decay of the averaged weights.
         muon: Muon for matrices and kernels instead of AdamW.
-        bfloat16: autocast, and attention as plain products, which then beats the fused one: 1.45
-            times as fast on a processor with AMX, slower on others.
+        bfloat16: autocast, and attention as plain products; for processors with AMX.
         seed: of weights, data order and noise.
     """
 
