@@ -8,6 +8,7 @@ from cntlora_core.mini.making.blind import (
     blind_prompts,
     count_right,
     names_to_choose_from,
+    protocol_prompts,
     read_answers,
 )
 
@@ -35,3 +36,10 @@ def test_answers_are_counted_by_image_and_by_prompt():
 def test_a_line_that_is_no_answer_is_refused(text: str):
     with pytest.raises(ValueError, match="number and a name"):
         read_answers(text)
+
+
+def test_the_protocols_prompts_name_the_class_and_not_the_subject():
+    prompts = protocol_prompts(["penguin", "backpack"])
+    assert len(prompts) == 50
+    assert prompts[0] == "a photo of a penguin in the snow"
+    assert not any("sks" in prompt or "{" in prompt for prompt in prompts)

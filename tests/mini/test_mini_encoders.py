@@ -1,9 +1,10 @@
-"""The small encoders that come along: they tell the embedded subjects, in a style unseen, apart."""
+"""The small encoders that come along: they tell the embedded subjects, never shown, apart."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -16,16 +17,19 @@ from cntlora_core.diffusion.settings import SamplingSettings
 from cntlora_core.metrics import Encoders, load_encoders, measure, subject_features
 from cntlora_core.metrics.encoders import SMALL
 from cntlora_core.metrics.pictures import write_prompts
+from cntlora_core.mini.making.collage import every_background
+from cntlora_core.mini.making.compose import render_background
 from cntlora_core.mini.making.evaluate import (
     as_batch,
     classify,
     classify_folder,
     load_classifier,
     prompts_to_classify,
+    right_backgrounds,
 )
 from cntlora_core.mini.making.object_classes import with_article
 
-SHARE = 0.9  # of the pictures; the card has 100 % and 97.5 % of 200
+SHARE = 0.9  # of the pictures; the card has those of 200
 
 Generated = tuple[list[tuple[str, str, str]], list[Image.Image]]
 
@@ -111,6 +115,21 @@ def test_a_folder_is_classified_by_its_prompts(generated: Generated, tmp_path: P
     assert found == {"pictures": 2, "things": 1.0, "backgrounds": 0.5}
     with pytest.raises(ValueError, match="knows no 'zebra'"):
         classify_folder(load_classifier(), tmp_path, "zebra")
+
+
+def test_a_pattern_is_told_from_others_and_from_plain_backgrounds() -> None:
+    phrases = ["on green stripes", "on blue dots", "on purple checks", "on a green background"]
+    backgrounds = [found for found in every_background() if found.phrase in phrases]
+    drawn = [
+        Image.fromarray(
+            render_background(b, np.random.default_rng(i), 64).clip(0, 255).astype("u1")
+        )
+        for i, b in enumerate(backgrounds * 5)
+    ]
+    prompts = [f"a sks cat {b.phrase}" for b in backgrounds] * 5
+    assert (right_backgrounds(drawn, prompts, "cat") or 0) >= 0.8
+    assert right_backgrounds(drawn, prompts[1:] + prompts[:1], "cat") == 0
+    assert right_backgrounds(drawn[:1], ["a sks cat wearing a hat on green stripes"], "cat") is None
 
 
 def test_all_weights_together_are_at_most_40_mb_of_float16() -> None:

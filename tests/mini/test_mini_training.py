@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -29,6 +30,7 @@ from cntlora_core.mini.making.train_autoencoder import (
     load_vision,
     whiten_latents,
 )
+from cntlora_core.mini.making.train_clip import ClipConfig, build_clip, clip_loss
 from cntlora_core.mini.making.train_diffusion import (
     DiffusionConfig,
     build_scheduler,
@@ -113,6 +115,40 @@ def test_bfloat16_gives_nearly_the_loss_and_gradient_of_float32(data: Path):
     assert found[0][0] != found[1][0]
     torch.testing.assert_close(found[0][0], found[1][0], rtol=0.02, atol=0)
     assert torch.cosine_similarity(found[0][1].flatten(), found[1][1].flatten(), 0) > 0.98
+
+
+def _autoencoder_case(bfloat16: bool) -> tuple[torch.nn.Parameter, torch.Tensor]:
+    config = AutoencoderConfig(channels=(8, 8, 8), bfloat16=bfloat16)
+    model = build_autoencoder(config)
+    pictures, noise = torch.rand(4, 3, 64, 64) * 2 - 1, torch.randn(4, 4, 16, 16)
+    loss = autoencoder_loss(model, config, None, pictures, noise, torch.full((4, 1, 1, 1), 0.1))
+    return model.encoder.conv_in.weight, loss
+
+
+def _clip_case(bfloat16: bool) -> tuple[torch.nn.Parameter, torch.Tensor]:
+    tokenizer = CLIPTokenizer.from_pretrained(mini.model_path() / "tokenizer")
+    config = ClipConfig(width=40, layers=1, text_width=16, text_layers=1, bfloat16=bfloat16)
+    model = build_clip(config, tokenizer)
+    nouns, captions = torch.randint(500, (6, 24)), torch.randint(500, (4, 24))
+    pictures, same = torch.rand(4, 3, 64, 64), torch.tensor([0, 1, 1, 2])
+    loss = clip_loss(model, config, nouns, pictures, captions, same, torch.tensor([5, 0, 0, 3]))
+    return model.vision_model.embeddings.patch_embedding.weight, loss
+
+
+@pytest.mark.parametrize("case", [_autoencoder_case, _clip_case])
+def test_bfloat16_hardly_changes_what_autoencoder_and_clip_pair_learn(
+    case: Callable[[bool], tuple[torch.nn.Parameter, torch.Tensor]],
+):
+    found = []
+    for bfloat16 in (False, True):
+        torch.manual_seed(6)
+        weight, loss = case(bfloat16)
+        loss.backward()
+        assert weight.grad is not None
+        found.append((loss.detach(), weight.grad.flatten()))
+    assert found[0][0] != found[1][0]
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=0.02, atol=0)
+    assert torch.cosine_similarity(found[0][1], found[1][1], 0) > 0.98
 
 
 def test_a_run_goes_on_from_the_weights_of_a_model(data: Path, tmp_path: Path):

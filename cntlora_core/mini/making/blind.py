@@ -5,6 +5,9 @@
 Twenty prompts, two generated images each, none picked, numbered in random order on ``images.png``;
 ``names.txt`` has the 40 names to choose from. With ``--answers FILE`` (a line an image: its number
 and a name) the answers are compared with ``key.json``, which the person must not see.
+
+``--subjects penguin backpack`` draws the prompts of these subjects instead, an image each and
+without a LoRA, for someone who counts which of ``prompts.txt`` are obeyed.
 """
 
 from __future__ import annotations
@@ -18,13 +21,20 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from cntlora_core.mini import model_path
+from cntlora_core.mini import model_path, subject, subjects
 from cntlora_core.mini.making.backgrounds import COLOURS, PATTERNS, SCENES
 from cntlora_core.mini.making.compose import Background
 from cntlora_core.mini.making.object_classes import MODEL_CLASSES, trained_classes, with_article
 from cntlora_core.runtime.files import write_json_atomic
 
-__all__ = ["blind_prompts", "count_right", "lay_out", "names_to_choose_from", "read_answers"]
+__all__ = [
+    "blind_prompts",
+    "count_right",
+    "lay_out",
+    "names_to_choose_from",
+    "protocol_prompts",
+    "read_answers",
+]
 
 
 def blind_prompts(count: int, seed: int) -> list[tuple[str, str]]:
@@ -52,6 +62,12 @@ def names_to_choose_from(count: int, seed: int) -> list[str]:
     ]
     order = np.random.default_rng((seed, 1)).permutation(len(others))
     return sorted([*known, *(others[i] for i in order[: count - len(known)])])
+
+
+def protocol_prompts(names: Sequence[str]) -> list[str]:
+    """The prompts of these subjects, with the class in the place of the subject."""
+    chosen = [subject(name) for name in names]
+    return [f"a photo of {prompt.format(s.class_name)}" for s in chosen for prompt in s.prompts]
 
 
 def lay_out(images: Sequence[Image.Image], path: Path, columns: int = 8, scale: int = 2) -> None:
@@ -115,6 +131,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, default=2.5)
+    parser.add_argument("--subjects", nargs="+", choices=subjects(), help="draw their prompts")
     args = parser.parse_args()
     key_file = args.output / "key.json"
     if args.answers:
@@ -128,13 +145,19 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     rows = [row for row in blind_prompts(20, args.seed) for _ in range(2)]
     rows = [rows[i] for i in np.random.default_rng((args.seed, 2)).permutation(len(rows))]
+    prompts = [prompt for prompt, _ in rows]
+    if args.subjects:
+        prompts = protocol_prompts(args.subjects)
     pipeline = load_for_sampling(str(args.model or model_path()), (), device="cpu")
     settings = SamplingSettings(
         steps=args.steps, guidance=args.guidance, seed=args.seed, batch_size=20
     )
-    lay_out(
-        generate(pipeline, [prompt for prompt, _ in rows], settings), args.output / "images.png"
-    )
+    lay_out(generate(pipeline, prompts, settings), args.output / "images.png")
+    if args.subjects:
+        lines = [f"{number} {prompt}\n" for number, prompt in enumerate(prompts, 1)]
+        (args.output / "prompts.txt").write_text("".join(lines), encoding="utf-8")
+        print(f"wrote {args.output / 'images.png'} and prompts.txt")
+        return
     names = "\n".join(names_to_choose_from(40, args.seed))
     (args.output / "names.txt").write_text(names + "\n", encoding="utf-8")
     write_json_atomic(key_file, [{"prompt": prompt, "name": name} for prompt, name in rows])

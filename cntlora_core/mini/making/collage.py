@@ -18,7 +18,7 @@ from torch.nn import functional
 from cntlora_core.mini.making.backgrounds import COLOURS, PATTERNS, SCENES
 from cntlora_core.mini.making.compose import Background, render_background
 
-__all__ = ["Collage", "CollageConfig", "every_background", "square_sprite"]
+__all__ = ["Collage", "CollageConfig", "every_background", "hue_rotation", "square_sprite"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class CollageConfig:
         mirror_share: part of the sprites mirrored left to right.
         blur_share: part of the pictures that are blurred.
         light: greatest change of brightness, as a factor up or down.
+        dye_share: part of the sprites whose hues are turned, each by an angle of its own, so that
+            an encoder knows things by their shape too.
         per_background: how many pictures of each background are drawn.
     """
 
@@ -43,6 +45,7 @@ class CollageConfig:
     mirror_share: float = 0.5
     blur_share: float = 0.5
     light: float = 0.15
+    dye_share: float = 0.0
     per_background: int = 16
 
 
@@ -100,13 +103,22 @@ class Collage:
             functional.affine_grid(self._placements(count), [count, 4, cfg.size, cfg.size], False),
             align_corners=False,
         )
-        pictures = under * (1 - layer[:, 3:]) + layer[:, :3]
+        pictures = under * (1 - layer[:, 3:]) + self._dyed(layer)
         light = 1 + cfg.light * (2 * torch.rand(count, 1, 1, 1) - 1)
         pictures = (pictures * light).clamp(0, 1) * 2 - 1
         soft = torch.rand(count) < cfg.blur_share
         if soft.any():
             pictures[soft] = _blurred(pictures[soft])
         return pictures
+
+    def _dyed(self, layer: Tensor) -> Tensor:
+        """(n, 3, h, w) colours of a premultiplied (n, 4, h, w) layer, hues turned in a share."""
+        if not self.config.dye_share:
+            return layer[:, :3]
+        angle = 2 * torch.pi * torch.rand(len(layer))
+        angle[torch.rand(len(layer)) >= self.config.dye_share] = 0
+        turned = torch.einsum("nij,njhw->nihw", hue_rotation(angle), layer[:, :3])
+        return turned.clamp(min=0).minimum(layer[:, 3:])
 
     def _placements(self, count: int) -> Tensor:
         """(n, 2, 3) affine maps from the picture's coordinates to the sprite's."""
@@ -124,6 +136,13 @@ class Collage:
             1,
         )
         return torch.cat([turn, -turn @ centre[..., None]], 2)
+
+
+def hue_rotation(angle: Tensor) -> Tensor:
+    """(n, 3, 3) rotations of RGB about the grey axis by (n,) angles in radians."""
+    cosine, sine = angle.cos()[:, None, None], angle.sin()[:, None, None]
+    across = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / 3**0.5
+    return cosine * torch.eye(3) + (1 - cosine) / 3 + sine * across
 
 
 def square_sprite(sprite: Image.Image, size: int) -> Tensor:

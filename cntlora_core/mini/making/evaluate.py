@@ -17,7 +17,7 @@ from cntlora_core.diffusion.sampler import generate, load_for_sampling
 from cntlora_core.diffusion.settings import SamplingSettings
 from cntlora_core.metrics.pictures import read_pictures
 from cntlora_core.mini import model_path
-from cntlora_core.mini.making.backgrounds import COLOURS, SCENES
+from cntlora_core.mini.making.backgrounds import COLOURS, PATTERNS, SCENES
 from cntlora_core.mini.making.compose import Background
 from cntlora_core.mini.making.dataset import save_sheet
 from cntlora_core.mini.making.object_classes import with_article
@@ -42,6 +42,9 @@ CLASSIFIED_NAMES = (
     "tree",
 )
 """The twenty objects that the classifier chooses among."""
+SIMPLE = (*(Background("plain", colour).phrase for colour in COLOURS), *SCENES)
+"""Plain backgrounds and scenes: those it chooses among, unless the prompt has a pattern."""
+PATTERNED = tuple(Background(kind, colour).phrase for kind in PATTERNS for colour in COLOURS)
 
 
 def prompts_to_classify(count: int, seed: int) -> list[tuple[str, str, str]]:
@@ -65,7 +68,8 @@ def classify(
 ) -> tuple[Tensor, Tensor]:
     """Which pictures show the right object, and which the right background.
 
-    The object is chosen among ``CLASSIFIED_NAMES``, the background among the plain ones and scenes.
+    The object is chosen among ``CLASSIFIED_NAMES``, the background among the plain ones and scenes;
+    where the prompt has a pattern, among the patterns too.
 
     Args:
         classifier: made by ``mini.train_classifier``.
@@ -77,11 +81,13 @@ def classify(
     """
     labels = {name: int(index) for name, index in (classifier.config.label2id or {}).items()}
     names = torch.tensor([labels[name] for name in CLASSIFIED_NAMES])
-    plain = [Background("plain", colour).phrase for colour in COLOURS]
-    phrases = torch.tensor([labels[phrase] for phrase in [*plain, *SCENES]])
+    phrases = torch.tensor([labels[phrase] for phrase in [*SIMPLE, *PATTERNED]])
     logits = torch.cat([classifier(pixel_values=part).logits for part in pictures.split(100)])
     found = names[logits[:, names].argmax(1)]
-    behind = phrases[logits[:, phrases].argmax(1)]
+    scores = logits[:, phrases]
+    simple = torch.tensor([phrase in SIMPLE for _, _, phrase in rows])
+    scores[simple, len(SIMPLE) :] = -torch.inf
+    behind = phrases[scores.argmax(1)]
     wanted = torch.tensor([[labels[name], labels[phrase]] for _, name, phrase in rows])
     return found == wanted[:, 0], behind == wanted[:, 1]
 
@@ -110,13 +116,14 @@ def rows_of_prompts(prompts: Sequence[str], object_name: str) -> list[tuple[str,
 
     Returns:
         For each ``(prompt, object, background)``; None for a prompt that does not end in the name
-        of the object and a plain background or scene alone.
+        of the object and a background alone.
     """
-    plain = [Background("plain", colour).phrase for colour in COLOURS]
     rows: list[tuple[str, str, str] | None] = []
     for prompt in prompts:
         behind = prompt.rpartition(f"{object_name} ")[2]
-        fits = behind in [*plain, *SCENES] and " wearing " not in prompt and " and " not in prompt
+        fits = (
+            behind in (*SIMPLE, *PATTERNED) and " wearing " not in prompt and " and " not in prompt
+        )
         rows.append((prompt, object_name, behind) if fits else None)
     return rows
 
@@ -131,7 +138,7 @@ def right_backgrounds(
         prompts: The prompt of each.
         class_name: What they all show, as the prompts have it.
 
-    Only prompts that end in a plain background or a scene count; None where none does.
+    Only prompts that end in a background count; None where none does.
     """
     chosen = [
         # The name is that of any object which the classifier knows: backgrounds alone are asked.
@@ -173,7 +180,7 @@ def classify_folder(
         if row is not None
     ]
     if not chosen:
-        raise ValueError(f"no prompt in {folder} names a plain background or a scene alone")
+        raise ValueError(f"no prompt in {folder} names a background alone")
     pictures, rows = zip(*chosen, strict=True)
     objects, backgrounds = classify(classifier, as_batch(pictures), list(rows))
     shares = {"things": objects, "backgrounds": backgrounds}

@@ -137,7 +137,9 @@ def export(
     }
     if started_from is not None:
         before = json.loads((started_from / "training.json").read_text(encoding="utf-8"))
-        kept = ("dataset", "diffusion", "started_from")
+        kept = ["dataset", "diffusion", "started_from"]
+        if before["autoencoder"] != records["autoencoder"]:
+            kept.insert(0, "autoencoder")
         records["started_from"] = {name: before[name] for name in kept if name in before}
     write_json_atomic(temporary / "training.json", records)
     old = target.with_name(f".{target.name}-old")

@@ -60,6 +60,7 @@ class AutoencoderConfig:
         square_weight: weight of the squared error beside the L1 loss.
         ema: decay of the averaged weights.
         muon: Muon for matrices and kernels instead of AdamW.
+        bfloat16: autocast; for processors with AMX.
         latent_noise: greatest deviation of the noise that latents get while training, as a part of
             their own; each picture has a level of its own between 0 and this. What the UNet
             generates is never exact, and a decoder that knows clean latents only smears it.
@@ -81,6 +82,7 @@ class AutoencoderConfig:
     square_weight: float = 2.0
     ema: float = 0.998
     muon: bool = False
+    bfloat16: bool = False
     latent_noise: float = 0.0
     feature_weight: float = 0.0
     decoder_only: bool = False
@@ -169,14 +171,15 @@ def autoencoder_loss(
         Scalar.
     """
     pictures = pictures.contiguous(memory_format=torch.channels_last)
-    with torch.set_grad_enabled(not config.decoder_only):
-        latent = model.encode(pictures).latent_dist
-    spread = latent.mean.detach().std((0, 2, 3), keepdim=True)
-    decoded = model.decode(latent.mean + (latent.std + level * spread) * noise).sample
+    with torch.autocast("cpu", torch.bfloat16, enabled=config.bfloat16):
+        with torch.set_grad_enabled(not config.decoder_only):
+            latent = model.encode(pictures).latent_dist
+        spread = latent.mean.detach().std((0, 2, 3), keepdim=True)
+        decoded = model.decode(latent.mean + (latent.std + level * spread) * noise).sample.float()
     error = decoded - pictures
     down, across = error.diff(dim=2), error.diff(dim=3)
     edges = down.abs().mean() + across.abs().mean()
-    kl = 0.5 * (latent.mean.pow(2) + latent.var - 1 - latent.logvar).mean()
+    kl = 0.5 * (latent.mean.pow(2) + latent.var - 1 - latent.logvar).float().mean()
     loss = (
         error.abs().mean()
         + config.square_weight * error.pow(2).mean()

@@ -58,6 +58,9 @@ class ClipConfig:
         text_layers: of the text tower.
         embedding: width of the common space.
         batch: pictures a step.
+        muon: Muon for matrices and kernels instead of AdamW.
+        bfloat16: autocast of both towers; for processors with AMX.
+        dye_share: part of the objects whose hues are turned.
     """
 
     width: int = 160
@@ -72,6 +75,9 @@ class ClipConfig:
     warmup_steps: int = 150
     decay_from: float = 0.3
     ema: float = 0.99
+    muon: bool = False
+    bfloat16: bool = False
+    dye_share: float = 0.0
     seed: int = 4
 
 
@@ -109,6 +115,7 @@ def build_clip(config: ClipConfig, tokenizer: CLIPTokenizer) -> CLIPModel:
 
 def clip_loss(
     model: CLIPModel,
+    config: ClipConfig,
     every_name: Tensor,
     pictures: Tensor,
     tokens: Tensor,
@@ -122,6 +129,7 @@ def clip_loss(
 
     Args:
         model: the pair.
+        config: whether to compute in bfloat16.
         every_name: (names, length) ids of "a photo of a ..." for every name.
         pictures: (n, 3, 64, 64) in -1..1.
         tokens: (n, length) ids.
@@ -131,14 +139,17 @@ def clip_loss(
     Returns:
         Scalar.
     """
-    outputs = model(input_ids=tokens, pixel_values=pictures)
+    with torch.autocast("cpu", torch.bfloat16, enabled=config.bfloat16):
+        image = model.get_image_features(pixel_values=pictures)
+        text, noun = (model.get_text_features(input_ids=ids) for ids in (tokens, every_name))
+    image, text, noun = (_unit(features) for features in (image, text, noun))
+    scale = model.logit_scale.exp()
     wanted = (same[:, None] == same).float()
     wanted = wanted / wanted.sum(1, keepdim=True)
-    across = functional.cross_entropy(outputs.logits_per_image, wanted)
-    contrast = (across + functional.cross_entropy(outputs.logits_per_text, wanted)) / 2
-    text = _unit(model.get_text_features(input_ids=every_name))
-    logits = model.logit_scale.exp() * outputs.image_embeds @ text.T
-    return contrast + functional.cross_entropy(logits, names)
+    logits = scale * image @ text.T
+    across = functional.cross_entropy(logits, wanted)
+    contrast = (across + functional.cross_entropy(logits.T, wanted)) / 2
+    return contrast + functional.cross_entropy(scale * image @ noun.T, names)
 
 
 def encode(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
@@ -213,7 +224,7 @@ def retrieval(
 
 def _unit(features: object) -> Tensor:
     rows = features if isinstance(features, Tensor) else features.pooler_output
-    return functional.normalize(rows, dim=-1)
+    return functional.normalize(rows.float(), dim=-1)
 
 
 def train(
@@ -223,6 +234,7 @@ def train(
     config: ClipConfig,
     budget: Budget,
     workers: int = 2,
+    start_from: Path | None = None,
 ) -> None:
     """Train until the budget is spent; ``output/clip`` is the pair with tokenizer and processor.
 
@@ -233,12 +245,14 @@ def train(
         config: shape and training.
         budget: minutes or steps.
         workers: processes that share a batch.
+        start_from: folder of a pair to go on from with a new optimizer.
     """
     output.mkdir(parents=True, exist_ok=True)
     source = SpriteSource(node_modules)
     tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)
     known, unseen = ClipSet(source), ClipSet(source, kept_out=True)
-    collage = Collage(known.sprites, known.backgrounds, config.seed)
+    dyed = CollageConfig(dye_share=config.dye_share)
+    collage = Collage(known.sprites, known.backgrounds, config.seed, dyed)
     few = CollageConfig(per_background=2)
     checks = {
         "retrieval": (known, Collage(known.sprites, known.backgrounds, config.seed + 1, few)),
@@ -249,6 +263,11 @@ def train(
     }
     torch.manual_seed(config.seed)
     model = build_clip(config, tokenizer)
+    if config.bfloat16:
+        model.set_attn_implementation("eager")  # faster than the fused one in bfloat16
+    if start_from is not None:
+        before = CLIPModel.from_pretrained(start_from, dtype=torch.float32)
+        model.load_state_dict(before.state_dict())
 
     phrases = [f"a photo of {with_article(object_class.name)}" for object_class in known.classes]
 
@@ -289,13 +308,14 @@ def train(
     optimise(
         output,
         dict(model.named_parameters()),
-        partial(clip_loss, model, encode(tokenizer, phrases)),
+        partial(clip_loss, model, config, encode(tokenizer, phrases)),
         batch_of,
         config,
         budget,
         note,
         workers=workers,
         report_every=25,
+        muon=config.muon,
     )
 
 
@@ -308,10 +328,14 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--steps", type=int, help="end after so many steps instead")
     parser.add_argument("--workers", type=int, default=2, help="processes")
+    parser.add_argument("--start-from", type=Path, help="folder of a pair to go on from")
+    parser.add_argument("--config", type=Path, help="JSON of a ClipConfig")
     args = parser.parse_args()
+    values = json.loads(args.config.read_text(encoding="utf-8")) if args.config else {}
     keep_freed_memory()
     modules, budget = args.cache / "node_modules", Budget(args.minutes, args.steps)
-    train(modules, args.tokenizer, args.output, ClipConfig(), budget, args.workers)
+    config = ClipConfig(**values)
+    train(modules, args.tokenizer, args.output, config, budget, args.workers, args.start_from)
 
 
 if __name__ == "__main__":
