@@ -14,6 +14,7 @@ from cntlora_core.commands.config_file import with_config
 from cntlora_core.commands.flags import registry
 from cntlora_core.commands.train import Train
 from cntlora_core.config import CNTLoRAConfig
+from cntlora_core.diffusion.presets import preset
 from cntlora_core.diffusion.settings import (
     AdapterSettings,
     JobSettings,
@@ -124,3 +125,46 @@ def test_flags_go_behind_the_name_of_a_command_within_another(tmp_path: Path):
 def test_a_flag_without_its_file_is_refused(capsys):
     assert main(["train", "--config"]) == 2
     assert "--config needs a file" in capsys.readouterr().err
+
+
+ASKED = ("--model=m", "--images=p", "--output=o", "--token=sks", "--class-name=dog")
+
+
+def test_a_preset_is_a_set_of_flags_that_others_override():
+    quick = parsed("--steps", "9", "--preset", "quick", *ASKED)
+    assert quick.training == TrainingSettings(steps=9, learning_rate=1e-3, lr_schedule="cosine")
+    assert (quick.adapter.rank, quick.adapter.lora_alpha, quick.adapter.init_passes) == (16, 32, 8)
+    assert parsed("--preset=quick", "--rank=64", *ASKED).adapter.lora_alpha == 128
+    whole = {"model": "m", "subject": {"images": "p"}, "output": {"output": "o"}, **preset("quick")}
+    assert JobSettings.from_dict(whole).adapter == quick.adapter
+
+
+def test_the_defaults_are_the_papers():
+    paper, default = parsed("--preset=paper", *ASKED), parsed(*ASKED)
+    assert paper == default
+
+
+def test_a_file_wins_over_a_preset_and_may_name_one(tmp_path: Path):
+    file = tmp_path / "run.toml"
+    file.write_text('rank = 8\nmethod = "lora"\n')
+    for order in (["--preset=quick", f"--config={file}"], [f"--config={file}", "--preset=quick"]):
+        found = parsed(*order, *ASKED)
+        assert (found.adapter.rank, found.adapter.method, found.training.steps) == (8, "lora", 150)
+    file.write_text('preset = "quick"\nrank = 8\n')
+    found = parsed("--config", str(file), *ASKED)
+    assert (found.adapter.rank, found.training.steps) == (8, 150)
+    file.write_text("preset = 3\n")
+    with pytest.raises(ValueError, match="no preset 3"):
+        with_config(["train", f"--config={file}"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "--preset", "papre"], "no preset 'papre'; there are: paper, quick"),
+        (["train", "--preset"], "--preset needs a name"),
+    ],
+)
+def test_a_preset_that_is_none_is_named(arguments: list[str], said: str, capsys):
+    assert main(arguments) == 2
+    assert said in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""``--config FILE``: the flags of a command from a TOML file, or from a run's ``run.json``."""
+"""Flags from elsewhere: ``--config FILE`` (TOML, or a run's ``run.json``), ``--preset NAME``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cntlora_core.diffusion.presets import preset
 from cntlora_core.runtime.reading import read_json_object, reading, require_file, user_path
 
 if sys.version_info >= (3, 11):
@@ -14,7 +15,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
-FLAG = "--config"
+FLAG, PRESET = "--config", "--preset"
 _FLAT = ("subject", "output", "prior", "adapter", "training", "sampling")
 """Sections that only group a file's settings; any other is a part of its flags' names."""
 
@@ -23,27 +24,33 @@ _OF_ONE_CALL = ("resume", "overwrite")
 
 
 def with_config(arguments: Sequence[str]) -> list[str]:
-    """Arguments in which ``--config FILE`` is replaced by what the file holds.
+    """Arguments in which ``--config FILE`` and train's ``--preset NAME`` are what they stand for.
 
-    The file's flags come first, so that the same flag on the command line wins.
+    The flags of a preset come first, then those of files, so that a file's win over a preset's, and
+    those of the command line over both. A file may name a preset itself.
 
     Raises:
-        ValueError: if the file is no TOML or JSON, or holds what no flag can say.
-        FileNotFoundError: if there is none.
+        ValueError: if a file is no TOML or JSON, or holds what no flag can say; for an unknown
+            preset.
+        FileNotFoundError: if there is no such file.
     """
-    rest, files = [], []
+    trains = arguments[:1] == ["train"]
+    given: dict[str, list[str]] = {FLAG: [], PRESET: []} if trains else {FLAG: []}
+    rest = []
     words = iter(arguments)
     for word in words:
-        if word == FLAG:
-            name = next(words, None)
-            if name is None:
-                raise ValueError(f"{FLAG} needs a file")
-            files.append(name)
-        elif word.startswith(f"{FLAG}="):
-            files.append(word.removeprefix(f"{FLAG}="))
-        else:
+        option, equals, value = word.partition("=")
+        if option not in given:
             rest.append(word)
-    flags = [flag for name in files for flag in _flags(_read(user_path(name)))]
+            continue
+        name = value if equals else next(words, None)
+        if name is None:
+            raise ValueError(f"{option} needs a {'file' if option == FLAG else 'name'}")
+        given[option].append(name)
+    files = [dict(_read(user_path(name))) for name in given[FLAG]]
+    named = [file.pop(PRESET[2:]) for file in files if trains and PRESET[2:] in file]
+    presets = [preset(name) for name in (*named, *given.get(PRESET, ()))]
+    flags = [flag for settings in (*presets, *files) for flag in _flags(settings)]
     names = 2 if rest[:1] in (["task"], ["bench"]) else 1  # these have commands of their own
     return [*rest[:names], *flags, *rest[names:]]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cntlora_core import mini
+from cntlora_core.diffusion.presets import QUICK
 from cntlora_core.diffusion.settings import (
     AdapterSettings,
     JobSettings,
@@ -35,8 +36,6 @@ SCENES = ("on the beach", "in the forest", "in the desert", "in the snow", "in t
 PROMPTS = 4
 """The first scenes that the photos do not show."""
 GUIDANCE = 2.5  # the small model: more makes colours glare
-LEARNING_RATE = 1e-3
-"""Of all methods, with captions that name the backgrounds: docs/experiments/convergence.md."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class Demo:
     images: UserPath | None = None
     class_name: str | None = None
     method: Method = "cross"
-    steps: int = 150
+    steps: int = QUICK["training"]["steps"]
 
     def after_cancel(self) -> str:
         return "; the demo starts anew next time"
@@ -87,13 +86,11 @@ def demo_settings(
     *,
     cache: Path,
     method: Method = "cross",
-    steps: int = 150,
+    steps: int = QUICK["training"]["steps"],
     class_images: int = 32,
     class_steps: int = 12,
 ) -> JobSettings:
-    """Few steps at a high learning rate that falls, and a rank that fits the model's widths of 64
-    to 192.
-    """
+    """The quick preset on the small model, with a method of one's own and few class images."""
     return JobSettings(
         model=str(mini.model_path()),
         subject=SubjectSettings(images=str(photos), token="sks", class_name=class_name),
@@ -104,13 +101,8 @@ def demo_settings(
             class_steps=class_steps,
             cache=str(cache),
         ),
-        adapter=AdapterSettings(method=method, rank=16, alpha=32, init_passes=8),
-        training=TrainingSettings(
-            steps=steps,
-            learning_rate=LEARNING_RATE,
-            lr_schedule="cosine",
-            device="cpu",
-        ),
+        adapter=AdapterSettings(**{**QUICK["adapter"], "method": method}),
+        training=TrainingSettings(**{**QUICK["training"], "steps": steps}, device="cpu"),
     )
 
 
@@ -121,7 +113,7 @@ def run_demo(
     images: Path | None = None,
     class_name: str | None = None,
     method: Method = "cross",
-    steps: int = 150,
+    steps: int = QUICK["training"]["steps"],
     class_images: int = 32,
     sampling_steps: int = 10,
     reporter: Reporter = silent,
