@@ -112,14 +112,14 @@ def test_padding_is_the_end_token_up_to_77(tokenizer: CLIPTokenizer):
 
 
 @torch.no_grad()
-def test_the_autoencoder_keeps_pictures_of_the_style_it_never_saw(vae: AutoencoderKL):
+def test_the_autoencoder_keeps_drawings_that_it_never_saw(vae: AutoencoderKL):
     pictures = subject_pictures()
     latents = vae.encode(pictures).latent_dist.mean
     decoded = vae.decode(latents).sample.clamp(-1, 1)
     assert latents.shape == (len(pictures), 4, 16, 16)
     error = (decoded - pictures).pow(2).flatten(1).mean(1)
     decibels = 10 * torch.log10(4 / error)
-    assert decibels.mean() > 26
+    assert decibels.mean() > 29.5  # 30.5
 
 
 @torch.no_grad()
