@@ -147,6 +147,8 @@ def main() -> None:
     rows = [rows[i] for i in np.random.default_rng((args.seed, 2)).permutation(len(rows))]
     prompts = [prompt for prompt, _ in rows]
     if args.subjects:
+        if key_file.exists():
+            parser.error(f"{args.output} holds a naming test, whose images would be lost")
         prompts = protocol_prompts(args.subjects)
     pipeline = load_for_sampling(str(args.model or model_path()), (), device="cpu")
     settings = SamplingSettings(
