@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from cntlora_core.figures.sheets import (
+    before_and_after,
+    caption_font,
     comparison_sheet,
     contact_sheet,
     loss_thumbnail,
     running_mean,
-    with_hero_row,
 )
 
 
@@ -41,13 +42,46 @@ def test_a_comparison_has_a_cell_for_each_row_and_column() -> None:
     assert np.asarray(scored)[plain.height :].min() < 128
 
 
-def test_the_hero_row_shows_the_photos_and_each_picture_large() -> None:
-    sheet = flat("white", 900, 100)
-    pictures = [("before", flat("red")), ("after", flat("lime"))]
-    whole = np.asarray(with_hero_row(sheet, [flat("blue")] * 4, "a cat in the snow", pictures))
-    areas = [int((whole == flat(c).getpixel((0, 0))).all(2).sum()) for c in ("red", "lime", "blue")]
-    assert len(set(areas)) == 1
-    assert areas[0] > 250**2
+@pytest.mark.parametrize("count", [1, 2, 5, 9])
+def test_before_and_after_has_the_photos_and_the_first_of_each_column_large(count: int) -> None:
+    colours = ["red", "lime", "blue", "yellow"]
+    rows = [
+        ("a cat in the snow", [[flat("red"), flat("gray")], [flat("lime"), flat("gray")]]),
+        ("a cat in space", [[flat("blue"), flat("gray")], [flat("yellow"), flat("gray")]]),
+    ]
+    words = ["photos", "before", "after"]
+    photos = [flat("magenta"), *[flat("cyan")] * (count - 1)]
+    sheet = before_and_after(photos, rows, words, words, side=100)
+    pixels = np.asarray(sheet)
+
+    def area(colour: str) -> int:
+        return int((pixels == flat(colour).getpixel((0, 0))).all(2).sum())
+
+    large = 206**2
+    assert [area(c) for c in colours] == [100**2 + large] * 2 + [100**2] * 2
+    assert large / 2 < area("magenta") < large
+    assert area("cyan") == min(count - 1, 5) * (206 // max(4, min(count, 6))) ** 2
+
+
+def test_words_below_and_above_pictures_are_broken_to_fit_their_column() -> None:
+    rows = [("a very long prompt " * 5, [[flat("red")], [flat("lime")]])]
+    words = ["photos", "some words " * 12, "first\nsecond"]
+    sheet = np.asarray(before_and_after([flat("blue")], rows, words, words, side=150)).min(2)
+    inked = (sheet < 250).any(0)
+    assert not inked[:18].any()  # the margins between the columns
+    for number in range(3):
+        left = 18 + number * (150 + 18) + 150
+        assert not inked[left + 1 : left + 17].any()
+
+
+def test_captions_in_any_alphabet_have_letters() -> None:
+    def drawn(text: str) -> list[int]:
+        sheet = Image.new("L", (40, 40))
+        ImageDraw.Draw(sheet).text((5, 5), text, fill="white", font=caption_font(20))
+        return np.asarray(sheet).ravel().tolist()
+
+    missing = drawn("\uffff")
+    assert all(drawn(letter) != missing for letter in "aä\u0142\u0436\u03a9")
 
 
 @pytest.mark.parametrize("losses", [[0.5], [0.1] * 7, list(np.linspace(1, 0.1, 300))])

@@ -27,6 +27,8 @@ from cntlora_core.runtime.progress import Reporter, silent
 if TYPE_CHECKING:
     from PIL import Image
 
+    from cntlora_core.metrics import Fidelity
+
 SHEET_NAME = "before_and_after.png"
 BASELINE = "plain_lora"
 DEFAULT_SUBJECT = "penguin"
@@ -34,8 +36,9 @@ PICTURES_PER_PROMPT = 3
 SCENES = ("on the beach", "in the forest", "in the desert", "in the snow", "in the city",
           "on a red background")  # fmt: skip
 PROMPTS = 4
-"""The first scenes that the photos do not show."""
-GUIDANCE = 2.5  # the small model: more makes colours glare
+"""The first scenes that neither the photos show nor those that images are compared with."""
+GUIDANCE = 2.5  # more is too much for the small model
+_CALLED = {"base model": "before: no LoRA", "lora": "plain LoRA"}
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,8 @@ class Demo:
 
     Attributes:
         output: Folder for everything that the demo leaves.
-        subject: Which of the embedded subjects; default: the penguin.
+        subject: Which of the embedded subjects: backpack, balloon, bird, boot, cat, clock, dragon,
+            octopus, penguin or tent; default: the penguin.
         images: Folder of your own pictures instead, of something that the small model can draw.
         class_name: What they show, with images: "cat", "house", ....
         method: How the adapter is initialised; `cntlora methods` describes them. Plain LoRA is
@@ -143,8 +147,8 @@ def run_demo(
     from cntlora_core.data.photos import load_photos
     from cntlora_core.diffusion.job import personalise
     from cntlora_core.diffusion.sampler import LoRAUse, load_for_sampling
-    from cntlora_core.figures.sheets import comparison_sheet, save_image, with_hero_row
-    from cntlora_core.metrics import load_encoders, measure, subject_features
+    from cntlora_core.figures.sheets import before_and_after, save_image
+    from cntlora_core.metrics import load_encoders, measure, measure_photos, subject_features
     from cntlora_core.metrics.encoders import SMALL
     from cntlora_core.metrics.generation import GenerationSettings, generate_each
 
@@ -175,39 +179,59 @@ def run_demo(
     )
     photos = load_photos(folder).photos
     shown = " ".join(photo.caption or "" for photo in photos)
+    shown += " ".join(() if images else subject.held_out_captions)
     scenes = [scene for scene in SCENES if scene not in shown][:PROMPTS]
     prompts = tuple(f"a sks {called} {scene}" for scene in scenes)
     drawn = GenerationSettings(prompts, PICTURES_PER_PROMPT, sampling=sampling)
     encoders = load_encoders(SMALL, SMALL)
     features = subject_features(encoders, [photo.image for photo in known.photos])
     pipeline = load_for_sampling(str(mini.model_path()), device="cpu", scheduler="unipc")
-    labels, uses = [f"{name}, {steps} steps" for name in loras], [*map(LoRAUse, loras.values())]
-    columns, scores = [], {}
+    labels, uses = [*map(_called, loras)], [*map(LoRAUse, loras.values())]
+    columns, below, scores = [], [], {}
     for name, (label, pictures) in zip(
         ("base model", *loras), generate_each(pipeline, uses, drawn, reporter, labels), strict=True
     ):
-        found = measure(encoders, features, pictures, drawn.all_prompts, token="sks", label=name)
+        found = measure(encoders, features, pictures, drawn.all_prompts, token="sks", label=label)
+        share = _right_backgrounds(pictures, drawn.all_prompts, called)
         scores[name] = {"dino": found.dino, "clip_i": found.clip_i, "clip_t": found.clip_t}
-        scores[name]["backgrounds"] = _right_backgrounds(pictures, drawn.all_prompts, called)
-        columns.append((label, pictures))
+        scores[name]["backgrounds"] = share
+        below.append(_in_words(found, share))
+        columns.append(pictures)
 
     count = PICTURES_PER_PROMPT
     rows = [
-        (prompt, [pictures[i * count : (i + 1) * count] for _, pictures in columns])
+        (prompt, [pictures[i * count : (i + 1) * count] for pictures in columns])
         for i, prompt in enumerate(prompts)
     ]
-    below = [
-        f"DINO {100 * found['dino']:.0f}, CLIP-I {100 * found['clip_i']:.0f}"
-        + (f", backgrounds {share:.0%}" if (share := found["backgrounds"]) is not None else "")
-        for found in scores.values()
-    ]
-    names = [heading for heading, _ in columns]
-    sheet = comparison_sheet([], rows, names, side=128, below=below)
-    large = [(name, pictures[0]) for name, pictures in columns]
-    whole = with_hero_row(sheet, [photo.image for photo in photos], prompts[0], large)
-    save_image(whole, output / SHEET_NAME)
+    trained = [f"{_called(name)}, {steps} steps" for name in loras]
+    top = None if images else measure_photos(features)
+    legend = "DINO, CLIP-I: how near to the photos"
+    if top is not None:
+        legend += f" ({100 * top.dino:.0f}, {100 * top.clip_i:.0f}: photos among themselves)"
+    sheet = before_and_after(
+        [photo.image for photo in photos],
+        rows,
+        ["photos of the subject", _called("base model"), *trained],
+        [legend, *below],
+    )
+    save_image(sheet, output / SHEET_NAME)
     _complete_record(output, sampling, drawn.all_prompts, scores, time.perf_counter() - started)
     return output / SHEET_NAME
+
+
+def _called(name: str) -> str:
+    """What a column of the sheet is called."""
+    from cntlora_core.methods import get_method
+
+    if name in _CALLED:
+        return _CALLED[name]
+    return f"CNTLoRA ({name})" if get_method(name).family == "cntlora" else name
+
+
+def _in_words(found: Fidelity, backgrounds: float | None) -> str:
+    """``"DINO 88, CLIP-I 68"``, and the right backgrounds where they were counted."""
+    words = f"DINO {100 * found.dino:.0f}, CLIP-I {100 * found.clip_i:.0f}"
+    return words if backgrounds is None else f"{words}\nbackgrounds as asked: {backgrounds:.0%}"
 
 
 def _right_backgrounds(

@@ -1,7 +1,8 @@
-"""Pictures put together with Pillow alone: sheets of pictures, and a quick course of the loss."""
+"""Pictures put together with Pillow: sheets of pictures, and a quick course of the loss."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import textwrap
@@ -17,6 +18,15 @@ from cntlora_core.runtime.files import atomic_write
 if TYPE_CHECKING:
     from cntlora_core.data.framing import Frame
     from cntlora_core.data.photos import Photo
+
+
+@functools.lru_cache
+def caption_font(size: int) -> ImageFont.FreeTypeFont:
+    """The plots' font, DejaVu Sans as matplotlib brings it along; ``size`` in pixels."""
+    import matplotlib
+
+    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    return ImageFont.truetype(str(folder / "DejaVuSans.ttf"), size)
 
 
 def comparison_sheet(
@@ -37,7 +47,7 @@ def comparison_sheet(
         below: What stands under each column, such as its scores; may be left out.
     """
     gap, label_width, line = 6, 190, 16
-    font = ImageFont.load_default(13)
+    font = caption_font(13)
     per_cell = max(len(cell) for _, cells in rows for cell in cells)
     column_width = per_cell * (side + gap) + 2 * gap
     headings = [textwrap.wrap(text, max(8, column_width // 8)) for text in columns]
@@ -79,36 +89,87 @@ def comparison_sheet(
     return sheet
 
 
-def with_hero_row(
-    sheet: Image.Image,
+def before_and_after(
     photos: Sequence[Image.Image],
-    prompt: str,
-    pictures: Sequence[tuple[str, Image.Image]],
+    rows: Sequence[tuple[str, Sequence[Sequence[Image.Image]]]],
+    columns: Sequence[str],
+    below: Sequence[str],
+    *,
+    side: int = 112,
 ) -> Image.Image:
-    """A sheet under a row of large pictures: the subject's photos together, then one picture each.
+    """What a training changed: the subject's photos beside one large picture of each column, then
+    rows of pictures.
 
     Args:
-        sheet: What stands below; the row is as wide.
-        photos: The subject, fitted together into the first square.
-        prompt: Of the pictures.
-        pictures: What is written under each, and the picture.
+        photos: The subject: the first large, up to five others beside it.
+        rows: A prompt, and for each column its pictures; the very first of each column is the
+            large one.
+        columns: A heading for each column, that of the photos before them.
+        below: What stands under each column, likewise.
+        side: Side of a picture in the rows in pixels.
     """
-    gap, line, font = 12, 26, ImageFont.load_default(17)
-    shown = [("photos of the subject", contact_sheet(photos)), *pictures]
-    side = min((sheet.width - gap) // len(shown) - gap, 420)
-    height = side + 2 * line + 3 * gap
-    whole = Image.new("RGB", (sheet.width, sheet.height + height), "white")
-    pen = ImageDraw.Draw(whole)
-    pen.text((2 * gap + side, gap), f'"{prompt}"', fill="black", font=font)
-    for i, (label, picture) in enumerate(shown):
-        x = gap + i * (side + gap)
-        pen.text((x, gap + line + side + 4), label, fill="black", font=font)
-        fitted = ImageOps.pad(
-            picture.convert("RGB"), (side, side), Image.Resampling.LANCZOS, "white"
-        )
-        whole.paste(fitted, (x, gap + line))
-    whole.paste(sheet, (0, height))
-    return whole
+    gap, margin = 6, 18
+    large_font, font = caption_font(22), caption_font(19)
+    count = len(rows[0][1][0])
+    wide = count * (side + gap) - gap
+    lefts = [margin + i * (wide + margin) for i in range(len(columns))]
+    width = lefts[-1] + wide + margin
+
+    def wrapped(text: str, own: ImageFont.FreeTypeFont) -> str:
+        return "\n".join(_wrapped(text, own, wide))
+
+    headings = [wrapped(text, large_font) for text in columns]
+    footings = [wrapped(text, font) for text in below]
+    pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+
+    def tallest(texts: Sequence[str], own: ImageFont.FreeTypeFont) -> int:
+        boxes = [pen.multiline_textbbox((0, 0), text, font=own) for text in texts]
+        return math.ceil(max(box[3] for box in boxes))
+
+    top = margin + tallest(headings, large_font) + 2 * gap
+    first = top + wide + margin
+    foot = first + len(rows) * (side + gap) + gap
+    sheet = Image.new("RGB", (width, foot + tallest(footings, font) + margin), "white")
+    pen = ImageDraw.Draw(sheet)
+
+    def put(image: Image.Image, size: int, x: int, y: int) -> None:
+        fitted = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+        sheet.paste(fitted, (x, y))
+
+    for x, heading, footing in zip(lefts, headings, footings, strict=True):
+        pen.multiline_text((x, margin), heading, fill="black", font=large_font)
+        pen.multiline_text((x, foot), footing, fill="black", font=font)
+    others = photos[1:6]
+    small = wide // max(len(others) + 1, 4)
+    put(photos[0], wide - small, margin, top)
+    for i, photo in enumerate(others):
+        put(photo, small, margin + wide - small, top + i * small)
+    prompt = wrapped(f'"{rows[0][0]}"', font)
+    pen.multiline_text((margin, top + wide - small + gap), prompt, fill="black", font=font)
+    for x, cell in zip(lefts[1:], rows[0][1], strict=True):
+        put(cell[0], wide, x, top)
+    for number, (label, cells) in enumerate(rows):
+        y = first + number * (side + gap)
+        pen.multiline_text((margin, y + side // 3), wrapped(label, font), fill="black", font=font)
+        for x, cell in zip(lefts[1:], cells, strict=True):
+            for j, image in enumerate(cell):
+                put(image, side, x + j * (side + gap), y)
+    return sheet
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Lines of at most ``width`` pixels, broken between words and where the text has breaks."""
+    lines: list[str] = []
+    for part in text.splitlines() or [""]:
+        line = ""
+        for word in part.split(" "):
+            longer = f"{line} {word}" if line else word
+            if line and font.getlength(longer) > width:
+                lines.append(line)
+                longer = word
+            line = longer
+        lines.append(line)
+    return lines
 
 
 def contact_sheet(pictures: Sequence[Image.Image], *, side: int = 128) -> Image.Image:
@@ -140,7 +201,7 @@ def photo_sheet(
         masked: Whether masks count.
         side: Of the square that a photo is fitted into, in pixels.
     """
-    gap, line, font = 8, 18, ImageFont.load_default(12)
+    gap, line, font = 8, 18, caption_font(12)
     together = list(zip(photos, names, frames, strict=True))[:100]
     columns = max(1, math.ceil(math.sqrt(len(together))))
     rows = math.ceil(len(together) / columns)
@@ -184,7 +245,7 @@ def loss_thumbnail(losses: Sequence[float], steps: int, width: int = 384) -> Ima
     y = height - margin - (height - 2 * margin) * (means - low) / (high - low or 1.0)
     picture = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(picture)
-    font = ImageFont.load_default(11)
+    font = caption_font(11)
     pen.line(
         [(margin, margin), (margin, height - margin), (width - margin, height - margin)], "grey"
     )

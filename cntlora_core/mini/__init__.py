@@ -24,6 +24,7 @@ class MiniSubject:
         photos: folder of the training pictures.
         held_out: folder of the pictures kept for measuring.
         prompts: templates with ``{}`` where "token class_name" goes.
+        held_out_captions: what the held-out pictures show, in their order.
     """
 
     name: str
@@ -33,6 +34,7 @@ class MiniSubject:
     photos: Path
     held_out: Path
     prompts: tuple[str, ...]
+    held_out_captions: tuple[str, ...] = ()
 
     @property
     def instance_prompt(self) -> str:
@@ -107,6 +109,7 @@ def subject(name: str) -> MiniSubject:
         photos=folder / "photos",
         held_out=folder / "held_out",
         prompts=tuple(table["prompts"][row["kind"]]),
+        held_out_captions=tuple(row["held_out"]),
     )
 
 
