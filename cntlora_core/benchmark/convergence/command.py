@@ -61,7 +61,8 @@ class ConvergenceReport:
 
     Attributes:
         folder: The folder.
-        baselines: Methods that all others are compared with.
+        baselines: Methods that all others are compared with, at equal settings; `lora@2e-3` is one
+            at this learning rate.
         choose_by: By which metric, at the last step, the best learning rate of a method is chosen.
     """
 

@@ -13,12 +13,16 @@ from cntlora_core.benchmark.convergence.grid import Bench, MeasureSettings
 from cntlora_core.benchmark.convergence.subjects import BenchSubject
 from cntlora_core.data.latents import LatentSet
 from cntlora_core.diffusion.family import predict
+from cntlora_core.diffusion.fingerprint import fingerprint_files
 from cntlora_core.diffusion.initialize import NoisedBatch, NoisedPhotos
 from cntlora_core.diffusion.pipeline import StableDiffusionParts
 from cntlora_core.diffusion.sampler import generate
 from cntlora_core.metrics import Encoders, load_encoders, measure, subject_features
+from cntlora_core.metrics.encoders import SMALL
+from cntlora_core.mini import encoder_path
 from cntlora_core.runtime.modes import evaluating
 from cntlora_core.runtime.progress import Reporter, silent
+from cntlora_core.runtime.reading import user_path
 
 NOISE_SEED = 2026
 """Seed of the noise and timesteps of loss and drift, the same for all runs."""
@@ -121,6 +125,26 @@ class Measurements:
             self._family.encode(self._networks, batch.tokens),
         )
         return prediction.float().cpu()
+
+
+def measured_by(bench: Bench) -> list[str]:
+    """What tells apart the models that look at images: of those on this machine a hash of their
+    weights, of the others the hub id."""
+    return _identities(*bench.encoders, bench.small)
+
+
+@functools.lru_cache(maxsize=1)
+def _identities(dino: str, clip: str, small: bool) -> list[str]:
+    found = []
+    for part, source in (("vision", dino), ("clip", clip)):
+        place = encoder_path(part) if source == SMALL else user_path(source)
+        weights = sorted(place.glob("*.safetensors"))
+        found.append(fingerprint_files(weights) if weights else source)
+    if small:
+        from cntlora_core.mini.making.evaluate import CLASSIFIER
+
+        found.append(fingerprint_files(sorted(CLASSIFIER.glob("*.safetensors"))))
+    return found
 
 
 @functools.lru_cache(maxsize=1)

@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from cntlora_core.benchmark.convergence.results import METRIC, METRICS, Config, Metric, Pair
-from cntlora_core.benchmark.convergence.statistics import estimate
 from cntlora_core.figures.sheets import comparison_sheet, save_image
 from cntlora_core.runtime.files import atomic_write
 
@@ -107,7 +106,7 @@ def _course(config: Config, metric: Metric) -> tuple[list[int], list[float], lis
     """Steps, means and half widths of the intervals, in the units of tables."""
     steps, means, widths = [], [], []
     for step in config.steps(metric.name):
-        found = estimate(list(config.at(metric.name, step).values()))
+        found = config.mean(metric.name, step)
         assert found is not None
         steps.append(step)
         means.append(metric.factor * found.mean)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rich.filesize import decimal
@@ -33,7 +35,7 @@ from cntlora_core.benchmark.convergence.results import (
     groups_of,
     load_records,
 )
-from cntlora_core.benchmark.convergence.statistics import Estimate, estimate, paired, steps_to
+from cntlora_core.benchmark.convergence.statistics import Estimate, steps_to
 from cntlora_core.runtime.files import require_writable_folder
 
 REPORT_NAME, PLOTS_NAME = "report", "plots"
@@ -80,7 +82,8 @@ def _overview(
         f"{', '.join(revisions)}."
     )
     yield Paragraph(
-        "Numbers are means over subjects and seeds with 95 % intervals by Student's t. DINO, "
+        "Numbers are means with 95 % intervals by Student's t, over subjects: of the seeds of a "
+        "subject the mean counts, except where there is one subject alone. DINO, "
         "CLIP-I and CLIP-T are cosines; higher is better, and so it is for backgrounds. The "
         "held-out loss, which is to fall, is the denoising loss on photos that are not trained on. "
         "The drift is the mean squared change of the prediction on class images under other "
@@ -108,7 +111,7 @@ def _at_the_end(configs: Sequence[Config]) -> Iterator[Block]:
                 config.label,
                 str(len(config.runs)),
                 str(config.total),
-                *(_cell(estimate([*config.at(m.name, config.total).values()]), m) for m in metrics),
+                *(_cell(config.mean(m.name, config.total), m) for m in metrics),
             ]
             for config in configs
         ],
@@ -125,10 +128,7 @@ def _by_step(configs: Sequence[Config]) -> Iterator[Block]:
             [
                 [
                     config.label,
-                    *(
-                        _cell(estimate([*config.at(metric.name, s).values()]), metric)
-                        for s in steps
-                    ),
+                    *(_cell(config.mean(metric.name, s), metric) for s in steps),
                 ]
                 for config in configs
             ],
@@ -142,27 +142,26 @@ def _against(name: str, configs: Sequence[Config]) -> Iterator[Block]:
         return
     yield Heading(f"Differences from {name}")
     yield Paragraph(
-        f"Mean difference from {name} at equal settings, paired by subject and seed; a star where "
-        "the 95 % interval leaves 0 out. Where no run has equal settings, the baseline is the one "
-        "that differs in its learning rate alone, which is then named."
+        f"Mean difference from {name}, all else being equal, paired by subject and seed; a star "
+        "where the 95 % interval leaves 0 out. Where the baseline has another learning rate, that "
+        "is named."
     )
     metrics = _measured(configs)
     steps = sorted({s for c, b in compared for s in c.steps("dino") if s in b.steps("dino")})
     for step in steps:
         rows = []
         for config, baseline in compared:
-            pairs = [(config.at(m.name, step), baseline.at(m.name, step)) for m in metrics]
-            found = [paired(own, other) for own, other in pairs]
+            found = [config.difference(baseline, m.name, step) for m in metrics]
             if not any(found):
                 continue
             label, learning_rate = config.label, baseline.settings["learning_rate"]
             if learning_rate != config.settings["learning_rate"]:
-                label += f" ({name} at {learning_rate:g})"
+                label += f" ({baseline.method} at {learning_rate:g})"
             count = max(f.count for f in found if f is not None)
             cells = [_cell(f, m, signed=True) for f, m in zip(found, metrics, strict=True)]
             rows.append([label, str(count), *cells])
         yield Heading(f"After step {step}", 3)
-        yield Table(["", "pairs", *(m.title for m in metrics)], rows)
+        yield Table(["", "of", *(m.title for m in metrics)], rows)
 
 
 def _steps_to(name: str, configs: Sequence[Config]) -> Iterator[Block]:
@@ -173,8 +172,8 @@ def _steps_to(name: str, configs: Sequence[Config]) -> Iterator[Block]:
     yield Heading(f"Steps to the final value of {name}")
     yield Paragraph(
         f"After how many steps a run reaches what {name} has on the same subject and seed after "
-        "its last step, interpolated between measured steps; in brackets how many of the runs "
-        "reach it at all. The mean is over those that do."
+        "its last step, interpolated between measured steps: the median of the runs, of which "
+        "some may never do; in brackets how many do."
     )
     rows = []
     for config, baseline in compared:
@@ -191,8 +190,8 @@ def _steps_to(name: str, configs: Sequence[Config]) -> Iterator[Block]:
                 if pair in final
             ]
             reached = [steps for steps in found if steps is not None]
-            mean = estimate(reached)
-            text = "never" if mean is None else _plus_minus(mean, 0)
+            middle = median([math.inf if steps is None else steps for steps in found] or [math.inf])
+            text = f"{middle:.0f}" if middle < math.inf else "never"
             cells.append(f"{text} ({len(reached)} of {len(found)})")
         rows.append([config.label, str(baseline.total), *cells])
     yield Table(["", f"steps of {name}", *(m.title for m in metrics)], rows)
@@ -202,7 +201,7 @@ def _best_learning_rates(configs: Sequence[Config], by: Metric) -> Iterator[Bloc
     """Each method at the learning rate that is best by one metric, all else being equal."""
     groups: dict[str, list[tuple[float, Config]]] = {}
     for config in configs:
-        found = estimate([*config.at(by.name, config.total).values()])
+        found = config.mean(by.name, config.total)
         if found is None:
             continue
         settings = {k: v for k, v in config.settings.items() if k != "learning_rate"}
@@ -222,7 +221,7 @@ def _best_learning_rates(configs: Sequence[Config], by: Metric) -> Iterator[Bloc
                 config.label,
                 f"{config.settings['learning_rate']:g}",
                 ", ".join(f"{c.settings['learning_rate']:g}" for _, c in group),
-                *(_cell(estimate([*config.at(m.name, config.total).values()]), m) for m in metrics),
+                *(_cell(config.mean(m.name, config.total), m) for m in metrics),
             ]
             for config, group in zip(best, several, strict=True)
         ],

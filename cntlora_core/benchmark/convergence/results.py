@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cntlora_core.benchmark.convergence.controls import CONTROLS
+from cntlora_core.benchmark.convergence.statistics import Estimate, estimate
 from cntlora_core.config import CNTLoRAConfig
 
 Pair = tuple[str, int]
@@ -81,6 +82,15 @@ class Config:
         courses = {pair: dict(self.course(metric, pair)) for pair in self.runs}
         return {pair: course[step] for pair, course in courses.items() if step in course}
 
+    def mean(self, metric: str, step: int) -> Estimate | None:
+        """A metric after a step, over subjects."""
+        return estimate(by_subject(self.at(metric, step)))
+
+    def difference(self, other: Config, metric: str, step: int) -> Estimate | None:
+        """How much more of a metric than other runs, paired by subject and seed, over subjects."""
+        own, theirs = self.at(metric, step), other.at(metric, step)
+        return estimate(by_subject({p: own[p] - theirs[p] for p in own if p in theirs}))
+
     def course(self, metric: str, pair: Pair) -> list[tuple[int, float]]:
         """(step, value) of one run, where it was measured."""
         rows = self.runs[pair]["rows"]
@@ -89,6 +99,17 @@ class Config:
     def steps(self, metric: str) -> list[int]:
         """The steps after which a metric was measured in any run."""
         return sorted({step for pair in self.runs for step, _ in self.course(metric, pair)})
+
+
+def by_subject(values: Mapping[Pair, float]) -> list[float]:
+    """One value for each subject, the mean of its seeds: these are not independent of each other.
+    Of a single subject, one for each seed."""
+    subjects: dict[str, list[float]] = {}
+    for (subject, _), value in values.items():
+        subjects.setdefault(subject, []).append(value)
+    if len(subjects) == 1:
+        return list(values.values())
+    return [sum(found) / len(found) for found in subjects.values()]
 
 
 def load_records(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -130,18 +151,30 @@ def configs_of(records: Sequence[dict[str, Any]]) -> list[Config]:
 
 
 def baseline_of(config: Config, name: str, configs: Sequence[Config]) -> Config | None:
-    """The baseline at equal settings; where there is none, the one that differs in learning rate
-    alone, if it has one learning rate only. None for the baseline itself."""
-    if config.method == name:
+    """What a configuration is compared with.
+
+    Args:
+        config: The configuration.
+        name: A method: that at equal settings; where there is none, the one that differs in
+            learning rate alone, if it has one only. ``method@rate``: at this learning rate.
+        configs: All there are.
+
+    Returns:
+        None where nothing fits, and for the baseline itself.
+    """
+    method, _, rate = name.partition("@")
+    if config.method == method and not rate:
         return None
-    for without in ((), ("learning_rate",)):
+    for without in [("learning_rate",)] if rate else [(), ("learning_rate",)]:
         same = [
             other
             for other in configs
-            if other.method == name and other.shared(*without) == config.shared(*without)
+            if other.method == method
+            and other.shared(*without) == config.shared(*without)
+            and (not rate or other.settings["learning_rate"] == float(rate))
         ]
         if len(same) == 1:
-            return same[0]
+            return same[0] if same[0] is not config else None
     return None
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 from cntlora_core import __version__, mini
 from cntlora_core.benchmark.convergence.controls import controlled
 from cntlora_core.benchmark.convergence.grid import Bench, Run
-from cntlora_core.benchmark.convergence.measure import Measurements
+from cntlora_core.benchmark.convergence.measure import Measurements, measured_by
 from cntlora_core.benchmark.convergence.subjects import BenchSubject, bench_subject
 from cntlora_core.benchmark.initialization_speed import machine
 from cntlora_core.benchmark.peak import peak_bytes, reset_peak
@@ -87,9 +87,7 @@ def run_key(run: Run, bench: Bench, subject: dict[str, Any], model: str) -> str:
         subject: Identity of its subject, as :meth:`BenchSubject.identity` gives it.
         model: Fingerprint of the model.
     """
-    measure = dataclasses.asdict(bench.measure) | {
-        "encoders": [Path(source).name for source in bench.encoders]
-    }
+    measure = dataclasses.asdict(bench.measure) | {"encoders": measured_by(bench)}
     content = {
         "algorithm": ALGORITHM,
         "model": model,
@@ -237,7 +235,7 @@ def _execute(task: Task, folder: Path, reporter: Reporter) -> None:
         "settings": run.values(),
         "model": {"source": Path(source).name, "fingerprint": fingerprint},
         "subject": subject.identity(),
-        "measure": dataclasses.asdict(bench.measure) | {"encoders": list(bench.encoders)},
+        "measure": dataclasses.asdict(bench.measure) | {"encoders": measured_by(bench)},
         "trained_parameters": sum(p.numel() for p in trainer.parameters.values()),
         "ranks": {name: factors.rank for name, factors in plan.factors.items()},
         "initialization": part["initialization"],

@@ -31,8 +31,9 @@ class Estimate:
 
     @property
     def differs_from_zero(self) -> bool:
-        """Whether the interval leaves 0 out."""
-        return self.half_width is not None and abs(self.mean) > self.half_width
+        """Whether the interval leaves 0 out; values that are all equal have none."""
+        least = 1e-9 * abs(self.mean)  # what rounding leaves of 0
+        return self.half_width is not None and abs(self.mean) > self.half_width > least
 
 
 def estimate(values: Sequence[float], confidence: float = CONFIDENCE) -> Estimate | None:

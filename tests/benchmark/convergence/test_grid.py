@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from cntlora_core.benchmark.convergence.command import tasks_of
 from cntlora_core.benchmark.convergence.grid import MeasureSettings, expand, read_grid
@@ -119,6 +121,16 @@ def test_keys_follow_from_content_alone(tmp_path):
 )
 def test_keys_differ_where_results_do(tmp_path, more):
     assert keys(tmp_path, BASE) != keys(tmp_path, BASE + more)
+
+
+def test_keys_follow_the_weights_of_what_looks_at_images(tmp_path):
+    def key(name: str, value: float) -> list[str]:
+        (tmp_path / name).mkdir()
+        save_file({"weight": torch.tensor([value])}, tmp_path / name / "model.safetensors")
+        return keys(tmp_path, f"{BASE}[measure]\ndino = '{name}'")
+
+    assert key("one", 1.0) == key("another_place", 1.0)
+    assert key("trained_again", 2.0) != keys(tmp_path, f"{BASE}[measure]\ndino = 'one'")
 
 
 def test_the_grids_that_come_along_can_be_read():

@@ -61,9 +61,9 @@ def keep(folder: Path, records: list[dict]) -> None:
 @pytest.fixture
 def records() -> list[dict]:
     return [
-        record_of(method, subject, seed, 1e-3, gain + 0.01 * seed)
+        record_of(method, subject, seed, 1e-3, gain + 0.01 * seed + more * (method == "cross"))
         for method, gain in DINO.items()
-        for subject in ("penguin", "boot")
+        for subject, more in (("penguin", 0.0), ("boot", 0.02))
         for seed in (0, 1)
     ]
 
@@ -80,12 +80,12 @@ def test_the_files_of_a_report(records, tmp_path, capsys):
         str(tmp_path / "report.html"),
     ]
     text = (tmp_path / "report.md").read_text()
-    # DINO at the end: .70, .71, .80, .81; deviations .055 and .045, both twice.
-    assert re.search(r"\| cross \| 4 \| 10 \| 0\.755 ± 0\.092 \|", text)
-    assert re.search(r"\| cross \| 4 \| \+0\.200 ± 0\.000\* \|", text)  # from LoRA, paired
-    assert re.search(r"\| cross \| 4 \| \+0\.100 ± 0\.000\* \|", text)  # from EVA
+    # DINO at the end, means of the seeds: .705 and .825; 12.706 is the quantile of two values.
+    assert re.search(r"\| cross \| 4 \| 10 \| 0\.765 ± 0\.762 \|", text)
+    assert re.search(r"\| cross \| 2 \| \+0\.210 ± 0\.127\* \|", text)  # from LoRA, paired
+    assert re.search(r"\| cross \| 2 \| \+0\.110 ± 0\.127 \|", text)  # from EVA
     # LoRA ends at .5 (.51); cross goes from .4 to .7 (.71) between steps 5 and 10.
-    assert re.search(r"\| cross \| 10 \| 7 ± 0 \(4 of 4\) \|", text)
+    assert re.search(r"\| cross \| 10 \| 7 \(4 of 4\) \|", text)
     assert "rank too large" in text
     assert "| cross | 1,000 | 2.00 | 3.0 | 300 | 1.0 | 0.5 | 500.0 MB |" in text
     for name in re.findall(r"!\[.*\]\((.+)\)", text):
@@ -94,7 +94,37 @@ def test_the_files_of_a_report(records, tmp_path, capsys):
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:image/") == text.count("![") == 4
     assert not re.search(r'(src|href)="(?!data:)', page)
-    assert "+0.200 ± 0.000*" in page
+    assert "+0.210 ± 0.127*" in page
+
+
+def test_seeds_of_a_subject_are_no_independent_values():
+    runs = [record_of("lora", "boot", seed, 1e-3, 0.5 + 0.1 * seed) for seed in (0, 1, 2)]
+    runs += [record_of("lora", "penguin", 0, 1e-3, 0.4)]
+    (both,) = configs_of(runs)
+    found = both.mean("dino", 10)
+    assert found is not None
+    assert found.count == 2
+    assert found.mean == pytest.approx((0.7 + 0.4) / 2)
+    (alone,) = configs_of(runs[:3])
+    found = alone.mean("dino", 10)
+    assert found is not None
+    assert found.count == 3  # of one subject, seeds
+
+
+def test_a_run_that_never_gets_there_counts_in_the_median(tmp_path):
+    gains = {"lora": [0.6] * 3, "cross": [0.65, 0.65, 0.5], "eva": [0.5, 0.5, 0.65]}
+    keep(
+        tmp_path,
+        [
+            record_of(method, "penguin", seed, 1e-3, gain)
+            for method, found in gains.items()
+            for seed, gain in enumerate(found)
+        ],
+    )
+    write_report(ConvergenceReport(tmp_path))
+    text = (tmp_path / "report.md").read_text()
+    assert "| cross | 10 | 9 (2 of 3) |" in text
+    assert "| eva | 10 | never (1 of 3) |" in text
 
 
 def test_baselines_have_equal_settings_or_one_rate_of_their_own():
@@ -109,6 +139,10 @@ def test_baselines_have_equal_settings_or_one_rate_of_their_own():
     assert baseline_of(configs[2], "lora", configs) is configs[1]
     assert baseline_of(configs[1], "lora", configs) is None
     assert baseline_of(configs[2], "eva", configs) is None
+    assert baseline_of(configs[2], "lora@1e-4", configs) is configs[0]
+    assert baseline_of(configs[1], "lora@1e-4", configs) is configs[0]
+    assert baseline_of(configs[0], "lora@1e-4", configs) is None
+    assert baseline_of(configs[2], "lora@2e-3", configs) is None
     apart = configs_of([cross, lora[1]])
     assert baseline_of(apart[1], "lora", apart) is apart[0]
     shorter = json.loads(json.dumps(lora[0]))

@@ -25,6 +25,9 @@ def test_the_interval_of_a_mean():
     assert (single.mean, single.half_width) == (5.0, None)
     assert not single.differs_from_zero
     assert estimate([]) is None
+    same = estimate([0.1 + 0.2, 0.3])  # one image more on both: no evidence of anything
+    assert same is not None
+    assert not same.differs_from_zero
 
 
 def test_pairs_take_out_what_subjects_share():
