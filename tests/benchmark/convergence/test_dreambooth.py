@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image, ImageDraw
 
 from cntlora_core import mini
@@ -18,7 +19,10 @@ from cntlora_core.benchmark.convergence.subjects import (
     parse_prompts_and_classes,
     subject_names,
 )
+from cntlora_core.cli import main
+from cntlora_core.diffusion.random_checkpoint import write_random_checkpoint
 
+GRIDS = Path(__file__).parents[3] / "docs" / "experiments" / "grids"
 TEXT = """Classes
 
 subject_name,class
@@ -135,3 +139,29 @@ def test_a_checkpoint_and_the_folder_make_a_run(dreambooth: Path, tmp_path: Path
     assert all(-1 <= last[name] <= 1 for name in ("dino", "clip_i", "clip_t"))
     with Image.open(tasks[1].place / last["sheet"]) as sheet:
         assert sheet.size == (2 * 64, 2 * 64)  # two prompts, two seeds
+
+
+@pytest.mark.slow
+def test_the_published_protocol_runs_on_a_full_size_checkpoint(dreambooth: Path, tmp_path: Path):
+    """The grid that comes along, with two steps at its first settings on one subject, by the command."""
+    write_random_checkpoint(tmp_path / "sd15", layout="single", dtype=torch.float16)
+    text = (GRIDS / "dreambooth.toml").read_text().partition("[[grid]]\nrank = 64")[0]
+    for before, after in {
+        '"v1-5-pruned-emaonly.safetensors"': '"sd15.safetensors"',
+        '"dreambooth/dataset"': '"dreambooth"\ndevice = "cpu"',
+        '"all"': '"dog"\nresolution = 64\nnum_class_images = 1\nclass_steps = 1',
+        "steps = 1000": "steps = 2",
+        "pictures_at = [100, 500, 1000]": 'dino = "small"\nclip = "small"\nsampling_steps = 1',
+        "per_prompt = 4": "per_prompt = 1\nloss_passes = 1\ndrift_images = 1",
+    }.items():
+        assert before in text
+        text = text.replace(before, after, 1)
+    (tmp_path / "grid.toml").write_text(text)
+    out = tmp_path / "out"
+    command = ["bench", "convergence", str(tmp_path / "grid.toml"), "--output", str(out)]
+    assert main([*command, "--workers", "1"]) == 0
+    assert main(["bench", "report", str(out)]) == 0
+    records = [json.loads(path.read_text()) for path in (out / "runs").glob("*/run.json")]
+    assert {r["settings"]["method"] for r in records} == {"lora", "eva", "cross", "self", "shift"}
+    assert all(len(r["ranks"]) == 176 for r in records)  # 128 of the UNet, 48 of the text encoder
+    assert "| cross |" in (out / "report.md").read_text()
