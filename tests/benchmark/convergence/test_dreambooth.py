@@ -143,7 +143,7 @@ def test_a_checkpoint_and_the_folder_make_a_run(dreambooth: Path, tmp_path: Path
 
 @pytest.mark.slow
 def test_the_published_protocol_runs_on_a_full_size_checkpoint(dreambooth: Path, tmp_path: Path):
-    """The grid that comes along, with two steps at its first settings on one subject, by the command."""
+    """The grid that comes along, by the command: two steps at its first settings, one subject."""
     write_random_checkpoint(tmp_path / "sd15", layout="single", dtype=torch.float16)
     text = (GRIDS / "dreambooth.toml").read_text().partition("[[grid]]\nrank = 64")[0]
     for before, after in {
