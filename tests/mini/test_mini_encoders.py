@@ -20,10 +20,12 @@ from cntlora_core.metrics.pictures import write_prompts
 from cntlora_core.mini.making.collage import every_background
 from cntlora_core.mini.making.compose import render_background
 from cntlora_core.mini.making.evaluate import (
+    CLASSIFIED_NAMES,
     as_batch,
     classify,
     classify_folder,
     load_classifier,
+    on_plain,
     prompts_to_classify,
     right_backgrounds,
 )
@@ -41,8 +43,8 @@ def encoders() -> Encoders:
 
 @pytest.fixture(scope="module")
 def generated() -> Generated:
-    """A picture of each of twenty objects, and what was asked for."""
-    rows = prompts_to_classify(20, seed=1)
+    """A picture of each object, two thirds on plain backgrounds and scenes, and what was asked."""
+    rows = prompts_to_classify(3 * len(CLASSIFIED_NAMES), seed=1)[1::3]
     settings = SamplingSettings(steps=8, guidance=2.5, seed=1, batch_size=20, scheduler="unipc")
     prompts = [prompt for prompt, _, _ in rows]
     return rows, sample(str(mini.model_path()), prompts, (), settings, device="cpu")
@@ -130,6 +132,8 @@ def test_a_pattern_is_told_from_others_and_from_plain_backgrounds() -> None:
     assert (right_backgrounds(drawn, prompts, "cat") or 0) >= 0.8
     assert right_backgrounds(drawn, prompts[1:] + prompts[:1], "cat") == 0
     assert right_backgrounds(drawn[:1], ["a sks cat wearing a hat on green stripes"], "cat") is None
+    plain = [b.kind == "plain" for b in backgrounds] * 5
+    assert on_plain(load_classifier(), as_batch(drawn)).tolist() == plain
 
 
 def test_all_weights_together_are_at_most_40_mb_of_float16() -> None:

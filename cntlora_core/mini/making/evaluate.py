@@ -20,7 +20,7 @@ from cntlora_core.mini import model_path
 from cntlora_core.mini.making.backgrounds import COLOURS, PATTERNS, SCENES
 from cntlora_core.mini.making.compose import Background
 from cntlora_core.mini.making.dataset import save_sheet
-from cntlora_core.mini.making.object_classes import with_article
+from cntlora_core.mini.making.object_classes import MODEL_CLASSES, with_article
 from cntlora_core.runtime.console import ConsoleReporter
 from cntlora_core.runtime.files import write_json_atomic
 
@@ -30,33 +30,32 @@ __all__ = [
     "classify",
     "classify_folder",
     "load_classifier",
+    "on_plain",
     "prompts_to_classify",
     "right_backgrounds",
 ]
 
 CLASSIFIER = Path(__file__).parents[1] / "encoders" / "judge"
 
-CLASSIFIED_NAMES = (
-    *("cat", "dog", "bird", "penguin", "octopus", "fish", "owl", "fox", "elephant", "teddy bear"),
-    *("apple", "banana", "strawberry", "hamburger", "car", "rocket", "tent", "boot", "clock"),
-    "tree",
-)
-"""The twenty objects that the classifier chooses among."""
+CLASSIFIED_NAMES = tuple(object_class.name for object_class in MODEL_CLASSES)
+"""The objects that the classifier chooses among: all that the model draws."""
 SIMPLE = (*(Background("plain", colour).phrase for colour in COLOURS), *SCENES)
 """Plain backgrounds and scenes: those it chooses among, unless the prompt has a pattern."""
 PATTERNED = tuple(Background(kind, colour).phrase for kind in PATTERNS for colour in COLOURS)
 
 
 def prompts_to_classify(count: int, seed: int) -> list[tuple[str, str, str]]:
-    """``(prompt, object, background)``: every object alike often, half plain and half scenes."""
+    """``(prompt, object, background)``: every object alike often; plain, scene, pattern in turn."""
     rng = np.random.default_rng(seed)
     rows = []
     for index in range(count):
-        name = CLASSIFIED_NAMES[index % len(CLASSIFIED_NAMES)]
-        if (index // len(CLASSIFIED_NAMES)) % 2:
-            background = Background("scene", str(rng.choice(list(SCENES))))
-        else:
-            background = Background("plain", str(rng.choice(list(COLOURS))))
+        turn, place = divmod(index, len(CLASSIFIED_NAMES))
+        name, kind = (
+            CLASSIFIED_NAMES[place],
+            ("plain", "scene", str(rng.choice(list(PATTERNS))))[turn % 3],
+        )
+        values = list(SCENES if kind == "scene" else COLOURS)
+        background = Background(kind, str(rng.choice(values)))
         prompt = f"a photo of {with_article(name)} {background.phrase}"
         rows.append((prompt, name, background.phrase))
     return rows
@@ -90,6 +89,14 @@ def classify(
     behind = phrases[scores.argmax(1)]
     wanted = torch.tensor([[labels[name], labels[phrase]] for _, name, phrase in rows])
     return found == wanted[:, 0], behind == wanted[:, 1]
+
+
+@torch.no_grad()
+def on_plain(classifier: ResNetForImageClassification, pictures: Tensor) -> Tensor:
+    """Which of (n, 3, 64, 64) pictures lie on a plain background, of all that there are: (n,)."""
+    labels = {name: int(index) for name, index in (classifier.config.label2id or {}).items()}
+    phrases = torch.tensor([labels[phrase] for phrase in [*SIMPLE, *PATTERNED]])
+    return classifier(pixel_values=pictures).logits[:, phrases].argmax(1) < len(COLOURS)
 
 
 def as_batch(pictures: Sequence[Image.Image]) -> Tensor:
@@ -199,7 +206,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="folder of figures and sheet")
     parser.add_argument("--pictures", type=Path, nargs="+", help="classify these folders instead")
     parser.add_argument("--thing", dest="object_name", help="what the pictures of the folders show")
-    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--count", type=int, default=8 * len(CLASSIFIED_NAMES))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, default=2.5)
@@ -225,11 +232,21 @@ def main() -> None:
         generated = generate(
             pipeline, [prompt for prompt, _, _ in rows], settings, reporter=reporter
         )
-    objects, backgrounds = classify(load_classifier(args.classifier), as_batch(generated), rows)
+        bare = generate(
+            pipeline,
+            [f"a photo of {with_article(name)}" for name in CLASSIFIED_NAMES],
+            settings,
+            reporter=reporter,
+        )
+    classifier = load_classifier(args.classifier)
+    objects, backgrounds = classify(classifier, as_batch(generated), rows)
     figures = {
         "pictures": len(rows),
         "things": round(objects.float().mean().item(), 4),
         "backgrounds": round(backgrounds.float().mean().item(), 4),
+        "plain_where_none_is_named": round(
+            on_plain(classifier, as_batch(bare)).float().mean().item(), 4
+        ),
         "steps": args.steps,
         "guidance": args.guidance,
         "seed": args.seed,
@@ -243,7 +260,7 @@ def main() -> None:
     first = [
         Image.fromarray(np.asarray(picture)) for picture in generated[: 3 * len(CLASSIFIED_NAMES)]
     ]
-    save_sheet(args.output / "judged.png", first, 10)
+    save_sheet(args.output / "judged.png", first, len(CLASSIFIED_NAMES) // 2)
     print(f"right objects {figures['things']:.1%}, right backgrounds {figures['backgrounds']:.1%}")
 
 
