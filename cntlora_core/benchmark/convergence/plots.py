@@ -47,23 +47,27 @@ def plot_courses(configs: Sequence[Config], path: Path) -> bool:
 
 
 def plot_trade_off(configs: Sequence[Config], path: Path) -> bool:
-    """DINO against right backgrounds (CLIP-T where there is no classifier): a curve over steps."""
+    """DINO against right backgrounds (CLIP-T where there is no classifier): a curve over steps,
+    with the 95 % intervals of the last one."""
     across = next((m for m in ("backgrounds", "clip_t") if any(c.steps(m) for c in configs)), None)
     if across is None:
         return False
     figure = Figure(figsize=(7.5, 5.6), layout="constrained")
     axis = figure.subplots()
     for colour, config in zip(_colours(len(configs)), configs, strict=True):
-        known = dict(zip(*_course(config, METRIC[across])[:2]))
+        known = {step: found for step, *found in zip(*_course(config, METRIC[across]))}
         points = [
-            (known[step], dino, step)
-            for step, dino in zip(*_course(config, METRIC["dino"])[:2])
+            (*known[step], *found, step)
+            for step, *found in zip(*_course(config, METRIC["dino"]))
             if step in known
         ]
         if not points:
             continue
-        x, y, steps = zip(*points)
+        x, x_widths, y, y_widths, steps = zip(*points)
         axis.plot(x, y, color=colour, marker="o", markersize=4, label=config.label)
+        axis.errorbar(
+            *(x[-1], y[-1], y_widths[-1], x_widths[-1]), color=colour, alpha=0.35, linewidth=1
+        )
         axis.annotate(str(steps[-1]), (x[-1], y[-1]), fontsize=7, color=colour)
     axis.set(xlabel=METRIC[across].title, ylabel="DINO")
     axis.set_title("up and to the right is better; the number is the last step")
