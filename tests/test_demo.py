@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from functools import partial
 
@@ -43,6 +44,34 @@ def test_the_demo_in_short(tmp_path, monkeypatch, capfd):
     plain = json.loads((tmp_path / BASELINE / "run.json").read_text())
     assert plain["settings"]["adapter"]["method"] == "lora"
     assert plain["identity"]["class_images"] == record["identity"]["class_images"]
+
+
+@pytest.mark.plots
+@pytest.mark.thorough
+def test_the_demo_on_ones_own_pictures(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "demo_settings", partial(demo.demo_settings, class_steps=2))
+    monkeypatch.setattr(demo, "PICTURES_PER_PROMPT", 1)
+    own = tmp_path / "photos"
+    own.mkdir()
+    for path in mini.subject("boot").photos.glob("*.png"):
+        shutil.copy(path, own)  # without captions
+    settings = {"steps": 2, "class_images": 2, "sampling_steps": 2}
+    run_demo(tmp_path / "out", images=own, class_name="boot", method="lora", **settings)
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert list(record["demo"]["scores"]) == ["base model", "lora"]
+    assert {
+        prompt.partition(" on")[0].partition(" in")[0] for prompt in record["demo"]["prompts"]
+    } == {"a sks boot"}
+    assert record["settings"]["subject"]["images"] == str(own)
+
+
+def test_scenes_are_neither_in_the_photos_nor_in_what_images_are_compared_with():
+    for name in mini.subjects():
+        subject = mini.subject(name)
+        captions = [path.read_text() for path in subject.photos.glob("*.txt")]
+        assert len(captions) == len(subject.held_out_captions) == 5
+        seen = " ".join((*captions, *subject.held_out_captions))
+        assert sum(scene not in seen for scene in demo.SCENES) >= demo.PROMPTS, name
 
 
 def test_without_the_research_no_backgrounds_are_counted(monkeypatch):
