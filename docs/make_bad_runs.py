@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cntlora_core import mini
-from cntlora_core.commands.demo import GUIDANCE, demo_settings
+from cntlora_core.commands.demo import GUIDANCE, STEPS, demo_settings
 from cntlora_core.diffusion.job import personalise
 from cntlora_core.diffusion.run_identity import finished_run
 from cntlora_core.diffusion.sampler import LoRAUse, load_for_sampling
@@ -30,7 +30,7 @@ IMAGES = Path(__file__).parent / "images"
 SUBJECT = mini.subject("penguin")
 PROMPTS = ("a photo of sks penguin", "a sks penguin on the beach", "a sks penguin in the forest")
 PER_PROMPT = 3
-GOOD = "1e-3, 150 steps"
+GOOD = f"1e-3, {STEPS} steps"
 ONE_BACKGROUND = "3"  # the photo on a wooden floor
 
 TROUBLES: dict[str, tuple[str, dict[str, Any], bool]] = {

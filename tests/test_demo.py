@@ -112,7 +112,7 @@ def test_an_unknown_method_is_refused_before_plain_lora_trains(tmp_path):
 def test_the_whole_demo_learns_its_subject(tmp_path):
     """The loss on the subject falls, and pictures with either LoRA are nearer to it."""
     run_demo(tmp_path)
-    record = check_output(tmp_path, 150)
+    record = check_output(tmp_path, demo.STEPS)
     losses = torch.tensor([step["instance_loss"] for step in record["history"]])
     assert losses[-50:].mean() < 0.9 * losses[:20].mean()
     scores = record["demo"]["scores"]

@@ -59,8 +59,8 @@ def test_before_and_after_has_the_photos_and_the_first_of_each_column_large(coun
 
     large = 206**2
     assert [area(c) for c in colours] == [100**2 + large] * 2 + [100**2] * 2
-    assert large / 2 < area("magenta") < large
-    assert area("cyan") == min(count - 1, 5) * (206 // max(4, min(count, 6))) ** 2
+    assert area("magenta") == (206 - 68) ** 2
+    assert area("cyan") == min(count - 1, 5) * 68**2
 
 
 def test_words_below_and_above_pictures_are_broken_to_fit_their_column() -> None:

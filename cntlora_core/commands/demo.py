@@ -31,10 +31,12 @@ if TYPE_CHECKING:
 
 SHEET_NAME = "before_and_after.png"
 BASELINE = "plain_lora"
-DEFAULT_SUBJECT = "penguin"
+DEFAULT_SUBJECT = "backpack"
 PICTURES_PER_PROMPT = 3
 SCENES = ("on the beach", "in the forest", "in the desert", "in the snow", "in the city",
           "on a red background")  # fmt: skip
+STEPS = 300
+"""Twice those of the quick preset, for the details."""
 PROMPTS = 4
 """The first scenes that neither the photos show nor those that images are compared with."""
 GUIDANCE = 2.5  # more is too much for the small model
@@ -48,7 +50,7 @@ class Demo:
     Attributes:
         output: Folder for everything that the demo leaves.
         subject: Which of the embedded subjects: backpack, balloon, bird, boot, cat, clock, dragon,
-            octopus, penguin or tent; default: the penguin.
+            octopus, penguin or tent; default: the backpack.
         images: Folder of your own pictures instead, of something that the small model can draw.
         class_name: What they show, with images: "cat", "house", ....
         method: How the adapter is initialised; `cntlora methods` describes them. Plain LoRA is
@@ -61,7 +63,7 @@ class Demo:
     images: UserPath | None = None
     class_name: str | None = None
     method: Method = "cross"
-    steps: int = QUICK["training"]["steps"]
+    steps: int = STEPS
 
     def after_cancel(self) -> str:
         return "; the demo starts anew next time"
@@ -90,11 +92,12 @@ def demo_settings(
     *,
     cache: Path,
     method: Method = "cross",
-    steps: int = QUICK["training"]["steps"],
+    steps: int = STEPS,
     class_images: int = 32,
     class_steps: int = 12,
 ) -> JobSettings:
-    """The quick preset on the small model, with a method of one's own and few class images."""
+    """The quick preset on the small model, for more steps, with a method of one's own and few class
+    images."""
     return JobSettings(
         model=str(mini.model_path()),
         subject=SubjectSettings(images=str(photos), token="sks", class_name=class_name),
@@ -117,7 +120,7 @@ def run_demo(
     images: Path | None = None,
     class_name: str | None = None,
     method: Method = "cross",
-    steps: int = QUICK["training"]["steps"],
+    steps: int = STEPS,
     class_images: int = 32,
     sampling_steps: int = 10,
     reporter: Reporter = silent,
@@ -205,13 +208,13 @@ def run_demo(
     ]
     trained = [f"{_called(name)}, {steps} steps" for name in loras]
     top = None if images else measure_photos(features)
-    legend = "DINO, CLIP-I: how near to the photos"
+    legend = f"DINO and CLIP-I: how near to {'the' if images else 'held-out'} photos"
     if top is not None:
-        legend += f" ({100 * top.dino:.0f}, {100 * top.clip_i:.0f}: photos among themselves)"
+        legend += f" ({100 * top.dino:.0f} and {100 * top.clip_i:.0f}: these to each other)"
     sheet = before_and_after(
         [photo.image for photo in photos],
         rows,
-        ["photos of the subject", _called("base model"), *trained],
+        [f"photos of sks {called}", _called("base model"), *trained],
         [legend, *below],
     )
     save_image(sheet, output / SHEET_NAME)

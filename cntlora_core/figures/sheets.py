@@ -101,7 +101,7 @@ def before_and_after(
     rows of pictures.
 
     Args:
-        photos: The subject: the first large, up to five others beside it.
+        photos: The subject: the first large, up to five others around it.
         rows: A prompt, and for each column its pictures; the very first of each column is the
             large one.
         columns: A heading for each column, that of the photos before them.
@@ -139,17 +139,16 @@ def before_and_after(
     for x, heading, footing in zip(lefts, headings, footings, strict=True):
         pen.multiline_text((x, margin), heading, fill="black", font=large_font)
         pen.multiline_text((x, foot), footing, fill="black", font=font)
-    others = photos[1:6]
-    small = wide // max(len(others) + 1, 4)
+    small = wide // 3
     put(photos[0], wide - small, margin, top)
-    for i, photo in enumerate(others):
-        put(photo, small, margin + wide - small, top + i * small)
-    prompt = wrapped(f'"{rows[0][0]}"', font)
-    pen.multiline_text((margin, top + wide - small + gap), prompt, fill="black", font=font)
+    places = [(2, 0), (2, 1), (0, 2), (1, 2), (2, 2)]
+    for (column, row), photo in zip(places, photos[1:], strict=False):
+        put(photo, small, margin + column * (wide - small) // 2, top + row * (wide - small) // 2)
     for x, cell in zip(lefts[1:], rows[0][1], strict=True):
         put(cell[0], wide, x, top)
     for number, (label, cells) in enumerate(rows):
         y = first + number * (side + gap)
+        label += "" if number else ", the first of each also above"
         pen.multiline_text((margin, y + side // 3), wrapped(label, font), fill="black", font=font)
         for x, cell in zip(lefts[1:], cells, strict=True):
             for j, image in enumerate(cell):
@@ -158,7 +157,7 @@ def before_and_after(
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Lines of at most ``width`` pixels, broken between words and where the text has breaks."""
+    """Lines of at most ``width`` pixels or of one word, broken where the text has breaks too."""
     lines: list[str] = []
     for part in text.splitlines() or [""]:
         line = ""

@@ -70,6 +70,22 @@ class ConvergenceReport:
     baselines: tuple[str, ...] = ("lora", "eva")
     choose_by: Literal["loss", "dino", "clip_i"] = "loss"
 
+    def __post_init__(self) -> None:
+        for name in self.baselines:
+            method, at, rate = name.partition("@")
+            if not method or (at and not _is_positive(rate)):
+                raise ValueError(
+                    f"{name!r} is no baseline: give a method, or a method at a learning rate, "
+                    "such as lora@2e-3"
+                )
+
+
+def _is_positive(text: str) -> bool:
+    try:
+        return float(text) > 0
+    except ValueError:
+        return False
+
 
 def run_convergence(settings: ConvergenceBenchmark, reporter: Reporter = silent) -> int:
     """Run what is missing of a grid.

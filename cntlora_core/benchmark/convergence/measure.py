@@ -139,7 +139,8 @@ def _identities(dino: str, clip: str, small: bool) -> list[str]:
     for part, source in (("vision", dino), ("clip", clip)):
         place = encoder_path(part) if source == SMALL else user_path(source)
         weights = sorted(place.glob("*.safetensors"))
-        found.append(fingerprint_files(weights) if weights else source)
+        name = place.name if place.is_dir() else source
+        found.append(fingerprint_files(weights) if weights else name)
     if small:
         from cntlora_core.mini.making.evaluate import CLASSIFIER
 

@@ -97,6 +97,12 @@ def test_the_files_of_a_report(records, tmp_path, capsys):
     assert "+0.210 ± 0.127*" in page
 
 
+@pytest.mark.parametrize("name", ["lora@x", "lora@", "@1e-3", "lora@-1"])
+def test_a_baseline_that_is_none_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match="such as lora@2e-3"):
+        ConvergenceReport(tmp_path, baselines=(name,))
+
+
 def test_seeds_of_a_subject_are_no_independent_values():
     runs = [record_of("lora", "boot", seed, 1e-3, 0.5 + 0.1 * seed) for seed in (0, 1, 2)]
     runs += [record_of("lora", "penguin", 0, 1e-3, 0.4)]
