@@ -47,14 +47,14 @@ def test_differences_from_plain_lora_are_marked(tmp_path):
             folder = tmp_path / "runs" / run.key
             folder.mkdir(parents=True)
             (folder / RECORD_NAME).write_text(json.dumps({"run": vars(run)}))
-            lines = [json.dumps(r) for r in records(level + 0.01 * seed)]
+            lines = [json.dumps(r) for r in records(level * (1 + 0.01 * seed))]
             (folder / FILE_NAME).write_text("\n".join(lines) + "\n")
     path = dynamics_report.report(DynamicsReport(tmp_path, tmp_path))
     text = path.read_text()
     rows = {
         line.split(" | ")[0].strip("| "): line for line in text.partition("Visual")[0].splitlines()
     }
-    assert "2.01 ± 0.025*" in rows["eva"]
+    assert "2.02 ± 0.05*" in rows["eva"]
     assert "*" not in rows["lora"] + rows["cross"]
     assert "| eva | 3.00 (3.00 to 3.00) | 3.00 (3.00 to 3.00) |" in text
     assert (tmp_path / "dynamics.png").stat().st_size > 1000
