@@ -210,7 +210,7 @@ def run_demo(
     top = None if images else measure_photos(features)
     legend = f"DINO and CLIP-I: how near to {'the' if images else 'held-out'} photos"
     if top is not None:
-        legend += f" ({100 * top.dino:.0f} and {100 * top.clip_i:.0f}: these to each other)"
+        legend += f" (these among themselves: DINO {100 * top.dino:.0f})"
     sheet = before_and_after(
         [photo.image for photo in photos],
         rows,
