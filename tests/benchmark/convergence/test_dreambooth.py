@@ -142,8 +142,9 @@ def test_a_checkpoint_and_the_folder_make_a_run(dreambooth: Path, tmp_path: Path
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_published_protocol_runs_on_a_full_size_checkpoint(dreambooth: Path, tmp_path: Path):
-    """The grid that comes along, by the command: two steps at its first settings, one subject."""
+    """The grid that comes along, by the command: two steps of two methods, one subject."""
     write_random_checkpoint(tmp_path / "sd15", layout="single", dtype=torch.float16)
     text = (GRIDS / "dreambooth.toml").read_text().partition("[[grid]]\nrank = 64")[0]
     for before, after in {
@@ -151,6 +152,7 @@ def test_the_published_protocol_runs_on_a_full_size_checkpoint(dreambooth: Path,
         '"dreambooth/dataset"': '"dreambooth"\ndevice = "cpu"',
         '"all"': '"dog"\nresolution = 64\nnum_class_images = 1\nclass_steps = 1',
         "steps = 1000": "steps = 2",
+        '["lora", "eva", "cross", "self", "shift"]': '["lora", "cross"]',
         "pictures_at = [100, 500, 1000]": 'dino = "small"\nclip = "small"\nsampling_steps = 1',
         "per_prompt = 4": "per_prompt = 1\nloss_passes = 1\ndrift_images = 1",
     }.items():
@@ -162,6 +164,6 @@ def test_the_published_protocol_runs_on_a_full_size_checkpoint(dreambooth: Path,
     assert main([*command, "--workers", "1"]) == 0
     assert main(["bench", "report", str(out)]) == 0
     records = [json.loads(path.read_text()) for path in (out / "runs").glob("*/run.json")]
-    assert {r["settings"]["method"] for r in records} == {"lora", "eva", "cross", "self", "shift"}
+    assert {r["settings"]["method"] for r in records} == {"lora", "cross"}
     assert all(len(r["ranks"]) == 176 for r in records)  # 128 of the UNet, 48 of the text encoder
     assert "| cross |" in (out / "report.md").read_text()
