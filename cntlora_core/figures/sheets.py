@@ -35,7 +35,6 @@ def comparison_sheet(
     columns: Sequence[str],
     *,
     side: int = 160,
-    below: Sequence[str] = (),
 ) -> Image.Image:
     """The subject's photos above, if any, then rows of pictures under labelled columns.
 
@@ -44,19 +43,16 @@ def comparison_sheet(
         rows: A label such as the prompt, and for each column the pictures that belong there.
         columns: A heading for each column.
         side: Side of a picture in pixels.
-        below: What stands under each column, such as its scores; may be left out.
     """
     gap, label_width, line = 6, 190, 16
     font = caption_font(13)
     per_cell = max(len(cell) for _, cells in rows for cell in cells)
     column_width = per_cell * (side + gap) + 2 * gap
     headings = [textwrap.wrap(text, max(8, column_width // 8)) for text in columns]
-    footings = [textwrap.wrap(text, max(8, column_width // 8)) for text in below]
     heading_height = max(1, *(len(lines) for lines in headings)) * line
-    footing_height = max((len(lines) for lines in footings), default=0) * line
     width = max(label_width + len(columns) * column_width, label_width + len(photos) * (side + gap))
     photos_height = side + 2 * gap if photos else 0
-    height = photos_height + heading_height + 3 * gap + len(rows) * (side + gap) + footing_height
+    height = photos_height + heading_height + 3 * gap + len(rows) * (side + gap)
     sheet = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(sheet)
 
@@ -71,12 +67,9 @@ def comparison_sheet(
         put(photo, label_width + i * (side + gap), y)
     y += photos_height
 
-    def write(texts: Sequence[list[str]], y: int) -> None:
-        for i, lines in enumerate(texts):
-            place = (label_width + i * column_width, y)
-            pen.multiline_text(place, "\n".join(lines), fill="black", font=font)
-
-    write(headings, y)
+    for i, lines in enumerate(headings):
+        place = (label_width + i * column_width, y)
+        pen.multiline_text(place, "\n".join(lines), fill="black", font=font)
     y += heading_height + gap
     for prompt, cells in rows:
         text = "\n".join(textwrap.wrap(prompt, 26))
@@ -85,7 +78,6 @@ def comparison_sheet(
             for j, image in enumerate(cell):
                 put(image, label_width + i * column_width + j * (side + gap), y)
         y += side + gap
-    write(footings, y)
     return sheet
 
 

@@ -34,7 +34,7 @@ class MiniSubject:
     photos: Path
     held_out: Path
     prompts: tuple[str, ...]
-    held_out_captions: tuple[str, ...] = ()
+    held_out_captions: tuple[str, ...]
 
     @property
     def instance_prompt(self) -> str:

@@ -78,25 +78,29 @@ def classify(
     Returns:
         Two bool tensors (n,).
     """
-    labels = {name: int(index) for name, index in (classifier.config.label2id or {}).items()}
-    names = torch.tensor([labels[name] for name in CLASSIFIED_NAMES])
-    phrases = torch.tensor([labels[phrase] for phrase in [*SIMPLE, *PATTERNED]])
+    names = _labels(classifier, CLASSIFIED_NAMES)
+    phrases = _labels(classifier, (*SIMPLE, *PATTERNED))
     logits = torch.cat([classifier(pixel_values=part).logits for part in pictures.split(100)])
     found = names[logits[:, names].argmax(1)]
     scores = logits[:, phrases]
     simple = torch.tensor([phrase in SIMPLE for _, _, phrase in rows])
     scores[simple, len(SIMPLE) :] = -torch.inf
     behind = phrases[scores.argmax(1)]
-    wanted = torch.tensor([[labels[name], labels[phrase]] for _, name, phrase in rows])
-    return found == wanted[:, 0], behind == wanted[:, 1]
+    wanted = [_labels(classifier, [row[i] for row in rows]) for i in (1, 2)]
+    return found == wanted[0], behind == wanted[1]
 
 
 @torch.no_grad()
 def on_plain(classifier: ResNetForImageClassification, pictures: Tensor) -> Tensor:
     """Which of (n, 3, 64, 64) pictures lie on a plain background, of all that there are: (n,)."""
-    labels = {name: int(index) for name, index in (classifier.config.label2id or {}).items()}
-    phrases = torch.tensor([labels[phrase] for phrase in [*SIMPLE, *PATTERNED]])
+    phrases = _labels(classifier, (*SIMPLE, *PATTERNED))
     return classifier(pixel_values=pictures).logits[:, phrases].argmax(1) < len(COLOURS)
+
+
+def _labels(classifier: ResNetForImageClassification, names: Sequence[str]) -> Tensor:
+    """The classifier's numbers of these names, (n,)."""
+    numbers = classifier.config.label2id or {}
+    return torch.tensor([int(numbers[name]) for name in names])
 
 
 def as_batch(pictures: Sequence[Image.Image]) -> Tensor:
