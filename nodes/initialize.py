@@ -173,7 +173,7 @@ def _main_inputs() -> list[io.Input]:
             min=1,
             max=1280,
             tooltip="How much the LoRA can hold: the rank of each layer, on average where ranks "
-            "vary. The small model takes 16.",
+            "vary. The paper has 128 for SD1.5.",
         ),
         io.Float.Input(
             "alpha",

@@ -54,8 +54,8 @@ class TrainSubject(io.ComfyNode):
             display_name="Teach the Subject (train LoRA)",
             category=CATEGORY,
             description="Trains the LoRA. Cancel whenever you like: queue the same graph again and "
-            "it goes on where it stopped. A training that is finished is not repeated; more steps "
-            "are added to it.",
+            "it goes on where it stopped. A training that is finished is not repeated; with "
+            "lr_schedule constant, more steps are added to it.",
             is_output_node=True,
             inputs=[
                 InitializationSocket.Input("start", tooltip="Model, subject and initialisation."),

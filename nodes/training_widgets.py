@@ -48,8 +48,9 @@ def main_inputs() -> list[io.Input]:
             default=default_of(TrainingSettings, "steps"),
             min=1,
             max=1_000_000,
-            tooltip="Training steps; 1000 are the paper's, for 4 to 6 photos. More than were "
-            "trained before are added to those.",
+            tooltip="Training steps, for 4 to 6 photos. With lr_schedule constant, more than were "
+            "trained before are added to those. The paper has 1000, constant, at rank 128 and "
+            "learning_rate 0.0001.",
         ),
         io.Float.Input(
             "learning_rate",
@@ -78,7 +79,7 @@ def main_inputs() -> list[io.Input]:
         ),
         io.Int.Input(
             "preview_every",
-            default=200,
+            default=50,
             min=0,
             max=1_000_000,
             tooltip="Steps between the previews; 0 generates none.",
@@ -111,8 +112,8 @@ def advanced_inputs() -> list[io.Input]:
             default=USE_IT,
             extra_dict=ADVANCED,
             tooltip="If just this training was done before, or begun: use it and go on with it, or "
-            "throw it away. Another name, compress, gradient_checkpointing or more steps make no "
-            "other training.",
+            "throw it away. Another name, compress or gradient_checkpointing make no other "
+            "training, nor do more steps with lr_schedule constant.",
         ),
         io.Int.Input(
             "batch_size",

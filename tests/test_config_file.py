@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,11 @@ from cntlora_core.diffusion.settings import (
     SubjectSettings,
     TrainingSettings,
 )
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
 JOB = JobSettings(
     "model",
@@ -131,28 +137,33 @@ ASKED = ("--model=m", "--images=p", "--output=o", "--token=sks", "--class-name=d
 
 
 def test_a_preset_is_a_set_of_flags_that_others_override():
-    quick = parsed("--steps", "9", "--preset", "quick", *ASKED)
-    assert quick.training == TrainingSettings(steps=9, learning_rate=1e-3, lr_schedule="cosine")
-    assert (quick.adapter.rank, quick.adapter.lora_alpha, quick.adapter.init_passes) == (16, 32, 8)
-    assert parsed("--preset=quick", "--rank=64", *ASKED).adapter.lora_alpha == 128
-    whole = {"model": "m", "subject": {"images": "p"}, "output": {"output": "o"}, **preset("quick")}
-    assert JobSettings.from_dict(whole).adapter == quick.adapter
+    paper = parsed("--steps", "9", "--preset", "paper", *ASKED)
+    assert paper.training == TrainingSettings(steps=9, learning_rate=1e-4, lr_schedule="constant")
+    assert (paper.adapter.rank, paper.adapter.lora_alpha) == (128, 256)
+    assert parsed("--preset=paper", "--rank=64", *ASKED).adapter.lora_alpha == 128
+    whole = {"model": "m", "subject": {"images": "p"}, "output": {"output": "o"}, **preset("paper")}
+    assert JobSettings.from_dict(whole).adapter == paper.adapter
 
 
-def test_the_defaults_are_the_papers():
-    paper, default = parsed("--preset=paper", *ASKED), parsed(*ASKED)
-    assert paper == default
+def test_the_defaults_are_those_of_the_comparison():
+    grid = Path(__file__).parents[1] / "docs" / "experiments" / "grids" / "main.toml"
+    base = tomllib.loads(grid.read_text("utf-8"))["base"]
+    default = parsed(*ASKED)
+    assert (default.adapter.rank, default.adapter.lora_alpha) == (base["rank"], base["alpha"])
+    training = default.training
+    assert (training.steps, training.lr_schedule) == (base["steps"], base["lr_schedule"])
+    assert (default.adapter.method, training.learning_rate) == ("cross", 1e-3)
 
 
 def test_a_file_wins_over_a_preset_and_may_name_one(tmp_path: Path):
     file = tmp_path / "run.toml"
     file.write_text('rank = 8\nmethod = "lora"\n')
-    for order in (["--preset=quick", f"--config={file}"], [f"--config={file}", "--preset=quick"]):
+    for order in (["--preset=paper", f"--config={file}"], [f"--config={file}", "--preset=paper"]):
         found = parsed(*order, *ASKED)
-        assert (found.adapter.rank, found.adapter.method, found.training.steps) == (8, "lora", 150)
-    file.write_text('preset = "quick"\nrank = 8\n')
+        assert (found.adapter.rank, found.adapter.method, found.training.steps) == (8, "lora", 1000)
+    file.write_text('preset = "paper"\nrank = 8\n')
     found = parsed("--config", str(file), *ASKED)
-    assert (found.adapter.rank, found.training.steps) == (8, 150)
+    assert (found.adapter.rank, found.training.steps) == (8, 1000)
     file.write_text("preset = 3\n")
     with pytest.raises(ValueError, match="no preset 3"):
         with_config(["train", f"--config={file}"])
@@ -161,7 +172,7 @@ def test_a_file_wins_over_a_preset_and_may_name_one(tmp_path: Path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["train", "--preset", "papre"], "no preset 'papre'; there are: paper, quick"),
+        (["train", "--preset", "papre"], "no preset 'papre'; there are: paper"),
         (["train", "--preset"], "--preset needs a name"),
     ],
 )

@@ -27,7 +27,7 @@ def test_examples_run(number, tiny_model, photo_folder, tmp_path, monkeypatch):
     code = BLOCKS[number]
     # The example's checkpoint and settings are of full size; the tiny model takes their place.
     code = code.replace('"v1-5-pruned-emaonly.safetensors"', repr(str(tiny_model)))
-    code = code.replace("rank=128, alpha=256", "rank=4, alpha=8")
+    code = code.replace("rank=16, alpha=32", "rank=4, alpha=8")
     code = code.replace(
         "result = personalise(settings)",
         "import dataclasses\n"

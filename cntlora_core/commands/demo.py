@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cntlora_core import mini
-from cntlora_core.diffusion.presets import QUICK
 from cntlora_core.diffusion.settings import (
     AdapterSettings,
     JobSettings,
@@ -36,7 +35,7 @@ PICTURES_PER_PROMPT = 3
 SCENES = ("on the beach", "in the forest", "in the desert", "in the snow", "in the city",
           "on a red background")  # fmt: skip
 STEPS = 300
-"""Twice those of the quick preset, for the details."""
+"""Twice the default, for the details."""
 PROMPTS = 4
 """The first scenes that neither the photos show nor those that images are compared with."""
 GUIDANCE = 2.5  # more is too much for the small model
@@ -96,7 +95,7 @@ def demo_settings(
     class_images: int = 32,
     class_steps: int = 12,
 ) -> JobSettings:
-    """The quick preset on the small model, for more steps, with a method of one's own and few class
+    """The defaults on the small model, for more steps, with a method of one's own and few class
     images."""
     return JobSettings(
         model=str(mini.model_path()),
@@ -108,8 +107,8 @@ def demo_settings(
             class_steps=class_steps,
             cache=str(cache),
         ),
-        adapter=AdapterSettings(**{**QUICK["adapter"], "method": method}),
-        training=TrainingSettings(**{**QUICK["training"], "steps": steps}, device="cpu"),
+        adapter=AdapterSettings(method=method),
+        training=TrainingSettings(steps=steps, device="cpu"),
     )
 
 

@@ -56,7 +56,7 @@ class AdapterSettings:
 
     method: Method = "cross"
     adapter: AdapterKind = "lora"
-    rank: int = 128
+    rank: int = 16
     alpha: float | None = None
     train_text_encoder: bool = True
     convolutions: bool = True

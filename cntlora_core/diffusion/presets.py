@@ -1,4 +1,4 @@
-"""Named settings of a whole run: the paper's, which are the defaults, and a quick one."""
+"""Named settings of a whole run, beside the defaults."""
 
 from __future__ import annotations
 
@@ -18,15 +18,7 @@ PAPER: Mapping[str, Any] = {
 }
 """Of arXiv 2507.08044, for Stable Diffusion 1.5 and DreamBooth; alpha is twice the rank."""
 
-QUICK: Mapping[str, Any] = {
-    "adapter": {"method": "cross", "rank": 16, "init_passes": 8},
-    "training": {"steps": 150, "learning_rate": 1e-3, "lr_schedule": "cosine"},
-}
-"""Measured on the small model alone (docs/experiments/convergence.md); the rank fits its widths of
-64 to 192.
-"""
-
-PRESETS: Mapping[str, Mapping[str, Any]] = {"paper": PAPER, "quick": QUICK}
+PRESETS: Mapping[str, Mapping[str, Any]] = {"paper": PAPER}
 """Sections of :class:`JobSettings`, as :meth:`JobSettings.from_dict` takes them."""
 
 

@@ -188,13 +188,13 @@ class TrainingSettings:
             the adapted layers read each time so many steps are done; 0 records nothing.
     """
 
-    steps: int = 1000
-    learning_rate: float = 1e-4
+    steps: int = 150
+    learning_rate: float = 1e-3
     batch_size: int = 1
     gradient_accumulation: int = 1
     weight_decay: float = 1e-2
     max_grad_norm: float = 1.0
-    lr_schedule: Schedule = "constant"
+    lr_schedule: Schedule = "cosine"
     lr_warmup: int = 0
     min_snr_gamma: float | None = None
     precision: TrainingPrecision = "auto"
@@ -370,7 +370,10 @@ class OutputSettings:
 
 @dataclass(frozen=True)
 class JobSettings:
-    """A whole run: a model, a subject, and how to teach it. Defaults are the paper's.
+    """A whole run: a model, a subject, and how to teach it.
+
+    The defaults are those of the small model's comparison (docs/experiments/convergence.md); the
+    paper's are in :mod:`.presets`.
 
     Attributes:
         model: Stable Diffusion 1.5 or XL as one .safetensors file, a diffusers folder or a hub id.

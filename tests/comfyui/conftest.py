@@ -89,7 +89,7 @@ def subject_of(pack: Pack, **inputs: Any) -> Any:
 
 
 def train(pack: Pack, initialized: Any, class_images: Any = None, **inputs: Any) -> Any:
-    few = {"steps": STEPS, "preview_every": 2, "preview_steps": 1, "learning_rate": 1e-3}
+    few = {"steps": STEPS, "preview_every": 2, "preview_steps": 1, "lr_schedule": "constant"}
     return pack.run(
         "CNTLoRATrain", start=initialized, class_images=class_images, **{**few, **inputs}
     )  # fmt: skip

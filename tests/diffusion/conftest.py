@@ -49,7 +49,7 @@ def settings(
         output=OutputSettings(output=str(tmp_path / "out put")),
         prior=PriorSettings(num_class_images=2, class_steps=2, cache=str(tmp_path / "cache")),
         adapter=AdapterSettings(rank=4, alpha=8, init_passes=1),
-        training=TrainingSettings(steps=6, learning_rate=1e-3, save_every=2, device="cpu"),
+        training=TrainingSettings(steps=6, lr_schedule="constant", save_every=2, device="cpu"),
     )
 
 
@@ -146,6 +146,6 @@ def command(settings: JobSettings, *more: str) -> list[str]:
         "train", "--model", settings.model, "--images", settings.subject.images,
         "--token", "sks", "--class-name", "dog", "--output", settings.output.output,
         "--cache", str(settings.prior.cache), "--num-class-images", "2", "--class-steps", "2",
-        "--rank", "4", "--alpha", "8", "--init-passes", "1", "--learning-rate", "1e-3",
+        "--rank", "4", "--alpha", "8", "--init-passes", "1", "--lr-schedule", "constant",
         "--device", "cpu", "--save-every", "2", *more,
     ]  # fmt: skip

@@ -142,7 +142,7 @@ def test_a_clip_skip_of_all_layers_is_refused(settings):
         ({"optimizer": "prodigy", "learning_rate": 0.09}, "use learning_rate=1"),
         ({"lr_schedule": "cosine_with_restarts"}, r"no restart: use lr_cycles=3, or .*'cosine'"),
         ({"lr_schedule": "polynomial"}, r"is linear: use lr_power=2, or .*'linear'"),
-        ({"lr_cycles": 3}, "lr_cycles=3 has no effect with lr_schedule='constant'"),
+        ({"lr_cycles": 3}, "lr_cycles=3 has no effect with lr_schedule='cosine'"),
         ({"lr_schedule": "cosine", "lr_power": 2.0}, "lr_power=2.0 has no effect"),
     ],
 )

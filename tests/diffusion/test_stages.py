@@ -38,7 +38,7 @@ def settings(tiny_model: Path, photo_folder: Path, tmp_path: Path) -> JobSetting
         output=OutputSettings(output=str(tmp_path / "one go")),
         prior=PriorSettings(num_class_images=2, class_steps=1, cache=str(tmp_path / "cache")),
         adapter=AdapterSettings(rank=4, alpha=8, init_passes=1),
-        training=TrainingSettings(steps=2, learning_rate=1e-3, device="cpu", seed=3),
+        training=TrainingSettings(steps=2, lr_schedule="constant", device="cpu", seed=3),
     )
 
 
