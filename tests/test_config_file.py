@@ -145,7 +145,7 @@ def test_a_preset_is_a_set_of_flags_that_others_override():
     assert JobSettings.from_dict(whole).adapter == paper.adapter
 
 
-def test_the_defaults_are_those_of_the_comparison():
+def test_rank_steps_rate_and_schedule_are_by_default_those_of_the_comparison():
     grid = Path(__file__).parents[1] / "docs" / "experiments" / "grids" / "main.toml"
     base = tomllib.loads(grid.read_text("utf-8"))["base"]
     default = parsed(*ASKED)

@@ -40,6 +40,6 @@ def test_no_flag_says_what_another_says(capsys):
 
 def test_a_flag_that_help_does_not_show_can_be_given(capsys, tmp_path):
     words = ["train", "--model", "small", "--images", str(tmp_path / "no"), "--token", "sks"]
-    words += ["--class-name", "dog", "--output", str(tmp_path / "out"), "--lr-warmup", "3"]
+    words += ["--class-name", "dog", "--output", str(tmp_path / "out"), "--lr-cycles", "3"]
     assert main(words) == 2
-    assert "constant_with_warmup" in capsys.readouterr().err
+    assert "cosine_with_restarts" in capsys.readouterr().err

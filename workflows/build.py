@@ -132,8 +132,8 @@ def compare_initializations() -> Graph:
         (40, 810),
         "**One subject, three initialisations.** The same steps and seeds: an ordinary LoRA, and "
         "two that are initialised from the photos. With a checkpoint of SD1.5 in the first node, "
-        "set *guidance* to 7.5; the paper's settings are *rank* 128, *steps* 1000 and "
-        "*learning_rate* 0.0001.",
+        "set *guidance* to 7.5; the paper's settings are *rank* 128, *steps* 1000, "
+        "*learning_rate* 0.0001 and *lr_schedule* constant.",
     )
     return graph
 

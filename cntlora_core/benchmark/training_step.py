@@ -70,6 +70,7 @@ def our_arguments(b: Benchmark, folder: Path, method: str = "cross") -> list[str
         "--cache", str(folder / "cache"), "--resolution", str(b.resolution),
         "--rank", str(b.rank), "--alpha", str(b.rank), "--steps", str(b.steps),
         "--init-passes", "1", "--method", method, "--device", "cpu",
+        "--learning-rate", "1e-4", "--lr-schedule", "constant",
         "--cntlora.rank-budget", "fixed", "--file-precision", "float16",
     ]  # fmt: skip
 

@@ -28,7 +28,8 @@ class Train:
 
     --help-all shows all flags. --config FILE takes flags from a TOML file, or those of another run
     from its run.json; --preset paper takes the settings of the published figures: rank 128, 1000
-    steps at learning rate 1e-4. A file wins over a preset, and flags of the command line over both.
+    steps at a constant learning rate of 1e-4. A file wins over a preset, and flags of the command
+    line over both.
 
     Attributes:
         model: Stable Diffusion 1.5 or XL as one .safetensors file, a diffusers folder or a hub id.
@@ -36,7 +37,8 @@ class Train:
         prediction_type: What the model predicts, where its file says nothing or something wrong;
             default: what it says.
         resume: Go on with the run in the output folder: an interrupted one to its end, a finished
-            one to more steps, or to a LoRA file of another name, layout or precision.
+            one to a LoRA file of another name, layout or precision or, at a constant learning rate,
+            to more steps.
         overwrite: Start anew even where the output folder holds a run, which is removed before the
             first step.
         processes: GPUs that train together: each takes its share of every batch, so that the LoRA

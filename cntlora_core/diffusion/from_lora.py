@@ -6,6 +6,7 @@ from pathlib import Path
 
 from cntlora_core.diffusion.family import Family, Networks
 from cntlora_core.diffusion.fingerprint import fingerprint_files
+from cntlora_core.diffusion.presets import PAPER
 from cntlora_core.diffusion.settings import AdapterSettings
 from cntlora_core.layers.attachment import AttachmentPoint, attachment_point
 from cntlora_core.lora_file.families import UNET
@@ -63,7 +64,8 @@ def layers_to_go_on_from(settings: AdapterSettings) -> LoRALayers:
                 f"{path}: {name} has alpha {layer.alpha:g}; a positive one is needed to go on"
             )
     ranks = sorted({layer.rank for layer in layers.values()})
-    if settings.rank != AdapterSettings.rank and ranks != [settings.rank]:
+    asked = settings.rank not in (AdapterSettings.rank, PAPER["adapter"]["rank"])
+    if asked and ranks != [settings.rank]:
         raise ValueError(
             f"rank={settings.rank}, but the layers of {path} have "
             f"{f'rank {ranks[0]}' if len(ranks) == 1 else f'ranks {ranks[0]} to {ranks[-1]}'}, "

@@ -82,8 +82,8 @@ def personalise(
         initialization: The adapter's initialisation, planned already with the adapter settings;
             default: planned now.
         resume: Go on from the state that a run left in the output folder: an interrupted one to its
-            end, a finished one to more steps, or to nothing but another LoRA file, of another name,
-            layout, precision or compression.
+            end, a finished one to more steps (at a constant learning rate), or to nothing but
+            another LoRA file, of another name, layout, precision or compression.
         overwrite: Start anew even where the output folder holds such a state or a finished run. It
             is removed when all is ready for the first step: what fails before leaves it as it was.
         header: Texts for the header of the LoRA file, beside those that every file has.

@@ -109,9 +109,9 @@ def check_folder(folder: Path, resume: bool, overwrite: bool, from_lora: str | N
         )
     if has_state and found is not None:
         raise FileExistsError(
-            f"{folder} holds a finished run of {len(found.history)} steps: with --resume it goes "
-            "on to more --steps, or is written to another file; choose another output folder, or "
-            "start anew with --overwrite"
+            f"{folder} holds a finished run of {len(found.history)} steps: with --resume it is "
+            "written to another file or, if its learning rate is constant, goes on to more "
+            "--steps; choose another output folder, or start anew with --overwrite"
         )
     if (folder / RECORD_NAME).exists():
         raise FileExistsError(

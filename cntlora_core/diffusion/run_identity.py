@@ -24,7 +24,7 @@ and model lead to other numbers: runs of before are then neither reused nor gone
 STATE_NAME = "state.safetensors"
 RECORD_NAME = "run.json"
 
-_STEPS = ("job", "training", "steps")
+_STEPS, _RANK = ("job", "training", "steps"), ("job", "adapter", "rank")
 _MAY_CHANGE = {
     ("job", "output"),
     ("job", "prior", "cache"),
@@ -84,9 +84,9 @@ def run_key(settings: JobSettings, identity: dict[str, Any]) -> str:
     """16 hex digits that two runs share if one can go on where the other stopped.
 
     What names, exports or saves memory is not part of it, nor is the number of steps, unless the
-    course of the learning rate depends on it.
+    course of the learning rate depends on it, nor the rank where a LoRA gives it.
     """
-    free = _free_settings(settings.training.lr_schedule)
+    free = _free_settings(settings.training.lr_schedule, settings.adapter.from_lora)
     content = [
         [".".join(path), value]
         for path, value in _leaves(_plain({"job": settings.to_dict(), "identity": identity}))
@@ -95,8 +95,9 @@ def run_key(settings: JobSettings, identity: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _free_settings(schedule: str) -> set[tuple[str, ...]]:
-    return {*_MAY_CHANGE, _STEPS} if schedule.startswith("constant") else _MAY_CHANGE
+def _free_settings(schedule: str, from_lora: object) -> set[tuple[str, ...]]:
+    free = {_STEPS} if schedule.startswith("constant") else set()
+    return _MAY_CHANGE | free | ({_RANK} if from_lora is not None else set())
 
 
 def _is_in(path: tuple[str, ...], free: set[tuple[str, ...]]) -> bool:
@@ -184,7 +185,7 @@ def check_same_run(state: TrainingState, given: dict[str, Any]) -> None:
             where the learning rate depends on their number, or fewer than were done.
     """
     schedule = str(_at(given, "job", "training", "lr_schedule"))
-    free = _free_settings(schedule)
+    free = _free_settings(schedule, _at(given, "job", "adapter", "from_lora"))
     old = {key: state.settings.get(key, {}) for key in given}
     differing = [path for path in _differences(old, _plain(given)) if not _is_in(path, free)]
     if differing == [_STEPS]:

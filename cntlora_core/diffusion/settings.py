@@ -167,7 +167,7 @@ class TrainingSettings:
         lr_cycles: Cycles of cosine_with_restarts, which needs more than 1; 3 is usual.
         lr_power: Power of polynomial, which needs another than 1; 2 is usual.
         lr_step_rules: Factors of piecewise_constant with the steps they end at, the last without:
-            "1:500,0.1".
+            "1:100,0.1".
         caption_dropout: Share of the photos that are read without their prompt.
         min_snr_gamma: Min-SNR loss weighting (5 is usual); default: off.
         precision: Data type of the frozen base; adapters stay float32. auto is bfloat16 on CUDA,
@@ -201,11 +201,11 @@ class TrainingSettings:
     gradient_checkpointing: bool = False
     device: str | None = None
     seed: int = 0
-    save_every: int = 100
+    save_every: int = 50
     sample_prompts: tuple[str, ...] = ()
     sample_every: int = 0
     sample_steps: int = 30
-    held_out_every: int = 50
+    held_out_every: int = 25
     log_with: tuple[TrackerName, ...] = ()
     text_encoder_lr: float | None = None
     text_encoder_steps: int | None = None
@@ -342,8 +342,9 @@ class OutputSettings:
         file_precision: Data type of the tensors in the file.
         compress: Truncate the file to the trained rank where this loses at most 1 % of what was
             learnt. Where the base weight was rewritten an exact file has twice that rank.
-        keep_state: Keep the training state of a finished run, so that it can go on to more steps or
-            be exported again; its size is 4 times that of the adapter in float32.
+        keep_state: Keep the training state of a finished run, so that it can be exported again or,
+            at a constant learning rate, go on to more steps; its size is 4 times that of the
+            adapter in float32.
         save_lora_every: Steps between LoRA files that are kept on the way, in the folder snapshots
             of the output; 0 keeps none. `cntlora compare` and `cntlora pick` choose among them.
     """
@@ -372,8 +373,8 @@ class OutputSettings:
 class JobSettings:
     """A whole run: a model, a subject, and how to teach it.
 
-    The defaults are those of the small model's comparison (docs/experiments/convergence.md); the
-    paper's are in :mod:`.presets`.
+    Rank, steps, learning rate and schedule are by default those of the small model's comparison
+    (docs/experiments/convergence.md); the paper's are in :mod:`.presets`.
 
     Attributes:
         model: Stable Diffusion 1.5 or XL as one .safetensors file, a diffusers folder or a hub id.

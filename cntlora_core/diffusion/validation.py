@@ -86,8 +86,8 @@ def require_step_rules(needed: bool, rules: str) -> None:
     number = r"\d+(\.\d+)?(e-?\d+)?"
     if needed and not re.fullmatch(rf"({number}:\d+,)+{number}", rules):
         raise ValueError(
-            "lr_schedule='piecewise_constant' needs lr_step_rules such as '1:500,0.1' (the whole "
-            f"learning rate for 500 steps, then a tenth of it), got {rules!r}"
+            "lr_schedule='piecewise_constant' needs lr_step_rules such as '1:100,0.1' (the whole "
+            f"learning rate for 100 steps, then a tenth of it), got {rules!r}"
         )
     if rules and not needed:
         raise ValueError(

@@ -72,6 +72,18 @@ def test_names_and_exports_train_nothing_and_more_steps_go_on(
     assert steps.of(*graph, name="longer", training_seed=11, steps=3)[0] == 0
 
 
+def test_with_a_falling_learning_rate_more_steps_are_a_training_of_their_own(
+    pack: Pack, run: SimpleNamespace, steps: Steps
+) -> None:
+    graph = (pack, run.initialized.args[0], run.others.args[0])
+    given = {"name": "falling", "training_seed": 12, "lr_schedule": "cosine"}
+    two, first = steps.of(*graph, **given, steps=2)
+    three, longer = steps.of(*graph, **given, steps=3)
+    assert (two, three) == (2, 3)
+    assert Path(first.args[2]).parent != Path(longer.args[2]).parent
+    assert Path(first.args[2]).is_file()
+
+
 def test_a_damaged_state_is_said_and_can_be_trained_anew(
     pack: Pack, run: SimpleNamespace, steps: Steps
 ) -> None:

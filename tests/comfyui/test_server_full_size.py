@@ -42,8 +42,13 @@ TAUGHT = {
     "CNTLoRALoadModel": {"checkpoint": NAME},
     "CNTLoRASubject": {"resolution": 256},
     "CNTLoRAClassImages": {"count": 1, "steps": 1},
-    "CNTLoRAInitialize": {"passes": 1},
-    "CNTLoRATrain": {"steps": 2, "learning_rate": 1e-2, "preview_every": 0},
+    "CNTLoRAInitialize": {"passes": 1, "rank": 128},
+    "CNTLoRATrain": {
+        "steps": 2,
+        "learning_rate": 1e-2,
+        "lr_schedule": "constant",
+        "preview_every": 0,
+    },  # fmt: skip
 }
 
 

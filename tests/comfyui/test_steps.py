@@ -42,7 +42,7 @@ def test_a_lora_of_the_folder_is_trained_further(
 ) -> None:
     folder = comfy / "models" / "loras"
     shutil.copyfile(run.trained.args[2], folder / "mine.safetensors")
-    given = {"model": run.model, "subject": run.subject.args[0], "rank": 16}
+    given = {"model": run.model, "subject": run.subject.args[0], "rank": 8}
     start, _, report = pack.run("CNTLoRAInitialize", from_lora="mine.safetensors", **given).args
     assert "goes on from" in report
     few = {"preview_every": 0, "learning_rate": 0.0, "steps": 1}

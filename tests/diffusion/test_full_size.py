@@ -52,7 +52,7 @@ def test_photos_to_lora_at_full_size(checkpoint, photos, tmp_path, resolution, s
         "--class-images", str(photos), "--token", "sks", "--class-name", "dog",
         "--output", str(out), "--cache", str(tmp_path / "cache"), "--device", "cpu",
         "--resolution", str(resolution), "--steps", str(steps), "--init-passes", "1",
-        "--cntlora.rank-budget", "fixed", "--file-precision", "float16",
+        "--rank", "128", "--cntlora.rank-budget", "fixed", "--file-precision", "float16",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -134,7 +134,7 @@ def test_a_clip_skip_of_all_layers_is_refused(settings):
     ("wrong", "says"),
     [
         ({"optimizer": "prodigy", "text_encoder_lr": 1e-5}, "leave text_encoder_lr out"),
-        ({"lr_schedule": "piecewise_constant"}, "1:500,0.1"),
+        ({"lr_schedule": "piecewise_constant"}, "1:100,0.1"),
         ({"lr_step_rules": "1:500,0.1"}, "piecewise_constant"),
         ({"caption_dropout": 1.0}, "less than 1"),
         ({"text_encoder_steps": 0}, "at least 1"),

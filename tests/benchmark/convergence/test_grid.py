@@ -112,7 +112,11 @@ def test_keys_follow_from_content_alone(tmp_path):
     first = keys(tmp_path, BASE)
     assert first == keys(tmp_path, BASE, "another folder")
     # A default that is written out is the same run.
-    assert first == keys(tmp_path, BASE + "learning_rate = 1e-4\nalpha = 8\nunit = 'mean'")
+    assert first == keys(
+        tmp_path,
+        BASE
+        + "learning_rate = 1e-3\nsteps = 150\nlr_schedule = 'cosine'\nalpha = 8\nunit = 'mean'",
+    )
     assert first == keys(tmp_path, "device = 'cpu'\nsave_every = 3\n" + BASE)
 
 

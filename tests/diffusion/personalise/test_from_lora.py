@@ -16,6 +16,7 @@ from transformers import CLIPTextModel
 
 from cntlora_core.cli import main
 from cntlora_core.diffusion.job import personalise
+from cntlora_core.diffusion.presets import PAPER
 from cntlora_core.diffusion.settings import AdapterSettings
 from cntlora_core.lora_file.reading import read_lora_file
 from cntlora_core.lora_file.writing import LoRALayer, LoRALayers, write_lora_file
@@ -124,6 +125,17 @@ def test_a_run_of_ours_goes_on_as_from_lora_and_resumes(exact, plain, layers, tm
     resumed = personalise(change(settings, "adapter", from_lora=str(moved)), resume=True)
     assert losses(resumed) == losses(whole)
     assert same_lora(resumed.lora, whole.lora)
+
+
+def test_the_papers_preset_leaves_its_rank_and_its_run_goes_on(exact, layers, tmp_path):
+    path = tmp_path / "theirs.safetensors"
+    write_lora_file(path, layers)
+    exact = change(change(exact, "adapter", from_lora=str(path)), "training", steps=2)
+    with pytest.raises(KeyboardInterrupt):
+        personalise(change(exact, "adapter", rank=PAPER["adapter"]["rank"]), reporter=StopAt(1))
+    assert len(personalise(exact, resume=True).history) == 2
+    with pytest.raises(ValueError, match="leave rank out"):
+        personalise(change(exact, "adapter", rank=77), overwrite=True)
 
 
 def test_what_a_lora_lacks_stays_as_it_is(exact, layers, tmp_path):

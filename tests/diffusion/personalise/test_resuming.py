@@ -217,6 +217,8 @@ def test_a_finished_run_is_gone_on_with_only_as_the_run_that_it_was(settings, mo
     personalise(cosine)
     with pytest.raises(ValueError, match="the learning rate of each step depends on their number"):
         personalise(change(cosine, "training", steps=2), resume=True)
+    trained, renamed = trained_steps(change(cosine, "output", name="rex"), resume=True)
+    assert (trained, renamed.lora.stem) == (0, "rex")
     with pytest.raises(ValueError, match=r"training\.learning_rate"):
         personalise(change(cosine, "training", learning_rate=5e-4), resume=True)
     monkeypatch.setattr("cntlora_core.diffusion.run_identity.ALGORITHM", 10**6)
