@@ -48,7 +48,7 @@ TAUGHT = {
         "learning_rate": 1e-2,
         "lr_schedule": "constant",
         "preview_every": 0,
-    },  # fmt: skip
+    },
 }
 
 
