@@ -34,8 +34,7 @@ DEFAULT_SUBJECT = "backpack"
 PICTURES_PER_PROMPT = 3
 SCENES = ("on the beach", "in the forest", "in the desert", "in the snow", "in the city",
           "on a red background")  # fmt: skip
-STEPS = 300
-"""Twice the default, for the details."""
+STEPS = TrainingSettings.steps
 PROMPTS = 4
 """The first scenes that neither the photos show nor those that images are compared with."""
 GUIDANCE = 2.5  # more is too much for the small model
@@ -95,8 +94,7 @@ def demo_settings(
     class_images: int = 32,
     class_steps: int = 12,
 ) -> JobSettings:
-    """The defaults on the small model, for more steps, with a method of one's own and few class
-    images."""
+    """The defaults on the small model, with a method of one's own and few class images."""
     return JobSettings(
         model=str(mini.model_path()),
         subject=SubjectSettings(images=str(photos), token="sks", class_name=class_name),
