@@ -205,7 +205,7 @@ class TrainingSettings:
     sample_prompts: tuple[str, ...] = ()
     sample_every: int = 0
     sample_steps: int = 30
-    held_out_every: int = 25
+    held_out_every: int = 50
     log_with: tuple[TrackerName, ...] = ()
     text_encoder_lr: float | None = None
     text_encoder_steps: int | None = None
