@@ -154,9 +154,10 @@ def test_grids_of_the_small_model_have_ranks_that_all_its_layers_hold():
 def test_what_is_compared_with_each_other_is_measured_alike():
     grids = [read_grid(GRIDS / f"{name}.toml") for name in ("main", "rates", "settings")]
     assert grids[0].bench.measure == grids[1].bench.measure == grids[2].bench.measure
-    base = read_grid(GRIDS / "base.toml", subject_names).bench.measure
-    for name in ("prompts", "per_prompt", "sampling_steps", "guidance", "scheduler"):
-        assert getattr(base, name) == getattr(grids[0].bench.measure, name), name
+    for other in ("base", "short", "short_rates", "long"):
+        measure = read_grid(GRIDS / f"{other}.toml", subject_names).bench.measure
+        for name in ("prompts", "per_prompt", "sampling_steps", "guidance", "scheduler"):
+            assert getattr(measure, name) == getattr(grids[0].bench.measure, name), (other, name)
     main, rates = ({run.subject for run in grid.runs} for grid in grids[:2])
     assert not main & rates
     assert len(main) >= 8
@@ -165,7 +166,7 @@ def test_what_is_compared_with_each_other_is_measured_alike():
 def test_the_classifier_can_tell_all_backgrounds_of_the_grids_for_the_small_model():
     from cntlora_core.mini.making.evaluate import rows_of_prompts
 
-    for name in ("smoke", "base", "rates", "main", "settings", "long"):
+    for name in ("smoke", "base", "main"):  # the others are measured as main.toml
         prompts = read_grid(GRIDS / f"{name}.toml", subject_names).bench.measure.prompts
         spoken = [prompt.format("sks boot") for prompt in prompts]
         assert None not in rows_of_prompts(spoken, "boot")
